@@ -1,0 +1,44 @@
+"""polyak averages the weights of neural networks: while they train, afterwards, and across files.
+
+Names are handed on lazily (PEP 562): `import polyak` and `polyak --help` do not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "After": "polyak.maths.profiles",
+    "Annealed": "polyak.maths.profiles",
+    "EMA": "polyak.maths.profiles",
+    "PowerEMA": "polyak.maths.profiles",
+    "SWA": "polyak.maths.profiles",
+    "Window": "polyak.maths.profiles",
+    "PolyakError": "polyak.errors",
+}
+
+if TYPE_CHECKING:
+    from polyak.errors import PolyakError as PolyakError
+    from polyak.maths.profiles import EMA as EMA
+    from polyak.maths.profiles import SWA as SWA
+    from polyak.maths.profiles import After as After
+    from polyak.maths.profiles import Annealed as Annealed
+    from polyak.maths.profiles import PowerEMA as PowerEMA
+    from polyak.maths.profiles import Window as Window
+
+__all__ = sorted([*_HOME_OF, "__version__"])  # noqa: PLE0605 - built from the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'polyak' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

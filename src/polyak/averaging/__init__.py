@@ -1,0 +1,1 @@
+"""Everything that lives beside a running model."""

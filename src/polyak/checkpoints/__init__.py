@@ -1,0 +1,1 @@
+"""Files of weights: one lazy reader per format, one atomic streaming writer."""

@@ -1,0 +1,60 @@
+"""Files written beside, synced, then moved: a crash leaves the old file or none, never half."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from polyak.errors import OutputError
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if `path` exists and overwriting was not asked for."""
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path} exists. Choose another name, or pass overwrite=True (--overwrite) to replace it."
+        )
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; sync it and move it into place if the block succeeds.
+
+    Raises OutputError where `path` exists and `overwrite` is False, or where the disk is full or
+    not writable; the half-written file is removed, and what was at `path` stays.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "answer.txt"
+    >>> with replacing(target) as part:
+    ...     _ = part.write_text("42")
+    >>> target.read_text()
+    '42'
+    """
+    target = Path(path)
+    refuse_existing(target, overwrite=overwrite)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield part
+        sync(part)
+        part.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"Could not write {target}: {error.strerror or error}. Nothing was changed; "
+            "make room or choose another folder, and call again."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

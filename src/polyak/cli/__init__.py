@@ -1,0 +1,22 @@
+"""The command line: parse, one library call, print.
+
+Each command lives in its own file and is loaded when it is asked for, so that `polyak --help` does
+not pay for importing torch. Exit codes: 0; 2 for wrong usage; 1 for the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `polyak` script."""
+    try:
+        import cyclopts  # noqa: F401
+    except ImportError:
+        from polyak.errors import MissingExtra
+
+        sys.exit(str(MissingExtra.of("cyclopts", "cli", "The command line")))
+    from polyak.cli.app import run
+
+    sys.exit(run(sys.argv[1:]))

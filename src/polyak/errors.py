@@ -1,0 +1,96 @@
+"""Everything polyak raises and warns about.
+
+The tree (each also is the built-in in brackets, so `except ValueError` keeps working)::
+
+    PolyakError
+    ├── ArgumentError   [ValueError]    a value outside its domain, or two that exclude each other
+    ├── MismatchError   [ValueError]    tensors that do not line up: missing, unexpected, reshaped
+    ├── NonFiniteError  [ValueError]    a NaN or an infinity about to leave or to enter
+    ├── FormatError     [ValueError]    a file that is not what it should be: cut short, hostile, foreign
+    ├── UsageError      [RuntimeError]  a call that does not fit the moment: an update inside `applied`
+    ├── OutputError     [OSError]       a result that cannot be written: it exists, no room, no right
+    └── MissingExtra    [ImportError]   an optional dependency that is not installed
+
+    PolyakWarning       [UserWarning]
+    ├── EmptyAverage                    an average was used before anything was averaged
+    └── StaleStatistics                 BatchNorm statistics that do not belong to the averaged weights
+
+A message says what was wrong, what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+class PolyakError(Exception):
+    """What polyak raises; every other error of ours derives from it."""
+
+
+class ArgumentError(PolyakError, ValueError):
+    """A value outside its domain, or two arguments that exclude each other."""
+
+
+class MismatchError(PolyakError, ValueError):
+    """Tensors that do not line up; the message names every one of them."""
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        changed: Mapping[str, str] | None = None,
+        advice: str = "",
+    ) -> MismatchError:
+        """Build the message from the three lists: names sorted, all of them, one kind a line."""
+        lines = [what]
+        if names := sorted(missing):
+            lines.append(f"  missing ({len(names)}): {', '.join(names)}")
+        if names := sorted(unexpected):
+            lines.append(f"  unexpected ({len(names)}): {', '.join(names)}")
+        for name, how in sorted((changed or {}).items()):
+            lines.append(f"  {name}: {how}")
+        if advice:
+            lines.append(advice)
+        return cls("\n".join(lines))
+
+
+class NonFiniteError(PolyakError, ValueError):
+    """A NaN or an infinity where only finite weights may pass."""
+
+
+class FormatError(PolyakError, ValueError):
+    """A file that is not what it should be."""
+
+
+class UsageError(PolyakError, RuntimeError):
+    """A call that does not fit the moment."""
+
+
+class OutputError(PolyakError, OSError):
+    """A result that cannot be written."""
+
+
+class MissingExtra(PolyakError, ImportError):  # noqa: N818 - reads as what it is
+    """An optional dependency that is not installed."""
+
+    @classmethod
+    def of(cls, package: str, extra: str, purpose: str) -> MissingExtra:
+        """One sentence, with the command that installs it."""
+        return cls(
+            f"{purpose} needs {package}, which is not installed: pip install 'polyak[{extra}]'"
+        )
+
+
+class PolyakWarning(UserWarning):
+    """What polyak warns about."""
+
+
+class EmptyAverage(PolyakWarning):
+    """An average was used before anything was averaged; the model is left as it is."""
+
+
+class StaleStatistics(PolyakWarning):
+    """BatchNorm statistics that do not belong to the averaged weights."""

@@ -1,0 +1,1 @@
+"""Thin adapters to frameworks; each imports its framework inside its own file only."""

@@ -1,0 +1,1 @@
+"""Profiles, schedules and pieces: floats in, floats out, no torch."""

@@ -1,0 +1,1 @@
+"""Figures and the page: the only room that draws."""

@@ -1,0 +1,1 @@
+"""What an average is worth: metrics, flatness, planes."""

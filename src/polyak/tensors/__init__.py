@@ -1,0 +1,1 @@
+"""The tensors of a model by name, what happens to each, and the only in-place arithmetic."""

@@ -1,0 +1,1 @@
+"""The reference run: recipes, data, models, the loop."""
