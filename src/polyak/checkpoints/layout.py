@@ -1,0 +1,195 @@
+"""What every format is reduced to: for each name a dtype, a shape, and bytes in row-major order.
+
+A reader builds a `Checkpoint` of `StoredTensor`; nothing of a tensor is read until `read_into` asks
+for it. Dtypes are spelled as safetensors spells them (`F32`, `BF16`, `I64`, `F8_E4M3`), numbers are
+little-endian, and `read_into` may be called from any number of threads at once.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from polyak.errors import FormatError
+
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+        "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C32": 32, "C64": 64, "C128": 128,
+        "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+        "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    }
+)  # fmt: skip
+"""Bits per value of every dtype that a stored tensor may have."""
+
+MAX_DIMENSIONS = 64
+"""As many dimensions as torch and NumPy can hold."""
+
+
+class ByteFile(ABC):
+    """A file whose size is known and whose bytes can be read at any place, by any thread."""
+
+    path: str
+    size: int
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on; FormatError where they are not there."""
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise FormatError if the file is no longer the one that was opened."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what the operating system lent."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The `length` bytes from `offset` on, checked against the size before any room is made."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise FormatError(
+                f"{self.path} is cut short or damaged: it ends at byte {self.size}, "
+                f"and bytes {offset} to {offset + length} were expected. Copy the file again."
+            )
+        buffer = bytearray(length)
+        if length:
+            self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`length` bytes of `file`, from `offset` on."""
+
+    file: ByteFile
+    offset: int
+    length: int
+
+
+class StoredTensor(ABC):
+    """A tensor in a file: its name, dtype and shape, and its row-major bytes on request.
+
+    name: the fully qualified name; dtype: safetensors spelling; shape: sizes; nbytes: row-major bytes.
+    """
+
+    def __init__(self, name: str, dtype: str, shape: Iterable[int]) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.nbytes = bytes_of(dtype, self.shape)
+
+    @property
+    def spans(self) -> tuple[Span, ...] | None:
+        """The row-major bytes as spans of files, in order; None where they are not stored so."""
+        return None
+
+    @property
+    def storage_order(self) -> tuple[int, ...]:
+        """The dimensions from the slowest to the fastest as stored: `(0, 1, ...)` if row-major."""
+        return tuple(range(len(self.shape)))
+
+    def in_storage_order(self) -> StoredTensor:
+        """The same values, dimensions permuted by `storage_order`: what is cheap to read."""
+        return self
+
+    @abstractmethod
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes `start` to `start + len(buffer)` of the row-major tensor.
+
+        start: bytes, at least 0, `start + len(buffer) <= nbytes`; whole values are the fast path.
+        buffer: writable, contiguous, one byte an item. Raises FormatError where bytes are missing.
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.dtype}, {list(self.shape)})"
+
+
+class SpanTensor(StoredTensor):
+    """A tensor whose row-major bytes are spans of files, one after the other."""
+
+    def __init__(self, name: str, dtype: str, shape: Iterable[int], spans: Iterable[Span]) -> None:
+        super().__init__(name, dtype, shape)
+        self._spans = tuple(spans)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans, in order."""
+        return self._spans
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`, span by span; see `StoredTensor.read_into`."""
+        read_spans(self._spans, start, buffer)
+
+
+def read_spans(spans: Iterable[Span], start: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the bytes from `start` on of the spans laid end to end."""
+    filled, begin = 0, 0
+    for span in spans:
+        skip = max(0, start + filled - begin)
+        take = min(span.length - skip, len(buffer) - filled)
+        if take > 0:
+            span.file.read_into(span.offset + skip, buffer[filled : filled + take])
+            filled += take
+        begin += span.length
+        if filled == len(buffer):
+            return
+
+
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor; FormatError for an unknown dtype or values that do not fill bytes.
+
+    >>> bytes_of("BF16", (3, 4))
+    24
+    """
+    if dtype not in DTYPE_BITS:
+        raise FormatError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPE_BITS)}.")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible.")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise FormatError(f"shape {list(shape)} of {dtype} does not fill whole bytes.")
+    return bits // 8
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """A checkpoint, opened: tensors by name, read when asked for. Also a context manager.
+
+    path: as given. format: `safetensors`, `torch`, `dcp`, `npz`. tensors: canonical names only.
+    ties: alias -> canonical name. metadata: strings to strings. step: the training step, if known.
+    files: what it is read from. refused: name -> why it cannot be read (empty when strict).
+    """
+
+    path: str
+    format: str
+    tensors: dict[str, StoredTensor]
+    files: tuple[ByteFile, ...]
+    ties: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError if one of the files is no longer what it was when it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Close the files; tensors can no longer be read afterwards."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
