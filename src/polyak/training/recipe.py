@@ -1,0 +1,235 @@
+"""Recipes: everything that decides a reference run, in one flat, typed, frozen record.
+
+A recipe is a TOML file (those that ship lie in `recipes/`); every field is also a flag of
+`polyak train`, and the resolved recipe is saved with the run. No torch here: `polyak train --help`
+reads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from polyak.errors import ArgumentError, FormatError
+
+RECIPES = Path(__file__).parent / "recipes"
+ARMS = ("sgd", "swa", "cyclic")
+QUICK: dict[str, Any] = {"epochs": 8, "seeds": 2}
+"""What `--quick` changes: the shape of the run stays, its length does not."""
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One reference run. Times are fractions of the budget or epochs, as their help says.
+
+    Raises ArgumentError for a value outside its domain.
+
+    >>> Recipe(epochs=40).branch_epoch
+    30
+    """
+
+    name: str = _field("default", "What the run is called; names its folder in runs/.")
+    epochs: int = _field(40, "The budget of every arm, in passes over the training images.")
+    batch_size: int = _field(64, "Images in a batch.")
+    rate: float = _field(0.05, "Learning rate of the SGD arm before annealing.")
+    momentum: float = _field(0.9, "Momentum of SGD, 0 <= momentum < 1.")
+    weight_decay: float = _field(1e-3, "Weight decay of SGD.")
+    constant_until: float = _field(0.5, "SGD arm: fraction of the budget at the full rate.")
+    annealed_at: float = _field(0.9, "SGD arm: fraction at which the rate has come down.")
+    final_ratio: float = _field(0.01, "SGD arm: the last rate as a fraction of the first.")
+    annealing: str = _field("linear", "SGD arm: the way down, linear or cosine.")
+    arms: tuple[str, ...] = _field(ARMS, "Which arms run: sgd (always), swa, cyclic.")
+    branch_at: float = _field(0.75, "Fraction of the budget at which the averaging arms leave SGD.")
+    swa_rate: float = _field(0.05, "swa arm: its constant rate.")
+    swa_average: str = _field("epoch", "swa arm: average after each epoch or each step.")
+    cycle_high: float = _field(0.1, "cyclic arm: the rate a cycle falls from.")
+    cycle_low: float = _field(
+        0.01, "cyclic arm: the rate a cycle ends at, where weights are taken."
+    )
+    cycle_epochs: int = _field(2, "cyclic arm: the length of a cycle in epochs.")
+    ema_half_life: float = _field(3.0, "Half-life of the EMA that runs in every arm, in epochs.")
+    flips: bool = _field(True, "Flip training images left to right at random.")
+    shift: int = _field(0, "Shift training images by up to this many pixels at random.")
+    batchnorm: bool = _field(False, "The small network with BatchNorm.")
+    model: str = _field("", "package.module:function that builds a model of your own.")
+    data: str = _field("", "package.module:function that gives data of your own.")
+    data_folder: str = _field("", "Folder with the four IDX files of a full MNIST-like set.")
+    seeds: int = _field(3, "How many seeds, counted from 0.")
+    device: str = _field("auto", "cpu, cuda, or auto: cuda where there is one.")
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        _check_rates(self)
+        _check_times(self)
+        _check_choices(self)
+
+    @property
+    def branch_epoch(self) -> int:
+        """After how many epochs the averaging arms leave the SGD arm."""
+        return round(self.branch_at * self.epochs)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """One line for each field in which two recipes differ: `epochs: 40 here, 20 there`."""
+        return [
+            f"{f.name}: {getattr(self, f.name)!r} here, {getattr(other, f.name)!r} there"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML file, every field with its help as a comment."""
+        lines = ["# The resolved recipe of a polyak reference run."]
+        for f in fields(self):
+            lines += [f"# {f.metadata['help']}", f"{f.name} = {_toml(getattr(self, f.name))}"]
+        return "\n".join(lines) + "\n"
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with polyak.
+
+    >>> "default" in shipped_recipes()
+    True
+    """
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe by its shipped name or the path of a TOML file, with some fields replaced.
+
+    Raises ArgumentError for an unknown name, field, or value, FormatError for a file that is not
+    TOML.
+
+    >>> load_recipe("default", {"epochs": 4}).epochs
+    4
+    """
+    path = RECIPES / f"{name}.toml" if name in shipped_recipes() else Path(name)
+    if not path.is_file():
+        raise ArgumentError(
+            f"No recipe {name!r}. Expected one of {', '.join(shipped_recipes())}, "
+            "or the path of a TOML file."
+        )
+    values = {"name": path.stem, **_read_toml(path), **(overrides or {})}
+    return recipe_from(values, where=str(path))
+
+
+def recipe_from(values: Mapping[str, Any], *, where: str) -> Recipe:
+    """A recipe from plain values, each checked against the type of its field."""
+    types = get_type_hints(Recipe)
+    known = {f.name: types[f.name] for f in fields(Recipe)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ArgumentError(
+            f"{where}: unknown {', '.join(unknown)}. A recipe knows {', '.join(known)}."
+        )
+    return Recipe(**{name: _typed(name, known[name], value) for name, value in values.items()})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not a TOML file: {error}.") from error
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    if name == "arms" and isinstance(value, list | tuple):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if name != "arms" and type(value) is kind:
+        return value
+    expected = "a list of names" if name == "arms" else kind.__name__
+    raise ArgumentError(f"Recipe field {name} is {value!r}; expected {expected}.")
+
+
+def _toml(value: Any) -> str:
+    # JSON's spelling of strings, numbers, booleans and lists is TOML's too.
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ArgumentError(message)
+
+
+def _check_counts(recipe: Recipe) -> None:
+    for name in ("epochs", "batch_size", "cycle_epochs", "seeds"):
+        value = getattr(recipe, name)
+        _require(value >= 1, f"Recipe field {name} is {value}; expected 1 or more.")
+    _require(0 <= recipe.shift <= 8, f"shift is {recipe.shift}; expected 0 to 8 pixels.")
+
+
+def _check_rates(recipe: Recipe) -> None:
+    for name in ("rate", "swa_rate", "cycle_high", "cycle_low", "ema_half_life"):
+        value = getattr(recipe, name)
+        ok = 0 < value < float("inf")
+        _require(ok, f"Recipe field {name} is {value}; expected a positive, finite number.")
+    _require(
+        recipe.cycle_low <= recipe.cycle_high,
+        f"cycle_low is {recipe.cycle_low}, above cycle_high, {recipe.cycle_high}; "
+        "a cycle falls from high to low.",
+    )
+    _require(
+        0 <= recipe.momentum < 1, f"momentum is {recipe.momentum}; expected 0 <= momentum < 1."
+    )
+    _require(
+        0 <= recipe.weight_decay < float("inf"),
+        f"weight_decay is {recipe.weight_decay}; expected a finite number from 0 on.",
+    )
+    _require(
+        0 < recipe.final_ratio <= 1,
+        f"final_ratio is {recipe.final_ratio}; expected 0 < final_ratio <= 1.",
+    )
+
+
+def _check_times(recipe: Recipe) -> None:
+    _require(
+        0 <= recipe.constant_until <= recipe.annealed_at <= 1,
+        f"constant_until is {recipe.constant_until} and annealed_at {recipe.annealed_at}; "
+        "expected 0 <= constant_until <= annealed_at <= 1, fractions of the budget.",
+    )
+    _require(
+        0 < recipe.branch_at < 1, f"branch_at is {recipe.branch_at}; expected a fraction of 1."
+    )
+    _require(
+        len(recipe.arms) == 1 or 1 <= recipe.branch_epoch < recipe.epochs,
+        f"With {recipe.epochs} epochs the averaging arms would leave SGD after epoch "
+        f"{recipe.branch_epoch} (branch_at {recipe.branch_at}); they need at least one epoch "
+        "before and one after. Raise epochs.",
+    )
+
+
+def _check_choices(recipe: Recipe) -> None:
+    choices = {"annealing": ("linear", "cosine"), "swa_average": ("epoch", "step")}
+    for name, allowed in choices.items():
+        value = getattr(recipe, name)
+        _require(value in allowed, f"{name} is {value!r}; expected {' or '.join(allowed)}.")
+    _require(
+        recipe.arms == tuple(a for a in ARMS if a in recipe.arms) and "sgd" in recipe.arms,
+        f"arms is {list(recipe.arms)}; expected sgd, then any of swa and cyclic, in this order.",
+    )
+    _require(
+        bool(recipe.name) and "/" not in recipe.name and not recipe.name.startswith("."),
+        f"name is {recipe.name!r}; expected a plain folder name.",
+    )
+    _require(
+        not (recipe.data and recipe.data_folder),
+        "data and data_folder exclude each other; give one.",
+    )
+    _require(
+        not (recipe.model and recipe.batchnorm),
+        "model and batchnorm exclude each other: batchnorm belongs to polyak's own network.",
+    )
+
+
+def with_fields(recipe: Recipe, **changes: Any) -> Recipe:
+    """The same recipe with some fields replaced, checked again."""
+    return dataclasses.replace(recipe, **changes)
