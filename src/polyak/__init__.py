@@ -18,6 +18,14 @@ _HOME_OF = {
     "SWA": "polyak.maths.profiles",
     "Window": "polyak.maths.profiles",
     "PolyakError": "polyak.errors",
+    "Constant": "polyak.maths.schedules",
+    "Cosine": "polyak.maths.schedules",
+    "CyclicLinear": "polyak.maths.schedules",
+    "Linear": "polyak.maths.schedules",
+    "Sawtooth": "polyak.maths.schedules",
+    "Triangular": "polyak.maths.schedules",
+    "Warmup": "polyak.maths.schedules",
+    "chain": "polyak.maths.schedules",
 }
 
 if TYPE_CHECKING:
@@ -28,6 +36,14 @@ if TYPE_CHECKING:
     from polyak.maths.profiles import Annealed as Annealed
     from polyak.maths.profiles import PowerEMA as PowerEMA
     from polyak.maths.profiles import Window as Window
+    from polyak.maths.schedules import Constant as Constant
+    from polyak.maths.schedules import Cosine as Cosine
+    from polyak.maths.schedules import CyclicLinear as CyclicLinear
+    from polyak.maths.schedules import Linear as Linear
+    from polyak.maths.schedules import Sawtooth as Sawtooth
+    from polyak.maths.schedules import Triangular as Triangular
+    from polyak.maths.schedules import Warmup as Warmup
+    from polyak.maths.schedules import chain as chain
 
 __all__ = sorted([*_HOME_OF, "__version__"])  # noqa: PLE0605 - built from the table above
 

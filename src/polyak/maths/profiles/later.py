@@ -25,6 +25,7 @@ class After(Profile):
 
     Raises ArgumentError for a negative start, and for an EMA that keeps its first weights.
 
+    >>> from polyak import SWA
     >>> After(100, SWA()).weights([50, 100, 110, 120]).tolist()
     [0.0, 0.0, 0.5, 0.5]
     """
@@ -60,8 +61,8 @@ class After(Profile):
 
     def interval_mass(self, a: float, b: float, now: float) -> float:
         """The inner interval's mass, time counted from the start."""
-        begin, end = self._elapsed(a), self._elapsed(b) + _TINY
-        return self.profile.interval_mass(begin, end, self._elapsed(now) + _TINY)
+        begin, end = self._elapsed(a), self._elapsed(b)
+        return self.profile.interval_mass(begin, end, self._elapsed(now)) if end else 0.0
 
     def share(self, now: float, dt: float) -> float:
         """The inner share of what lies after the start; 0 before it."""
