@@ -1,0 +1,83 @@
+"""Fair timing: candidates take turns in one run, and what counts is the median of their ratios.
+
+A machine's speed drifts within seconds (clocks, other processes), so each round runs every
+candidate once, in an order that rotates, and the ratio to the base is taken within the round.
+Every benchmark prints one JSON line per figure.
+
+    times = interleaved({"add_": lambda: x.add_(y), "ours": average.update}, rounds=30)
+    figure("update", model="64 x 1M", ratio=times.ratio("ours", "add_"))
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each candidate, round by round."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median seconds of a candidate."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median over the rounds of the time of `name` divided by that of `base`."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20, device: str = "cpu"
+) -> Times:
+    """Run every candidate once a round, in rotating order, after one round that is not counted."""
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds + 1):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            elapsed = _timed(candidates[name], device)
+            if index:
+                seconds[name].append(elapsed)
+    return Times(seconds)
+
+
+def figure(name: str, **values: Any) -> None:
+    """Print one JSON line: what was measured, the figures (4 digits), and on what."""
+    rounded = {key: _rounded(value) for key, value in values.items()}
+    print(json.dumps({"figure": name, **rounded, **_where()}), flush=True)
+
+
+def _timed(call: Callable[[], object], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _where() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
