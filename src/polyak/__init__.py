@@ -21,6 +21,7 @@ _HOME_OF = {
     "Constant": "polyak.maths.schedules",
     "Cosine": "polyak.maths.schedules",
     "CyclicLinear": "polyak.maths.schedules",
+    "LRSchedule": "polyak.averaging.lr_schedule",
     "Linear": "polyak.maths.schedules",
     "Sawtooth": "polyak.maths.schedules",
     "Triangular": "polyak.maths.schedules",
@@ -29,6 +30,7 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.errors import PolyakError as PolyakError
     from polyak.maths.profiles import EMA as EMA
     from polyak.maths.profiles import SWA as SWA

@@ -1,0 +1,119 @@
+"""A torch learning-rate scheduler in closed form: the rate is a function of the step, nothing else."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from polyak.errors import ArgumentError, FormatError
+from polyak.maths.schedules import Schedule
+
+
+class LRSchedule(LRScheduler):
+    r"""Sets the rate of every parameter group from a schedule: $lr_g = schedule(step) \cdot scale_g$.
+
+    The rate is absolute, whatever `initial_lr` or the rate so far say. Call `step()` after each
+    `optimizer.step()`, as with torch's schedulers; `last_epoch` counts the completed steps.
+
+    `scales` holds one factor per group, 1 unless given; change the list to change the factors. A
+    group that `add_param_group` brings later gets 1. Rates that are tensors are written in place,
+    without waiting for their device.
+
+    The state is the step and the scales, and loading it writes the rates. So it works in every
+    order: built, loaded and stepped before or after the optimizer's own state is loaded, alone or
+    with others of its kind in a `SequentialLR`. Mixed with torch's own schedulers it works when
+    the optimizer's state is loaded last.
+
+    Raises ArgumentError for groups that came with different rates and no `scales` (they would be
+    flattened silently), and for scales that do not fit the groups.
+
+    >>> import torch, polyak
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    >>> schedule = polyak.chain((2, polyak.Constant(0.1)), (2, polyak.Linear(0.1, 0.05)))
+    >>> lr = polyak.LRSchedule(optimizer, schedule)
+    >>> for _ in range(3):
+    ...     optimizer.step()
+    ...     lr.step()
+    >>> [round(rate, 6) for rate in lr.get_last_lr()], lr.state_dict()
+    ([0.075], {'step': 3, 'scales': [1.0]})
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, schedule: Schedule, scales: Sequence[float] | None = None
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ArgumentError(
+                f"Expected a schedule, as polyak.chain or polyak.Constant make; found {schedule!r}."
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise ArgumentError(f"Expected a torch optimizer; found {type(optimizer).__name__}.")
+        self.schedule = schedule
+        self.scales = _checked(scales, optimizer)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """The rate of each group at the present step, as floats."""
+        groups = len(self.optimizer.param_groups)
+        self.scales.extend([1.0] * (groups - len(self.scales)))
+        rate = self.schedule(self.last_epoch)
+        return [rate * scale for scale in self.scales[:groups]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """`step` and `scales`: plain numbers, which `torch.load(weights_only=True)` reads."""
+        return {"step": self.last_epoch, "scales": list(self.scales)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the state's step and write its rates into the optimizer.
+
+        Raises FormatError for the state of another kind of scheduler; nothing is changed then.
+        """
+        step, scales = _read(state_dict)
+        self.scales = scales
+        self.last_epoch = step
+        self._step_count = step + 1
+        # -1 is a scheduler that waits for its turn in a SequentialLR: the rates are another's.
+        if step >= 0:
+            self._update_lr(step)
+
+
+def _checked(scales: Sequence[float] | None, optimizer: Optimizer) -> list[float]:
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if scales is None:
+        if len(set(rates)) > 1:
+            raise ArgumentError(
+                f"The optimizer's groups have different learning rates, {rates}, and one schedule "
+                "would flatten them. Pass scales=, one factor per group: "
+                f"scales={_ratios(rates)} keeps their ratios."
+            )
+        return [1.0] * len(rates)
+    factors = [float(scale) for scale in scales]
+    if len(factors) != len(rates):
+        raise ArgumentError(f"scales has {len(factors)} factors for {len(rates)} parameter groups.")
+    if not all(0 <= factor < math.inf for factor in factors):
+        raise ArgumentError(f"scales is {factors}; expected finite factors, 0 or more.")
+    return factors
+
+
+def _ratios(rates: list[float]) -> list[float]:
+    highest = max(rates)
+    return [float(f"{rate / highest:.6g}") for rate in rates]
+
+
+def _read(state: dict[str, Any]) -> tuple[int, list[float]]:
+    try:
+        step = operator.index(state["step"])
+        scales = [float(scale) for scale in state["scales"]]
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(
+            "This is not the state of an LRSchedule: expected 'step' and 'scales', found "
+            f"{sorted(map(str, state))}. The state of another scheduler does not carry over; "
+            "LRSchedule needs only the step: {'step': 1000, 'scales': [1.0]}."
+        ) from None
+    if step < -1 or not all(0 <= scale < math.inf for scale in scales):
+        raise FormatError(f"An LRSchedule cannot be at step {step} with the scales {scales}.")
+    return step, scales
