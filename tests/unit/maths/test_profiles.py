@@ -1,0 +1,129 @@
+"""Known values, domains, and what only some profiles have."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from polyak.errors import ArgumentError
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
+
+
+@pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_the_gammas_of_edm2(std, gamma):
+    assert PowerEMA.from_relative_std(std).gamma == pytest.approx(gamma, abs=0.005)
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.01, 0.05, 0.1, 0.2, 0.28, 0.2886])
+def test_relative_std_round_trip(std):
+    assert PowerEMA.from_relative_std(std).relative_std == pytest.approx(std, rel=1e-9)
+
+
+def test_relative_std_is_that_of_the_profile():
+    profile, now = PowerEMA.from_relative_std(0.1), 1000
+    times = np.arange(1, now + 1)
+    weights = profile.weights(times) @ np.stack([times, times**2.0], axis=1)
+    assert math.sqrt(weights[1] - weights[0] ** 2) / now == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_half_life_halves():
+    profile = EMA.from_half_life(500)
+    weights = profile.weights(range(1, 5001))
+    assert weights[-501] / weights[-1] == pytest.approx(0.5, rel=1e-12)
+    assert profile.half_life(1e7) == pytest.approx(500, rel=1e-9)
+
+
+def test_every_k_steps_keeps_the_horizon():
+    every, tenth = EMA(0.99), EMA(0.99)
+    one_by_one = every.weights(range(1, 1001)).reshape(-1, 10).sum(axis=1)
+    np.testing.assert_allclose(tenth.weights(range(10, 1001, 10)), one_by_one, rtol=1e-12)
+
+
+def test_equal_steps_have_equal_shares_in_swa():
+    assert [SWA().share(n, 1) for n in (1, 2, 3)] == [1, 1 / 2, 1 / 3]
+    np.testing.assert_array_equal(SWA().weights(range(100, 1001, 100)), np.full(10, 0.1))
+
+
+def test_digits_do_not_cancel():
+    # 1 - F(now - dt, now) would lose eight digits here.
+    assert EMA.from_half_life(1e8).share(1e10, 1) == pytest.approx(math.log(2) / 1e8, rel=1e-7)
+    assert PowerEMA(gamma=3).share(1e12, 1) == pytest.approx(4e-12, rel=1e-11)
+    assert PowerEMA(gamma=3).interval_mass(5e11, 5e11 + 1, 1e12) == pytest.approx(5e-13, rel=1e-10)
+
+
+def test_before_its_start_nothing_enters():
+    profile = After(100, SWA())
+    assert [profile.share(t, 1) for t in (1, 99, 100)] == [0, 0, 0]
+    assert [profile.share(t, 1) for t in (101, 102)] == [1, 0.5]
+    assert profile.share(100.5, 1) == 1  # of a step that straddles the start, what lies after it
+    assert profile.start == 100
+    with pytest.raises(ArgumentError, match="empty until 100"):
+        profile.weights([50, 100])
+
+
+@pytest.mark.parametrize("inner", [SWA(), EMA(0.99), PowerEMA(3)])
+def test_before_its_start_nothing_enters_on_a_device(inner):
+    profile = After(100, inner)
+    times = torch.tensor([0.0, 50.0, 100.0, 101.0], dtype=torch.float64)
+    assert [float(profile.share(t, 1.0)) for t in times] == [0, 0, 0, 1]
+
+
+def test_an_ema_that_keeps_the_first_weights_starts_with_them_alone():
+    np.testing.assert_array_equal(EMA(0.9, keep_initial=True).weights([0]), [1.0])
+    with pytest.raises(ArgumentError, match="empty"):
+        EMA(0.9).weights([0])
+
+
+def test_a_window_that_has_moved_on_holds_nothing():
+    with pytest.raises(ArgumentError, match="holds nothing"):
+        Window(5).weights([1, 2, 3], now=20)
+
+
+def test_linear_annealing_is_the_plain_mean():
+    np.testing.assert_allclose(
+        Annealed.shaped("linear").weights(range(1, 9)), np.full(8, 1 / 8), rtol=1e-12
+    )
+
+
+def test_one_s_own_curve():
+    profile = Annealed(curve=quadratic)
+    np.testing.assert_allclose(profile.weights([1, 2]), [0.25, 0.75])
+    assert profile.mean_age(3) == pytest.approx(3 * (1 - 2 / 3), rel=1e-12)
+    assert "quadratic" in repr(profile)
+    assert "0x" not in repr(profile)
+
+
+def quadratic(u: float) -> float:
+    return 1 - u * u
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EMA(0.0), "0 < decay < 1"),
+        (lambda: EMA(1.0), "0 < decay < 1"),
+        (lambda: EMA(500), "from_half_life"),
+        (lambda: EMA(math.nan), "decay"),
+        (lambda: EMA.from_half_life(0), "half-life"),
+        (lambda: EMA.from_half_life(-3), "half-life"),
+        (lambda: EMA.from_half_life(math.inf), "half-life"),
+        (lambda: PowerEMA(-1), "gamma > -1"),
+        (lambda: PowerEMA(math.inf), "finite"),
+        (lambda: PowerEMA.from_relative_std(0), r"0 < std < 0\.2887"),
+        (lambda: PowerEMA.from_relative_std(0.2887), r"0 < std < 0\.2887"),
+        (lambda: Window(0), "positive"),
+        (lambda: Window(math.inf), "finite"),
+        (lambda: Annealed.shaped("exponential"), "cosine, linear, sqrt"),
+        (lambda: Annealed(lambda u: 1 - u / 2), "exactly 0 at 1"),
+        (lambda: Annealed(lambda u: math.exp(-u)), "exactly 0 at 1"),
+        (lambda: Annealed(lambda u: (1 - u) * (1 + 9 * u)), "rises"),
+        (lambda: After(-1, SWA()), "0 or later"),
+        (lambda: After(5, EMA(0.9, keep_initial=True)), "which weights are the first"),
+    ],
+)
+def test_domains(make, message):
+    with pytest.raises(ArgumentError, match=message):
+        make()

@@ -1,0 +1,76 @@
+"""Profiles as text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyak.errors import ArgumentError
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
+from polyak.maths.spelling import EXAMPLES, profile_from, spell
+
+plain = st.one_of(
+    st.just(SWA()),
+    st.builds(EMA, st.floats(1e-9, 1, exclude_max=True), st.just(False)),
+    st.builds(EMA.from_half_life, st.floats(0.001, 1e15)),
+    st.builds(PowerEMA, st.floats(-1, 1e6, exclude_min=True)),
+    st.builds(PowerEMA.from_relative_std, st.floats(1e-4, 0.2886)),
+    st.builds(Window, st.floats(1e-6, 1e15)),
+    st.sampled_from(["linear", "cosine", "sqrt"]).map(Annealed.shaped),
+)
+
+
+@given(plain)
+def test_round_trip(profile):
+    assert profile_from(spell(profile)) == profile
+
+
+@given(plain, st.floats(0, 1e12))
+def test_round_trip_of_a_later_start(profile, start):
+    assert profile_from(spell(After(start, profile))) == After(start, profile)
+
+
+def test_the_first_weights_kept():
+    profile = EMA(0.999, keep_initial=True)
+    assert spell(profile) == "ema:decay=0.999,keep_initial=true"
+    assert profile_from(spell(profile)) == profile
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_examples_are_spelled_as_they_are_read(text):
+    assert spell(profile_from(text)) == text
+
+
+def test_a_later_start_of_a_later_start_is_one():
+    assert spell(After(10, After(5, SWA()))) == "swa:start=15"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Unknown method ''; expected one like swa"),
+        ("0.999", "Unknown method '0.999'"),
+        ("lawa:length=3", "Unknown method"),
+        ("ema", "expected exactly one of half_life, decay"),
+        ("ema:0.999", "bare '0.999'.*ema:half_life=3000 or ema:decay=0.999"),
+        ("ema:500", "bare '500'"),
+        ("ema:decay=0.9,half_life=3", "both"),
+        ("ema:decay=0.9,decay=0.8", "given twice"),
+        ("ema:dacay=0.9", "'dacay'.*half_life, decay, keep_initial, start"),
+        ("ema:decay=0.9,keep_initial=yes", "true or false"),
+        ("ema:decay=3000", "0 < decay < 1"),
+        ("power:std=0.5", "0.2887"),
+        ("window:length=ten", "not a number"),
+        ("window", "exactly one of length"),
+        ("annealed:shape=step", "cosine, linear, sqrt"),
+    ],
+)
+def test_what_is_refused(text, message):
+    with pytest.raises(ArgumentError, match=message):
+        profile_from(text)
+
+
+def test_a_curve_of_one_s_own_has_no_spelling():
+    with pytest.raises(ArgumentError, match="no spelling"):
+        spell(Annealed(lambda u: 1 - u * u))
