@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Split:
-        """The same on a device."""
-        return Split(self.images.to(device), self.labels.to(device))
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The images in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.images[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,11 @@ def own_data(spelling: str) -> Data:
             f"--data {spelling} gave {found}; expected a mapping with train, validation and test, "
             "each a pair (images, labels)."
         )
-    return Data(**{name: _own_split(spelling, name, given[name]) for name in names})
+    data = Data(**{name: _own_split(spelling, name, given[name]) for name in names})
+    shapes = {name: tuple(getattr(data, name).images.shape[1:]) for name in names}
+    if len(set(shapes.values())) > 1:
+        raise ArgumentError(f"--data {spelling}: images are {shapes}; expected one shape.")
+    return data
 
 
 def _own_split(spelling: str, name: str, pair: Any) -> Split:
@@ -191,5 +196,5 @@ def _problem(images: Tensor, labels: Tensor) -> str:
 
 
 def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
-    scaled = torch.from_numpy(np.ascontiguousarray(images)).unsqueeze(1).float().div_(255)
+    scaled = torch.from_numpy(images.astype(np.float32)).unsqueeze(1).div_(255)
     return Split(scaled.sub_(MEAN).div_(STD), torch.from_numpy(labels.astype(np.int64)))

@@ -19,8 +19,7 @@ from polyak.errors import ArgumentError, FormatError
 
 RECIPES = Path(__file__).parent / "recipes"
 ARMS = ("sgd", "swa", "cyclic")
-QUICK: dict[str, Any] = {"epochs": 8, "seeds": 2}
-"""What `--quick` changes: the shape of the run stays, its length does not."""
+QUICK_EPOCHS = 8
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -230,6 +229,19 @@ def _check_choices(recipe: Recipe) -> None:
     )
 
 
-def with_fields(recipe: Recipe, **changes: Any) -> Recipe:
-    """The same recipe with some fields replaced, checked again."""
-    return dataclasses.replace(recipe, **changes)
+def quick_version(recipe: Recipe) -> Recipe:
+    """The run in miniature: 8 epochs, at most 2 seeds, cycles and half-lives in proportion.
+
+    >>> quick = quick_version(Recipe())
+    >>> quick.epochs, quick.branch_epoch, quick.cycle_epochs, quick.name
+    (8, 6, 1, 'default-quick')
+    """
+    ratio = QUICK_EPOCHS / recipe.epochs
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}-quick",
+        epochs=QUICK_EPOCHS,
+        seeds=min(2, recipe.seeds),
+        cycle_epochs=max(1, round(recipe.cycle_epochs * ratio)),
+        ema_half_life=recipe.ema_half_life * ratio,
+    )
