@@ -61,6 +61,12 @@ def test_points_and_the_question_agree(schedule):
 
 
 @every_schedule
+def test_points_lie_in_the_averaging_part_or_at_its_start(schedule):
+    for point in schedule.averaging_points(300):
+        assert schedule.is_averaging(point) or schedule.is_averaging(point - 1)
+
+
+@every_schedule
 def test_points_default_to_the_length(schedule):
     if schedule.total is not None:
         assert schedule.averaging_points() == schedule.averaging_points(schedule.total)

@@ -1,4 +1,4 @@
-"""Profiles as text: how the command line and files name an average.
+"""Profiles and schedules as text: how the command line and files name them.
 
 ==================================================  ===============================================
 ``swa``                                             ``SWA()``
@@ -10,27 +10,20 @@
 ==================================================  ===============================================
 
 Parameters are always named: nobody can tell what ``ema:0.999`` or ``ema:500`` is meant to be.
+A schedule is a list of pieces, each with its number of steps (`schedule_from`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from polyak.errors import ArgumentError
+from polyak.maths import schedules
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile, Window
-
-EXAMPLES = (
-    "swa",
-    "ema:half_life=3000",
-    "ema:decay=0.999",
-    "power:std=0.1",
-    "window:length=10000",
-    "annealed:shape=cosine",
-)
-"""One of each, for help texts and messages."""
+from polyak.maths.wording import Method, a_choice, a_count, a_number, a_word, number, read
 
 
 def profile_from(text: str) -> Profile:
@@ -44,13 +37,8 @@ def profile_from(text: str) -> Profile:
     >>> profile_from("swa:start=500")
     After(start_at=500.0, profile=SWA())
     """
-    method, _, rest = text.strip().partition(":")
-    if method not in _METHODS:
-        raise ArgumentError(f"Unknown method {text!r}; expected one like {', '.join(EXAMPLES)}.")
-    values = _values(text, method, rest)
-    start = values.pop("start", None)
-    profile = _build(text, method, values)
-    return profile if start is None else After(start, profile)
+    profile: Profile = read(text, _PROFILES)
+    return profile
 
 
 def spell(profile: Profile) -> str:
@@ -64,7 +52,7 @@ def spell(profile: Profile) -> str:
     match profile:
         case After():
             inner = spell(_innermost(profile))
-            text = f"{inner}{',' if ':' in inner else ':'}start={_number(profile.start)}"
+            text = f"{inner}{',' if ':' in inner else ':'}start={number(profile.start)}"
         case SWA():
             text = "swa"
         case EMA():
@@ -72,87 +60,98 @@ def spell(profile: Profile) -> str:
         case PowerEMA(gamma):
             text = f"power:{_shortest('gamma', gamma, 'std', profile.relative_std, _gamma_of)}"
         case Window(length):
-            text = f"window:length={_number(length)}"
+            text = f"window:length={number(length)}"
         case Annealed() if profile.shape:
             text = f"annealed:shape={profile.shape}"
         case _:
-            raise ArgumentError(f"{profile} has no spelling: {_spellable()}.")
+            raise ArgumentError(
+                f"{profile} has no spelling; expected one like {', '.join(EXAMPLES)}."
+            )
     return text
 
 
-def _values(text: str, method: str, rest: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        known = [*_METHODS[method], "start"]
-        if not equals or name not in known:
-            found = f"parameter {name!r}" if equals else f"a bare {part.strip()!r}"
-            raise ArgumentError(
-                f"{found} in {text!r}; name what you mean: {_usage(method)} "
-                f"(parameters of {method}: {', '.join(known)})."
-            )
-        if name in values:
-            raise ArgumentError(f"{name} is given twice in {text!r}.")
-        values[name] = _METHODS[method].get(name, _float)(text, value)
-    return values
+def schedule_from(pieces: Iterable[str]) -> schedules.Chain:
+    """The chain of these pieces: constant, linear, cosine, cyclic, sawtooth or triangular.
+
+    Raises ArgumentError as `profile_from` does.
+
+    >>> schedule = schedule_from(["linear:start=0.1,end=0.05,steps=8",
+    ...                           "cyclic:high=0.05,low=0.01,cycle=2,steps=4"])
+    >>> schedule.averaging_points()
+    (8, 10, 12)
+    """
+    return schedules.chain(*(read(piece, _PIECES) for piece in pieces))
 
 
-def _build(text: str, method: str, values: dict[str, Any]) -> Profile:
-    choices = _CHOICES[method]
-    chosen = [name for name in choices if name in values]
-    if choices and len(chosen) != 1:
-        found = "both" if chosen else "neither" if len(choices) > 1 else "none"
-        raise ArgumentError(
-            f"{text!r} gives {found}; expected exactly one of {', '.join(choices)}: {_usage(method)}."
-        )
-    given = values.pop(chosen[0]) if chosen else None
-    return _BUILDERS[chosen[0] if chosen else method](given, **values)
+def _profile(build: Callable[..., Profile]) -> Callable[[dict[str, Any]], Profile]:
+    """The profile of these values, after a later start if there is one."""
+
+    def make(values: dict[str, Any]) -> Profile:
+        start = values.pop("start", None)
+        profile = build(**values)
+        return profile if start is None else After(start, profile)
+
+    return make
 
 
-def _usage(method: str) -> str:
-    return " or ".join(example for example in EXAMPLES if example.startswith(method))
+def _ema(**values: Any) -> Profile:
+    return EMA.from_half_life(**values) if "half_life" in values else EMA(**values)
 
 
-def _float(text: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ArgumentError(f"{value!r} in {text!r} is not a number.") from None
+def _power(std: float | None = None, **values: Any) -> Profile:
+    return PowerEMA(**values) if std is None else PowerEMA.from_relative_std(std)
 
 
-def _bool(text: str, value: str) -> bool:
-    if value.lower() not in ("true", "false"):
-        raise ArgumentError(f"{value!r} in {text!r}; expected true or false.")
-    return value.lower() == "true"
-
-
-def _word(text: str, value: str) -> str:
-    return value
-
-
-_METHODS: dict[str, dict[str, Callable[[str, str], Any]]] = {
-    "swa": {},
-    "ema": {"half_life": _float, "decay": _float, "keep_initial": _bool},
-    "power": {"std": _float, "gamma": _float},
-    "window": {"length": _float},
-    "annealed": {"shape": _word},
+_START = {"start": a_number}
+_PROFILES = {
+    "swa": Method(_profile(SWA), _START, examples=("swa",)),
+    "ema": Method(
+        _profile(_ema),
+        {"half_life": a_number, "decay": a_number, "keep_initial": a_choice, **_START},
+        needs=(("half_life", "decay"),),
+        examples=("ema:half_life=3000", "ema:decay=0.999"),
+    ),
+    "power": Method(
+        _profile(_power),
+        {"std": a_number, "gamma": a_number, **_START},
+        needs=(("std", "gamma"),),
+        examples=("power:std=0.1",),
+    ),
+    "window": Method(
+        _profile(Window),
+        {"length": a_number, **_START},
+        needs=(("length",),),
+        examples=("window:length=10000",),
+    ),
+    "annealed": Method(
+        _profile(Annealed.shaped),
+        {"shape": a_word, **_START},
+        needs=(("shape",),),
+        examples=("annealed:shape=cosine",),
+    ),
 }
-# Of these exactly one is given.
-_CHOICES = {
-    "swa": (),
-    "ema": ("half_life", "decay"),
-    "power": ("std", "gamma"),
-    "window": ("length",),
-    "annealed": ("shape",),
-}
-_BUILDERS: dict[str, Callable[..., Profile]] = {
-    "swa": lambda _: SWA(),
-    "half_life": EMA.from_half_life,
-    "decay": EMA,
-    "std": PowerEMA.from_relative_std,
-    "gamma": PowerEMA,
-    "length": Window,
-    "shape": Annealed.shaped,
+EXAMPLES = tuple(example for method in _PROFILES.values() for example in method.examples)
+"""One of each profile, for help texts and messages."""
+
+
+def _piece(build: Callable[..., schedules.Schedule], example: str) -> Method:
+    names = [part.split("=")[0] for part in example.partition(":")[2].split(",")]
+    readers = {name: a_count if name in ("cycle", "steps") else a_number for name in names}
+
+    def make(values: dict[str, Any]) -> tuple[int, schedules.Schedule]:
+        return values.pop("steps"), build(**values)
+
+    return Method(make, readers, needs=tuple((name,) for name in names), examples=(example,))
+
+
+_CYCLE = "high=0.05,low=0.01,cycle=10,steps=40"
+_PIECES = {
+    "constant": _piece(schedules.Constant, "constant:rate=0.1,steps=50"),
+    "linear": _piece(schedules.Linear, "linear:start=0.1,end=0.01,steps=50"),
+    "cosine": _piece(schedules.Cosine, "cosine:start=0.1,end=0.01,steps=50"),
+    "cyclic": _piece(schedules.CyclicLinear, f"cyclic:{_CYCLE}"),
+    "sawtooth": _piece(schedules.Sawtooth, f"sawtooth:{_CYCLE}"),
+    "triangular": _piece(schedules.Triangular, f"triangular:{_CYCLE}"),
 }
 
 
@@ -180,14 +179,6 @@ def _shortest(
     """`name=value`, or the other parametrisation where its six digits say exactly the same."""
     short = float(f"{converted:.6g}")
     with contextlib.suppress(ArgumentError):  # rounded out of its domain
-        if len(_number(short)) < len(_number(value)) and back(short) == value:
-            return f"{other}={_number(short)}"
-    return f"{name}={_number(value)}"
-
-
-def _spellable() -> str:
-    return f"expected one of polyak's own profiles, like {', '.join(EXAMPLES)}"
-
-
-def _number(value: float) -> str:
-    return repr(float(value)).removesuffix(".0")
+        if len(number(short)) < len(number(value)) and back(short) == value:
+            return f"{other}={number(short)}"
+    return f"{name}={number(value)}"

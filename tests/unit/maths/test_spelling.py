@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from polyak.errors import ArgumentError
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
-from polyak.maths.spelling import EXAMPLES, profile_from, spell
+from polyak.maths.schedules import Constant, Cosine, CyclicLinear, chain
+from polyak.maths.spelling import EXAMPLES, profile_from, schedule_from, spell
 
 plain = st.one_of(
     st.just(SWA()),
@@ -52,17 +53,17 @@ def test_a_later_start_of_a_later_start_is_one():
         ("", "Unknown method ''; expected one like swa"),
         ("0.999", "Unknown method '0.999'"),
         ("lawa:length=3", "Unknown method"),
-        ("ema", "expected exactly one of half_life, decay"),
+        ("ema", "needs half_life or decay; found none"),
         ("ema:0.999", "bare '0.999'.*ema:half_life=3000 or ema:decay=0.999"),
         ("ema:500", "bare '500'"),
-        ("ema:decay=0.9,half_life=3", "both"),
+        ("ema:decay=0.9,half_life=3", "found half_life and decay"),
         ("ema:decay=0.9,decay=0.8", "given twice"),
         ("ema:dacay=0.9", "'dacay'.*half_life, decay, keep_initial, start"),
         ("ema:decay=0.9,keep_initial=yes", "true or false"),
         ("ema:decay=3000", "0 < decay < 1"),
         ("power:std=0.5", "0.2887"),
         ("window:length=ten", "not a number"),
-        ("window", "exactly one of length"),
+        ("window", "needs length; found none"),
         ("annealed:shape=step", "cosine, linear, sqrt"),
     ],
 )
@@ -74,3 +75,35 @@ def test_what_is_refused(text, message):
 def test_a_curve_of_one_s_own_has_no_spelling():
     with pytest.raises(ArgumentError, match="no spelling"):
         spell(Annealed(lambda u: 1 - u * u))
+
+
+def test_a_schedule_of_pieces():
+    pieces = [
+        "constant:rate=0.1,steps=50",
+        "cosine:start=0.1,end=0.01,steps=50",
+        "cyclic:high=0.05,low=0.01,cycle=10,steps=40",
+    ]
+    assert schedule_from(pieces) == chain(
+        (50, Constant(0.1)),
+        (50, Cosine(0.1, 0.01)),
+        (40, CyclicLinear(high=0.05, low=0.01, cycle=10)),
+    )
+    assert schedule_from(["linear:start=1,end=0,steps=2"])(1) == 0.5
+    assert schedule_from(["sawtooth:high=1,low=0,cycle=2,steps=4"])(1) == 1
+    assert schedule_from(["triangular:high=1,low=0,cycle=2,steps=4"])(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        ("step:rate=1", "Unknown method.*constant:rate=0.1,steps=50"),
+        ("constant:rate=0.1", "needs steps"),
+        ("constant:0.1,steps=5", "bare '0.1'"),
+        ("constant:rate=0.1,steps=2.5", "whole number"),
+        ("constant:rate=0.1,steps=0", "1 or more"),
+        ("cyclic:high=0.1,low=0.2,cycle=3,steps=9", "low <= high"),
+    ],
+)
+def test_pieces_that_are_refused(piece, message):
+    with pytest.raises(ArgumentError, match=message):
+        schedule_from([piece])

@@ -35,6 +35,10 @@ class Schedule(ABC):
         """The same schedule with this length, where it has none of its own; `chain` calls it."""
         return self
 
+    def is_averaging(self, step: int) -> bool:
+        """Whether the step belongs to a part whose weights are averaged, one of the cycles."""
+        return False
+
     def averages_after(self, completed: int) -> bool:
         """Whether the weights are to be averaged after this many completed steps."""
         return False
@@ -87,6 +91,10 @@ class PerEpoch(Schedule):
 
     def _rate(self, step: int) -> float:
         return self.schedule(step // self.steps_per_epoch)
+
+    def is_averaging(self, step: int) -> bool:
+        """As the inner one in this epoch."""
+        return self.schedule.is_averaging(count("step", step) // self.steps_per_epoch)
 
     def averages_after(self, completed: int) -> bool:
         """At the ends of those epochs after which the inner one averages."""

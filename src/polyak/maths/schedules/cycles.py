@@ -33,6 +33,10 @@ class _Cyclic(Schedule):
     def _first_point(self) -> int:
         """The completed steps after which weights are averaged first; then once a cycle."""
 
+    def is_averaging(self, step: int) -> bool:
+        """Always."""
+        return True
+
     def averages_after(self, completed: int) -> bool:
         """Once a cycle, where the rate just used was the lowest."""
         since = count("completed", completed) - self._first_point

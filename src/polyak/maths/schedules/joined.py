@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -52,11 +53,19 @@ class Chain(Schedule):
         """The step at which each piece begins."""
         return (0, *accumulate(steps for steps, _ in self.pieces[:-1]))
 
+    def piece_at(self, step: int) -> tuple[int, Schedule]:
+        """The step at which the piece of this step began, and its schedule."""
+        k = max(0, bisect_right(self.starts, step) - 1)
+        return self.starts[k], self.pieces[k][1]
+
     def _rate(self, step: int) -> float:
-        for start, (steps, schedule) in zip(self.starts, self.pieces, strict=True):
-            if step < start + steps:
-                return schedule(step - start)
+        start, schedule = self.piece_at(step)
         return schedule(step - start)
+
+    def is_averaging(self, step: int) -> bool:
+        """As the piece of this step."""
+        start, schedule = self.piece_at(count("step", step))
+        return schedule.is_averaging(step - start)
 
     def averages_after(self, completed: int) -> bool:
         """Whether any piece says so; where two meet, the one that ends and the one that begins."""
@@ -124,6 +133,10 @@ class Warmup(Schedule):
 
     def _rate(self, step: int) -> float:
         return min(1.0, (step + 1) / self.length) * self.schedule(step)
+
+    def is_averaging(self, step: int) -> bool:
+        """As the inner schedule."""
+        return self.schedule.is_averaging(step)
 
     def averages_after(self, completed: int) -> bool:
         """As the inner schedule."""
