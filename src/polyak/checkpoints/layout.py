@@ -29,6 +29,9 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 MAX_DIMENSIONS = 64
 """As many dimensions as torch and NumPy can hold."""
 
+MAX_SIZE = 2**62
+"""Above any tensor, and below what 64-bit integers hold."""
+
 
 class ByteFile(ABC):
     """A file whose size is known and whose bytes can be read at any place, by any thread."""
@@ -149,6 +152,8 @@ def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
         raise FormatError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPE_BITS)}.")
     if len(shape) > MAX_DIMENSIONS:
         raise FormatError(f"{len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible.")
+    if any(size >= MAX_SIZE for size in shape):
+        raise FormatError(f"shape {str(list(shape))[:200]} is larger than any tensor can be.")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
         raise FormatError(f"shape {list(shape)} of {dtype} does not fill whole bytes.")

@@ -1,0 +1,63 @@
+"""The training step that a checkpoint belongs to."""
+
+from __future__ import annotations
+
+import re
+
+from polyak.checkpoints.jsons import read_json
+from polyak.checkpoints.layout import Checkpoint
+from polyak.checkpoints.places import Place
+from polyak.errors import FormatError
+
+_STEP = re.compile(
+    r"(?:step|checkpoint|ckpt|iter|iteration|update|snapshot)s?[-_=.]?0*(\d{1,15})(?=$|[-_.=])",
+    re.IGNORECASE,
+)
+_OTHER = re.compile(
+    r"(?:^|(?:epoch|ep|model|weights|net)[-_=.]?)0*(\d{1,15})(?=$|[-_.=])", re.IGNORECASE
+)
+
+
+def natural_step(place: Place, checkpoint: Checkpoint) -> int | None:
+    """The step from what the checkpoint says itself, else from its name, else None.
+
+    In this order: `trainer_state.json` of Transformers, `global_step` or `step` in the file
+    (Lightning and most loops; `time` in files of polyak whose unit is steps), the name.
+    """
+    written = _trainer_step(place)
+    for key in ("global_step", "step", "time"):
+        usable = key != "time" or checkpoint.metadata.get("unit") == "steps"
+        if written is None and usable:
+            written = _whole(checkpoint.metadata.get(key, ""))
+    return step_in_name(place.name) if written is None else written
+
+
+def step_in_name(name: str) -> int | None:
+    """The step in the name of a file or folder: the last number after step, checkpoint, iter, ...
+
+    Without such a word the only number after epoch, model, weights or net, or at the very beginning,
+    counts. Other numbers (`resnet-50.pt`, `llama-3-8B`) are no steps.
+
+    >>> [step_in_name(name) for name in ("checkpoint-500", "epoch=3-step=500.ckpt", "resnet-50.pt")]
+    [500, 500, None]
+    """
+    stem = re.sub(r"\.(safetensors|pt|pth|bin|ckpt|npz|tar|index\.json)$", "", name)
+    stem = re.sub(r"-\d{5}-of-\d{5}", "", stem)
+    if steps := _STEP.findall(stem):
+        return int(steps[-1])
+    others = _OTHER.findall(stem)
+    return int(others[0]) if len(others) == 1 else None
+
+
+def _trainer_step(place: Place) -> int | None:
+    if not place.is_folder() or "trainer_state.json" not in place.names():
+        return None
+    step = read_json(place.inside("trainer_state.json").file()).get("global_step")
+    if type(step) is not int or step < 0:
+        raise FormatError(f"{place.path}/trainer_state.json: global_step is {str(step)[:50]!r}.")
+    return step
+
+
+def _whole(text: str) -> int | None:
+    match = re.fullmatch(r"(\d{1,15})(?:\.0+)?", text)
+    return int(match[1]) if match else None
