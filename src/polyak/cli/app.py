@@ -11,6 +11,12 @@ from polyak.errors import PolyakError
 
 app = App(name="polyak", help="Average the weights of neural networks.", version=polyak.__version__)
 # One line a command: app.command("polyak.cli.train:train"), in the order of --help.
+app.command(
+    "polyak.cli.schedule:schedule",
+    help="Print or draw a learning-rate schedule and when it averages.",
+)
+app.command("polyak.cli.report:report", help="Make the page of a finished run again.")
+app.command("polyak.cli.compare:compare", help="Put finished runs side by side.")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -120,14 +120,18 @@ def along_rays(
     normalisation by filter or layer. The same seed gives the same directions for every centre, so
     that centres compare ray by ray.
     """
-    points = [
-        centre + distance * direction.to(centre.device)
-        for direction in _directions(len(centre), n_rays, seed)
-        for distance in distances
+    away = [distance for distance in distances if distance != 0]
+    directions = [
+        direction.to(centre.device) for direction in _directions(len(centre), n_rays, seed)
     ]
-    flat = _measure(surface, points)
-    shape = (n_rays, len(distances))
-    return Rays(np.asarray(distances, float), {k: v.reshape(shape) for k, v in flat.items()})
+    points = [centre + distance * direction for direction in directions for distance in away]
+    # The centre is common to all rays and measured once, first.
+    flat = _measure(surface, [centre, *points])
+    column = {distance: 1 + i for i, distance in enumerate(away)} | {0: 0}
+    at = np.array([column[distance] for distance in distances])
+    rays = np.arange(n_rays)[:, None] * len(away)
+    index = np.where(at == 0, 0, at + rays)
+    return Rays(np.asarray(distances, float), {name: flat[name][index] for name in flat})
 
 
 def along_segments(surface: Surface, points: Sequence[Tensor], *, n_inner: int = 5) -> Segments:

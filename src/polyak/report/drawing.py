@@ -1,0 +1,96 @@
+"""From a function that takes an `ax` to pictures: SVG for the page, PNG for everything else.
+
+The page shows one SVG in light and in dark: what is drawn in the foreground colour becomes
+`currentColor`, the background stays transparent, and the colours of the curves read on both.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyak.checkpoints.files import replacing
+from polyak.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, GREY = "#3987d6", "#e07b00", "#1f9e77", "#8a8f98"
+"""Told apart by the colour-blind (Okabe and Ito's hues), at least 3:1 on white and on #14171c."""
+
+_INK = "#1b1f24"  # nothing but lines and text in the foreground: the page makes it currentColor
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture: what it is called, what it shows to who cannot see it, how it is drawn."""
+
+    name: str
+    alt: str
+    draw: Callable[[Axes], None]
+    size_inches: tuple[float, float] = (4.2, 3.1)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture drawn: an `<svg>` element for a page, and a PNG on white."""
+
+    picture: Picture
+    svg: str
+    png: bytes
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib with polyak's style file.
+
+    Raises MissingExtra where matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib import style as styles
+    except ImportError as error:
+        raise MissingExtra.of("matplotlib", "report", "Drawing") from error
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    ink: dict[str, Any] = dict.fromkeys((*names, "legend.labelcolor", "axes.titlecolor"), _INK)
+    ink |= {"grid.color": _INK, "grid.alpha": 0.15}
+    with as_file(files("polyak.report") / "polyak.mplstyle") as path, mpl.rc_context():
+        styles.use(path)
+        for name, value in ink.items():
+            mpl.rcParams[name] = value  # type: ignore[index] # the stubs list the names one by one
+        yield
+
+
+def draw(picture: Picture, prefix: str = "") -> Drawing:
+    """Draw a picture once, for the page and as a PNG; the ids of the SVG begin with `prefix`."""
+    with style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=picture.size_inches)
+        picture.draw(figure.add_subplot())
+        vector, pixels = io.BytesIO(), io.BytesIO()
+        figure.savefig(vector, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(pixels, format="png")
+    return Drawing(picture, _for_page(vector.getvalue().decode(), prefix), pixels.getvalue())
+
+
+def write_png(drawing: Drawing, folder: Path) -> Path:
+    """Write `<name>.png` into a folder, in place of an older one."""
+    target = folder / f"{drawing.picture.name}.png"
+    with replacing(target, overwrite=True) as part:
+        part.write_bytes(drawing.png)
+    return target
+
+
+def _for_page(text: str, prefix: str) -> str:
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}", text)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
+    return re.sub(r"\n\s*", "\n", text).strip()

@@ -1,0 +1,191 @@
+"""The pictures of a run: each a function that takes an `ax` and plain arrays.
+
+Nothing here knows runs, files or pages: `polyak.report.page` calls these functions, and so can you.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from polyak.report.drawing import BLUE, GREEN, GREY, ORANGE
+from polyak.study.paired import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "sgd": BLUE, "cyclic": GREEN}
+LABELS = {"iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "cyclic": "cyclic"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture."""
+
+    x: ArrayLike
+    y: ArrayLike
+    colour: str = BLUE
+    style: str = "-"
+
+
+def plot_rates(
+    ax: Axes,
+    rates: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    averaged: Mapping[str, tuple[ArrayLike, ArrayLike]],
+) -> None:
+    """The rate of each arm, (x, rate), with its averaged weights marked.
+
+    x is completed epochs; the rate of a step is drawn over that step, and a marker sits at the
+    rate just used.
+    """
+    for name, (x, rate) in rates.items():
+        ax.plot(x, rate, color=COLOURS.get(name, GREY), label=LABELS.get(name, name), lw=1.4)
+    label = "averaged weights"
+    for name, (x, rate) in averaged.items():
+        colour = COLOURS.get(name, GREY)
+        ax.plot(x, rate, "o", ms=4.5, color=colour, mec="white", mew=0.6, label=label)
+        label = "_nolegend_"
+    ax.set(xlabel="epochs completed", ylabel="learning rate", ylim=(0, None))
+    ax.legend()
+
+
+def plot_history(
+    ax: Axes,
+    curves: Mapping[str, Curve],
+    *,
+    ylabel: str,
+    reference: float | None = None,
+    ylim: tuple[float, float] | None = None,
+    title: str = "",
+) -> None:
+    """Values over epochs; `reference` is drawn across: what SGD ends with."""
+    for label, curve in curves.items():
+        ax.plot(curve.x, curve.y, curve.style, color=curve.colour, label=label, lw=1.5)
+    if reference is not None:
+        ax.axhline(reference, color=GREY, ls=":", lw=1.2, label="SGD at the end")
+    ax.set(xlabel="epochs completed", ylabel=ylabel, title=title)
+    if ylim is not None:
+        ax.set_ylim(*ylim)
+    ax.legend()
+
+
+def plot_reliability(
+    ax: Axes, confidence: ArrayLike, accuracy: ArrayLike, count: ArrayLike, *, title: str
+) -> None:
+    """Accuracy against confidence by bin; the bars below show how many predictions a bin holds.
+
+    Empty bins are left out. On the diagonal a prediction made with 80% confidence is right in 80%
+    of cases; below it the network is too sure of itself.
+    """
+    held = np.asarray(count, float)
+    x, y = (np.asarray(values, float)[held > 0] for values in (confidence, accuracy))
+    ax.bar(x, held[held > 0] / held.sum(), width=0.04, color=GREY, alpha=0.5, label="share held")
+    ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
+    ax.plot(x, y, "o-", ms=4, color=ORANGE if "SWA" in title else BLUE, label="accuracy")
+    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
+    ax.legend(loc="upper left")
+
+
+def plot_line(
+    ax: Axes, positions: ArrayLike, values: ArrayLike, *, ylabel: str, ends: Sequence[str]
+) -> None:
+    """A value along the line between two networks, whose names stand at their places."""
+    x, y = np.asarray(positions, float), np.asarray(values, float)
+    ax.plot(x, y, color=GREEN, lw=1.6)
+    for place, name, colour in zip((0.0, 1.0), ends, (BLUE, ORANGE), strict=True):
+        height = float(np.interp(place, x, y))
+        ax.plot([place], [height], "o", ms=7, color=colour, label=name)
+    ax.set(xlabel=f"position: 0 is {ends[0]}, 1 is {ends[1]}", ylabel=ylabel)
+    ax.legend()
+
+
+def plot_rays(
+    ax: Axes, distances: ArrayLike, values: Mapping[str, NDArray[Any]], *, ylabel: str
+) -> None:
+    """Values along random rays, one array (rays, distances) for each centre: rays thin, mean thick."""
+    x = np.asarray(distances, float)
+    for (name, rows), colour in zip(values.items(), (BLUE, GREEN, ORANGE), strict=False):
+        ax.plot(x, rows.T, color=colour, lw=0.7, alpha=0.3)
+        ax.plot(x, rows.mean(axis=0), color=colour, lw=2, label=name)
+    ax.set(xlabel="distance along a random direction", ylabel=ylabel)
+    ax.legend()
+
+
+def plot_segments(
+    ax: Axes, positions: ArrayLike, values: NDArray[Any], names: Sequence[str], *, ylabel: str
+) -> None:
+    """Values along the segments from checkpoint to checkpoint; dots at the checkpoints.
+
+    `values` is (segments, positions); `names` has one more entry than there are segments.
+    """
+    inside = np.asarray(positions, float)
+    for index, row in enumerate(values):
+        ax.plot(index + inside, row, color=GREEN, lw=1.6)
+        ax.plot([index, index + 1], row[[0, -1]], color=GREY, lw=0.9, ls=":")
+    ends = np.append(values[:, 0], values[-1, -1])
+    ax.plot(np.arange(len(ends)), ends, "o", ms=4.5, color=BLUE)
+    every = max(1, len(names) // 6)
+    ax.set_xticks(range(0, len(names), every), list(names)[::every])
+    ax.set(xlabel="averaged weights, by epoch", ylabel=ylabel)
+
+
+def plot_plane(
+    ax: Axes,
+    x: ArrayLike,
+    y: ArrayLike,
+    values: NDArray[Any],
+    points: Mapping[str, NDArray[Any]],
+    *,
+    title: str,
+) -> None:
+    """Contours of a value on a plane, `values` (y, x), with named points (n, 2) upon it.
+
+    Levels are spaced evenly in the logarithm of the height above the lowest value, as in the paper:
+    the bottom of a basin stays visible beside its walls.
+    """
+    low, high = float(values.min()), float(values.max())
+    span = max(high - low, 1e-12)
+    levels = low + span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
+    shape = ax.contourf(x, y, values, levels=levels, cmap="viridis")
+    marks = ("o", "s", "*", "D", "^")
+    for (name, at), mark in zip(points.items(), marks, strict=False):
+        line = "-" if len(at) > 2 else ""
+        ax.plot(
+            at[:, 0], at[:, 1], line + mark, color="white", mfc=_mark_colour(name), mec="white",
+            ms=11 if mark == "*" else 6, lw=0.8, mew=0.8, label=name,
+        )  # fmt: skip
+    ax.figure.colorbar(shape, ax=ax, format="%.3g")
+    ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def _mark_colour(name: str) -> str:
+    return ORANGE if "SWA" in name else BLUE
+
+
+def plot_results(
+    ax: Axes,
+    labels: Sequence[str],
+    values: Mapping[str, Sequence[Estimate | None]],
+    *,
+    xlabel: str,
+) -> None:
+    """Means with standard errors, a row for each label and a colour for each run."""
+    colours = (BLUE, ORANGE, GREEN, GREY)
+    for index, (name, row) in enumerate(values.items()):
+        held = [(i, value) for i, value in enumerate(row) if value is not None]
+        offset = 0.5 * ((index + 0.5) / len(values) - 0.5)
+        ax.errorbar(
+            [value.mean for _, value in held],
+            [i + offset for i, _ in held],
+            xerr=[value.error or 0.0 for _, value in held],
+            fmt="o", ms=4, color=colours[index % len(colours)], label=name,
+        )  # fmt: skip
+    ax.set_yticks(range(len(labels)), list(labels))
+    ax.set(xlabel=xlabel)
+    ax.invert_yaxis()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -1,0 +1,195 @@
+"""What there is to see in each picture, in one sentence written from the measured values.
+
+Either sign is a result: where averaging did not help, the sentence says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from polyak.report.measure import ERROR, LOSS, Landscape
+from polyak.report.tables import BASELINE, Finals, Row, row_label
+from polyak.study.landscape import Rays, Segments
+from polyak.study.paired import Estimate
+
+ONE_BASIN = 0.05
+"""Checkpoints are in one basin where no barrier exceeds this fraction of the loss at their ends."""
+
+
+def difference(name: str, other: str, value: Estimate | None, unit: str, digits: int) -> str:
+    """`SWA's is 0.30 points lower than SGD's (95% interval 0.10 to 0.50, 5 seeds)`.
+
+    Where the interval holds 0, or there is a single seed, the sentence claims nothing.
+
+    >>> difference("SWA", "SGD", Estimate(-0.3, 0.02, 3), "points", 2)
+    "SWA's is 0.30 points lower than SGD's (95% interval 0.21 to 0.39, 3 seeds)"
+    """
+    if value is None:
+        return f"there is no seed to compare {name} with {other}"
+    size = f"{abs(value.mean):.{digits}f} {unit}"
+    word = "lower" if value.mean < 0 else "higher"
+    half = value.half_width()
+    if half is None:
+        return f"{name}'s is {size} {word} than {other}'s, in a single seed, which shows no spread"
+    low, high = abs(value.mean) - half, abs(value.mean) + half
+    if value.sign == 0:
+        return (
+            f"{name}'s is not told apart from {other}'s: {size} {word} on average, "
+            f"± {half:.{digits}f} at 95% over {value.n} seeds"
+        )
+    interval = f"95% interval {low:.{digits}f} to {high:.{digits}f}, {value.n} seeds"
+    return f"{name}'s is {size} {word} than {other}'s ({interval})"
+
+
+def verdict(finals: Finals, arm: str) -> str:
+    """The answer of the run in three sentences: against its own iterate, against SGD, calibration."""
+    average: Row = (arm, "swa")
+    own = difference(
+        "SWA", "the iterate of the same run", finals.difference(average, "error", to=(arm, "iterate")),
+        "points", 2,
+    )  # fmt: skip
+    sgd = difference("SWA", "annealed SGD", finals.difference(average, "error"), "points", 2)
+    nll = difference("SWA", "SGD", finals.difference(average, "nll"), "nats", 3)
+    scaled = difference("SWA", "SGD", finals.difference(average, "nll_scaled"), "nats", 3)
+    return (
+        f"Test error: {own}. At the same budget {sgd}. Negative log-likelihood: {nll}; "
+        f"after temperature scaling {scaled}."
+    )
+
+
+def about_table(finals: Finals) -> str:
+    """Which row is best, and whether that is an average."""
+    rows = finals.rows
+    best = min(rows, key=lambda row: finals.mean(row, "error").mean)
+    calm = min(rows, key=lambda row: finals.mean(row, "nll").mean)
+    text = (
+        f"Lowest test error: {row_label(best)}, {finals.mean(best, 'error').mean:.2f}%; "
+        f"lowest NLL: {row_label(calm)}, {finals.mean(calm, 'nll').mean:.4f}."
+    )
+    if best == BASELINE:
+        text += " No average beat annealed SGD in error here."
+    return text
+
+
+def about_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
+    """`arms` gives the highest and lowest rate of each, `averaged` how many weights it averages."""
+    high, low = arms["sgd"]
+    parts = [f"SGD falls from {high:g} to {low:g}"]
+    for arm, count in averaged.items():
+        top, bottom = arms[arm]
+        way = f"stays at {top:g}" if top == bottom else f"cycles from {top:g} down to {bottom:g}"
+        parts.append(
+            f"the {arm.upper() if arm == 'swa' else arm} arm {way} and averages {count} sets of weights"
+        )
+    return "; ".join(parts) + "."
+
+
+def about_history(last: Mapping[Row, float], unit: str, digits: int, what: str) -> str:
+    """`last` is the last validation value of each row, averaged over seeds."""
+    sgd = last[BASELINE]
+    parts = []
+    for arm in dict.fromkeys(arm for arm, weights in last if weights == "swa"):
+        iterate, average = last[arm, "iterate"], last[arm, "swa"]
+        change = "below" if average < iterate else "not below"
+        against = "below" if average < sgd else "not below"
+        parts.append(
+            f"the {'SWA' if arm == 'swa' else arm} arm's average ends at {average:.{digits}f}{unit}, "
+            f"{change} its own iterate ({iterate:.{digits}f}{unit}) and {against} SGD's"
+        )
+    start = f"Validation {what}: SGD ends at {sgd:.{digits}f}{unit}"
+    return "; ".join([start, *parts]) + "."
+
+
+def about_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str, float]) -> str:
+    """How sure each network is against how often it is right, in percent."""
+    parts = []
+    for name, b in bins.items():
+        total = sum(b["count"])
+        sure, right = (
+            100 * sum(v * n for v, n in zip(b[key], b["count"], strict=True)) / total
+            for key in ("confidence", "accuracy")
+        )
+        parts.append(
+            f"{name} is {sure:.1f}% sure and {right:.1f}% right (off by {ece[name]:.1f} on average)"
+        )
+    return "; ".join(parts) + "."
+
+
+def about_line(land: Landscape) -> str:
+    """Where along the line each curve is lowest."""
+    t = land.line.positions
+    loss, error = land.line.values[LOSS], land.line.values[ERROR]
+    at_loss, at_error = float(t[loss.argmin()]), float(t[error.argmin()])
+    at = {name: int(np.abs(t - place).argmin()) for name, place in (("SGD", 0), ("SWA", 1))}
+    ends = (
+        f"SGD has {loss[at['SGD']]:.3f} nats and {error[at['SGD']]:.1f}%, "
+        f"SWA {loss[at['SWA']]:.3f} nats and {error[at['SWA']]:.1f}%"
+    )
+    if at_error > at_loss and error[at["SWA"]] <= error[at["SGD"]]:
+        shift = "the test error is lowest farther towards SWA than the training loss is"
+    elif error[at["SWA"]] <= error[at["SGD"]]:
+        shift = (
+            "the two lowest points are not shifted in SWA's favour, though its error is no higher"
+        )
+    else:
+        shift = "SWA's end is the worse one here: averaging did not help"
+    return (
+        f"Training loss is lowest at {at_loss:.2f}, test error at {at_error:.2f}; {ends}: {shift}."
+    )
+
+
+def about_rays(rays: Mapping[str, Rays]) -> str:
+    """How much the training loss rises to the end of the rays, mean over rays."""
+    rise = {name: _rise(value) for name, value in rays.items()}
+    reach = float(next(iter(rays.values())).distances[-1])
+    listed = ", ".join(f"{value:.3f} from {name}" for name, value in rise.items())
+    sgd, swa = rise["SGD"], rise["SWA"]
+    if swa < sgd:
+        end = f"SWA lies flatter than SGD, by a factor of {sgd / max(swa, 1e-9):.1f}"
+        if rise["last iterate"] < 0.5 * (sgd + swa):
+            end += ", but so does nearly the last iterate: the high rate, not the averaging alone, finds the flat place"
+    else:
+        end = "SWA is not flatter than SGD"
+    return f"At distance {reach:.1f} the training loss has risen by {listed} nats: {end}."
+
+
+def _rise(rays: Rays) -> float:
+    rows = rays.values[LOSS]
+    return float((rows[:, -1] - rows[:, 0]).mean())
+
+
+def about_segments(segments: Segments, epochs: list[int]) -> str:
+    """The highest barrier, and whether the checkpoints share a basin."""
+    barriers = segments.barriers(LOSS)
+    worst = int(barriers.argmax())
+    height, ends = float(barriers[worst]), float(segments.values[LOSS][worst, [0, -1]].mean())
+    where = f"between epochs {epochs[worst]} and {epochs[worst + 1]}"
+    if height <= 0:
+        return "No segment rises above the line between its ends: the checkpoints share one basin."
+    share = height / ends
+    reading = "one basin" if share < ONE_BASIN else "more than one basin, where averaging is a risk"
+    return (
+        f"The highest barrier is {height:.4f} nats, {where}, {100 * share:.1f}% of the loss at its "
+        f"ends: {reading}."
+    )
+
+
+def about_plane(land: Landscape, segments: Segments) -> str:
+    """The average against the iterates it is made of, whose values the segments hold."""
+    values = {key: segments.values[key] for key in (LOSS, ERROR)}
+    iterates = {key: np.append(rows[:, 0], rows[-1, -1]) for key, rows in values.items()}
+    at = int(np.abs(land.line.positions - 1).argmin())
+    loss, error = (float(land.line.values[key][at]) for key in (LOSS, ERROR))
+    below = int((iterates[LOSS] > loss).sum())
+    better = int((iterates[ERROR] > error).sum())
+    n = len(land.epochs)
+    text = (
+        f"The average has a lower training loss than {below} of the {n} weights it is made of and "
+        f"a lower test error than {better} of them ({loss:.3f} nats and {error:.1f}%, theirs "
+        f"{iterates[LOSS].mean():.3f} and {iterates[ERROR].mean():.1f}% on average)"
+    )
+    end = "it lies inside, they at the walls" if 2 * below > n else "averaging did not help here"
+    return f"{text}: {end}; it is {land.average[2]:.2f} away from this plane."

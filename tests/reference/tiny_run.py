@@ -1,0 +1,87 @@
+"""A run folder made in a moment: random weights and made-up records in the format of `polyak train`."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from polyak.training.recipe import Recipe
+from polyak.training.run import Run, weights_path
+
+EPOCHS, BRANCH, SEEDS = 8, 6, 3
+SIZE = 12
+
+
+def images():
+    """60 images of 12 pixels for each split, 10 classes; named by the recipe's `data`."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda: (torch.randn(60, 1, SIZE, SIZE, generator=generator), torch.arange(60) % 10)  # noqa: E731
+    return {"train": make(), "validation": make(), "test": make()}
+
+
+def make_run(folder, *, arms=("sgd", "swa", "cyclic"), **fields):
+    """Write a finished run and return its folder; `fields` go to the recipe."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    recipe = Recipe(
+        name=folder.name, epochs=EPOCHS, seeds=SEEDS, arms=arms, cycle_epochs=1,
+        data="reference.tiny_run:images", device="cpu", **fields,
+    )  # fmt: skip
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    records = [r for seed in range(SEEDS) for arm in arms for r in _records(seed, arm)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for arm in arms:
+        _write_weights(Run(folder), arm)
+    return folder
+
+
+def _kinds(arm):
+    return ("iterate", "ema") if arm == "sgd" else ("iterate", "swa", "ema")
+
+
+def _records(seed, arm):
+    for epoch in range(1 if arm == "sgd" else BRANCH + 1, EPOCHS + 1):
+        shift = {"iterate": 0.2, "swa": 0.0, "ema": 0.1}
+        values = {
+            kind: {"error": 14 + shift[kind] + 8 / epoch + seed / 9, "nll": 0.4 + 1 / epoch}
+            for kind in _kinds(arm)
+        }
+        yield {
+            "kind": "epoch", "seed": seed, "arm": arm, "epoch": epoch, "step": epoch, "rate": 0.05,
+            "train_loss": 1 / epoch, "evaluations": values, "averaged": arm != "sgd",
+        }  # fmt: skip
+    for index, kind in enumerate(_kinds(arm)):
+        yield _final(seed, arm, kind, 13.5 + 0.1 * seed - 0.3 * index + 0.05 * math.sin(9 * seed))
+
+
+def _final(seed, arm, kind, error):
+    bins = {
+        "confidence": [(b + 0.5) / 15 for b in range(15)],
+        "accuracy": [(b + 0.2) / 15 for b in range(15)],
+        "count": [0] * 7 + [10 * b for b in range(8)],
+    }
+    return {
+        "kind": "final", "seed": seed, "arm": arm, "weights": kind, "error": error,
+        "nll": error / 30, "ece": error / 2, "temperature": 1.3, "nll_scaled": error / 32,
+        "reliability": bins,
+    }  # fmt: skip
+
+
+def _write_weights(run, arm):
+    torch.manual_seed(len(arm))
+    model = run.model()
+    names = {kind: model.state_dict() for kind in _kinds(arm)}
+    if arm != "sgd":
+        names |= {f"epoch-{epoch:03d}": model.state_dict() for epoch in range(BRANCH, EPOCHS + 1)}
+    for name, state in names.items():
+        path = weights_path(run.folder, 0, arm, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        near = {
+            key: value + 0.03 * torch.randn_like(value) if value.is_floating_point() else value
+            for key, value in state.items()
+            if "running_var" not in key
+        }
+        near |= {key: value.clone() for key, value in state.items() if "running_var" in key}
+        save_file({key: value.contiguous() for key, value in near.items()}, path)
