@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Average": "polyak.averaging.average",
+    "Averages": "polyak.averaging.averages",
     "After": "polyak.maths.profiles",
     "Annealed": "polyak.maths.profiles",
     "EMA": "polyak.maths.profiles",
@@ -27,9 +29,12 @@ _HOME_OF = {
     "Triangular": "polyak.maths.schedules",
     "Warmup": "polyak.maths.schedules",
     "chain": "polyak.maths.schedules",
+    "plot_schedule": "polyak.report.schedule",
 }
 
 if TYPE_CHECKING:
+    from polyak.averaging.average import Average as Average
+    from polyak.averaging.averages import Averages as Averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.errors import PolyakError as PolyakError
     from polyak.maths.profiles import EMA as EMA
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from polyak.maths.schedules import Triangular as Triangular
     from polyak.maths.schedules import Warmup as Warmup
     from polyak.maths.schedules import chain as chain
+    from polyak.report.schedule import plot_schedule as plot_schedule
 
 __all__ = sorted([*_HOME_OF, "__version__"])  # noqa: PLE0605 - built from the table above
 

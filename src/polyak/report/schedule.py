@@ -1,0 +1,98 @@
+"""The picture of a learning-rate schedule: what is averaged, and when."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyak.checkpoints.files import replacing
+from polyak.errors import ArgumentError
+from polyak.maths.schedules import Schedule
+from polyak.report.drawing import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BASE, AVERAGING, TAKEN = "Base LR schedule", "SWA LR schedule", "Averaged weights"
+
+
+def plot_schedule(schedule: Schedule, ax: Axes | None = None, *, steps: int | None = None) -> Axes:
+    """Draw a schedule: its base part, its averaging part, and the moments weights are taken.
+
+    x is completed steps: the rate of step i is drawn over [i, i + 1], and a marker sits at the
+    completed steps after which weights are averaged, at the rate that the last of them used.
+    `steps` is the schedule's own length unless given. Without an `ax` a new figure is made. The
+    colours come from the style file that ships with polyak. Returns the axes.
+
+    Raises ArgumentError where the schedule has no length and `steps` is not given, and MissingExtra
+    where matplotlib is not installed.
+
+    >>> import polyak
+    >>> schedule = polyak.chain((50, polyak.Constant(0.1)), (40, polyak.CyclicLinear(0.05, 0.01, 10)))
+    >>> ax = polyak.plot_schedule(schedule)
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['Base LR schedule', 'SWA LR schedule', 'Averaged weights']
+    """
+    steps = _length(schedule, steps)
+    with style():
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.figure().add_subplot()
+        _draw(schedule, ax, steps)
+    return ax
+
+
+def save_schedule_plot(
+    schedule: Schedule, path: Path, *, steps: int | None = None, overwrite: bool = False
+) -> None:
+    """Write the picture to a file; its suffix (png, svg, pdf) says in which format.
+
+    Raises ArgumentError for a suffix that matplotlib does not write, OutputError where the file
+    exists or cannot be written.
+    """
+    steps = _length(schedule, steps)
+    with style():
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        kind = path.suffix.removeprefix(".").lower()
+        known = figure.canvas.get_supported_filetypes()
+        if kind not in known:
+            raise ArgumentError(
+                f"{path} ends in {path.suffix or 'no suffix'!r}; expected one of "
+                f"{', '.join('.' + name for name in sorted(known))}."
+            )
+        _draw(schedule, figure.add_subplot(), steps)
+        with replacing(path, overwrite=overwrite) as part:
+            figure.savefig(part, format=kind)
+
+
+def _length(schedule: Schedule, steps: int | None) -> int:
+    steps = schedule.total if steps is None else steps
+    if steps is None:
+        raise ArgumentError(f"{schedule} goes on for ever; say how many steps to draw: steps=...")
+    if steps < 1:
+        raise ArgumentError(f"steps is {steps}; expected 1 or more.")
+    return steps
+
+
+def _draw(schedule: Schedule, ax: Axes, steps: int) -> None:
+    from matplotlib import rcParams
+
+    base, averaging, taken, *_ = rcParams["axes.prop_cycle"].by_key()["color"]
+    looks = {False: (BASE, base), True: (AVERAGING, averaging)}
+    for is_averaging, run in groupby(range(steps), schedule.is_averaging):
+        label, color = looks[is_averaging]
+        part = list(run)
+        rates = [schedule(step) for step in part]
+        ax.stairs(rates, [*part, part[-1] + 1], baseline=None, label=label, color=color, lw=1.8)
+    if points := schedule.averaging_points(steps):
+        used = [schedule(max(point - 1, 0)) for point in points]
+        ax.plot(points, used, "o", color=taken, label=TAKEN, ms=5, zorder=3, clip_on=False)
+    ax.set(xlabel="completed steps", ylabel="learning rate", xlim=(0, steps), ylim=(0, None))
+    # One entry for each kind, however many parts there are.
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    names = [name for name in (BASE, AVERAGING, TAKEN) if name in handles]
+    ax.legend([handles[name] for name in names], names)
