@@ -1,0 +1,129 @@
+"""Running a model over batches: what a batch means, where it goes, how far it has come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import DataParallel, Module
+from torch.nn.parallel import DistributedDataParallel
+
+from polyak.errors import ArgumentError, UsageError
+
+Forward = Callable[[Module, Any], object]
+
+
+def run(model: Module, batches: Iterable[Any], forward: Forward | None) -> int:
+    """Run the model on every batch without gradients; returns how many there were."""
+    device = _device_of(model)
+    call, target = (forward, model) if forward else (_default_forward, _unwrapped(model))
+    n_batches = 0
+    with torch.no_grad():
+        for batch in batches:
+            call(target, _moved(batch, device))
+            n_batches += 1
+    return n_batches
+
+
+def checked(batches: Iterable[Any], *, limit: int | None, passes: int) -> Iterable[Any]:
+    """Refuse what cannot be run before anything is touched."""
+    for name, value in (("passes", passes), ("limit", limit)):
+        if not (_is_count(value) or (name == "limit" and value is None)):
+            raise ArgumentError(f"update_bn: {name} must be a whole number from 1, found {value!r}")
+    if not isinstance(batches, Iterable):
+        raise ArgumentError(
+            "update_bn: batches must be an iterable of batches, such as a DataLoader,"
+            f" found {type(batches).__name__}; torch's update_bn takes its arguments the other"
+            " way round: polyak.update_bn(model, batches)"
+        )
+    if passes > 1 and isinstance(batches, Iterator):
+        raise ArgumentError(
+            f"update_bn: passes={passes} runs over the data several times, but an iterator can be"
+            " read only once: give a list or a DataLoader"
+        )
+    return batches
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def one_pass(batches: Iterable[Any], *, limit: int | None, title: str | None) -> Iterator[Any]:
+    """The batches of one pass, no more than `limit` fetched, with a line of progress if titled."""
+    limited = islice(batches, limit)
+    if title is None:
+        return limited
+    total = len(batches) if isinstance(batches, Sized) else None
+    if limit is not None:
+        total = limit if total is None else min(limit, total)
+    return _reported(limited, total, title)
+
+
+def _reported(batches: Iterable[Any], total: int | None, title: str) -> Iterator[Any]:
+    """Pass the batches on, writing how far it is to stderr, twice a second at most."""
+    start = written = time.monotonic()
+    done = 0
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        now = time.monotonic()
+        if now - written >= 0.5:
+            written = now
+            sys.stderr.write(f"{title}: {_so_far(done, total, now - start)}\n")
+    sys.stderr.write(f"{title}: {done} batches in {time.monotonic() - start:.1f} s\n")
+
+
+def _so_far(done: int, total: int | None, seconds: float) -> str:
+    if total is None:
+        return f"{done} batches, {seconds:.0f} s"
+    return f"{done} of {total} batches, {seconds / done * (total - done):.0f} s left"
+
+
+def _default_forward(model: Module, batch: Any) -> object:
+    """A tensor goes in as it is, of a tuple or list the first entry, a mapping as keywords."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ArgumentError("update_bn: an empty batch: expected (inputs, ...)")
+        return model(batch[0])
+    if not isinstance(batch, Mapping):
+        return model(batch)
+    try:
+        return model(**batch)
+    except TypeError as error:
+        raise UsageError(
+            f"update_bn: the model does not take the batch's entries {sorted(map(str, batch))} as"
+            f" keyword arguments ({error}); say how it is called, for example"
+            " forward=lambda model, batch: model(batch['image'])"
+        ) from error
+
+
+def _unwrapped(model: Module) -> Module:
+    """Data-parallel wrappers broadcast buffers, or copy layers, at each call: run what is inside."""
+    while isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    return model
+
+
+def _device_of(model: Module) -> torch.device | None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return None
+
+
+def _moved(batch: Any, device: torch.device | None) -> Any:
+    """The batch with its tensors on the model's device."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch

@@ -1,0 +1,101 @@
+"""Which layers of a model keep running statistics, and which of those train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeGuard
+
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedBuffer
+
+from polyak.errors import ArgumentError, MismatchError, UsageError
+
+
+def norm_layers(model: Module) -> dict[str, Module]:
+    """Every layer of `model` that keeps running statistics, by its fully qualified name.
+
+    These are BatchNorm, SyncBatchNorm and InstanceNorm layers (and classes derived from them) with
+    ``track_running_stats=True``. A layer that is used in several places appears once, under its
+    first name. The part ``_orig_mod.`` that `torch.compile` adds to names is left out.
+
+    Raises:
+        UsageError: a lazy layer has not seen any data yet, so its size is unknown.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> list(norm_layers(model))
+        ['1']
+
+    """
+    return {_plain(name): m for name, m in model.named_modules() if _tracks(m, name)}
+
+
+def trained_layers(model: Module) -> dict[str, Module]:
+    """The layers of `norm_layers` that are not frozen.
+
+    A layer is frozen when it is in evaluation mode while the model itself trains, or when it has
+    affine parameters and none of them takes a gradient (though others in the model do: a model
+    that takes no gradients at all says nothing about its layers).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3))
+        >>> _ = model[0].eval()  # frozen, as in fine-tuning
+        >>> list(trained_layers(model))
+        ['1']
+
+    """
+    takes_gradients = any(p.requires_grad for p in model.parameters())
+    return {
+        name: layer
+        for name, layer in norm_layers(model).items()
+        if not (model.training and not layer.training)
+        and not (takes_gradients and _affine_is_frozen(layer))
+    }
+
+
+def chosen_layers(model: Module, layers: Iterable[str | Module] | None) -> dict[str, _NormBase]:
+    """The layers to update: those that train, or the ones asked for by name or as modules."""
+    chosen = trained_layers(model) if layers is None else _asked_for(norm_layers(model), layers)
+    return {name: layer for name, layer in chosen.items() if isinstance(layer, _NormBase)}
+
+
+def _asked_for(known: dict[str, Module], layers: Iterable[str | Module]) -> dict[str, Module]:
+    if isinstance(layers, (str, Module)):
+        raise ArgumentError(
+            f"update_bn: layers= takes several names or modules, found a single {layers!r};"
+            " put it in a list"
+        )
+    name_of = {layer: name for name, layer in known.items()}
+    wanted = [
+        name_of.get(item, repr(item)) if isinstance(item, Module) else item for item in layers
+    ]
+    if unknown := set(wanted) - known.keys():
+        raise MismatchError.of(
+            "update_bn: layers= names layers that keep no running statistics in this model",
+            unexpected=unknown,
+            advice=f"those that do: {', '.join(known) or 'none'}",
+        )
+    return {name: layer for name, layer in known.items() if name in wanted}
+
+
+def _tracks(layer: Module, name: str) -> TypeGuard[_NormBase]:
+    if not isinstance(layer, _NormBase) or not layer.track_running_stats:
+        return False
+    if isinstance(layer.running_mean, UninitializedBuffer):
+        raise UsageError(
+            f"the lazy normalisation layer {_plain(name)!r} has not seen data yet:"
+            " run the model on one batch first"
+        )
+    return layer.running_mean is not None and layer.running_var is not None
+
+
+def _affine_is_frozen(layer: Module) -> bool:
+    affine = list(layer.parameters(recurse=False))
+    return bool(affine) and not any(p.requires_grad for p in affine)
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -1,0 +1,190 @@
+"""`update_bn`: the statistics of the data under the present weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from polyak.batchnorm import borrowing
+from polyak.batchnorm.borrowing import BUFFERS
+from polyak.batchnorm.feeding import Forward, checked, one_pass, run
+from polyak.batchnorm.layers import chosen_layers, norm_layers
+from polyak.batchnorm.moments import Moments
+from polyak.batchnorm.ranks import merge_ranks
+from polyak.batchnorm.recording import Buffers, Recorder
+from polyak.errors import ArgumentError, NonFiniteError, UsageError
+
+_NO_BATCHES = (
+    "update_bn: there were no batches, so there is nothing to measure; the statistics are left as"
+    " they were: was an iterator used up before?"
+)
+
+
+def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data or the model
+    model: Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    limit: int | None = None,
+    passes: int = 1,
+    progress: bool = False,
+    layers: Iterable[str | Module] | None = None,
+    estimator: Literal["pooled", "torch"] = "pooled",
+) -> None:
+    r"""Set the running statistics of normalisation layers to those of the data.
+
+    With n_b values per channel in batch b, their mean m_b and biased variance s_b^2, a layer gets
+
+    .. math:: \mu = \sum_b n_b m_b / N, \qquad
+              \sigma^2 = \sum_b n_b (s_b^2 + (m_b - \mu)^2) / (N - 1), \qquad N = \sum_b n_b,
+
+    the moments of all its values, however they are split into batches, merged in float64. Layers
+    normalise by the statistics of the batch meanwhile, as in training, so a deep layer sees
+    inputs that depend a little on the split; each further pass runs with the statistics found so
+    far and makes one more layer exact. InstanceNorm keeps its own definition: the means over all
+    instances of their means and unbiased variances.
+
+    Only layers that train are touched (see `trained_layers`), dropout is off, and everything but
+    the statistics comes back: modes, momenta, torch's random state. After an error the statistics
+    are as they were too. A layer the data never reaches keeps what it had; a model without such
+    layers returns at once. Under a process group every rank must call this, and all end with the
+    statistics of the data of all ranks together.
+
+    Args:
+        model: the model; its buffers are changed in place, in their own dtype.
+        batches: an iterable of batches. A tensor goes to the model as it is, of a tuple or list
+            the first entry, a mapping as keyword arguments; tensors are moved to the model's device.
+        forward: ``forward(model, batch)``, for batches that mean something else.
+        limit: how many batches to use in each pass; all of them by default.
+        passes: how many passes to make.
+        progress: write a line of progress to stderr now and then.
+        layers: the layers to update, by name or as modules, instead of those that train.
+        estimator: "torch" gives what `torch.optim.swa_utils.update_bn` gives, for comparison:
+            each batch counts the same whatever its size, what lies between batches is dropped,
+            dropout is on, and frozen layers are changed.
+
+    Raises:
+        ArgumentError: no batches at all; one value per channel in all of the data; an argument
+            outside its domain.
+        NonFiniteError: a layer's input held a NaN or an infinity.
+        UsageError: the model does not take the batches, or its layers were never called.
+
+    Source: Wu and Johnson 2021 (arXiv 2105.07576), section 3; Chan, Golub and LeVeque 1979.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> update_bn(model, [torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])])
+        >>> model[0].running_mean, model[0].running_var
+        (tensor([3.]), tensor([7.]))
+
+    """
+    batches = checked(batches, limit=limit, passes=passes)
+    if estimator == "torch":
+        _as_torch_does(model, batches, forward=forward, limit=limit)
+        return
+    if estimator != "pooled":
+        raise ArgumentError(f"update_bn: estimator is 'pooled' or 'torch', found {estimator!r}")
+    chosen = chosen_layers(model, layers)
+    if not chosen:
+        return
+    with _lent(model, chosen.values()):
+        for number in range(1, passes + 1):
+            recorders = _recorders(model, chosen, training=number == 1)
+            title = f"update_bn, pass {number} of {passes}" if progress else None
+            with borrowing.lent_forwards(recorders):
+                n_batches = run(model, one_pass(batches, limit=limit, title=title), forward)
+            found = _statistics(recorders, n_batches)
+            for layer, statistics in found.items():
+                layer._buffers.update(statistics)
+    _store(found)
+
+
+def _as_torch_does(
+    model: Module, batches: Iterable[Any], *, forward: Forward | None, limit: int | None
+) -> None:
+    """Torch's estimate, bit for bit: momentum None, the whole model in training mode."""
+    chosen: list[_NormBase] = [
+        layer for layer in norm_layers(model).values() if isinstance(layer, _BatchNorm)
+    ]
+    if not chosen:
+        return
+    with _lent(model, chosen):
+        model.train()
+        for layer in chosen:
+            layer.reset_running_stats()
+            layer.momentum = None
+        if run(model, one_pass(batches, limit=limit, title=None), forward) == 0:
+            raise ArgumentError(_NO_BATCHES)
+        found = {layer: {name: layer._buffers[name] for name in BUFFERS} for layer in chosen}
+    _store(found)
+
+
+@contextmanager
+def _lent(model: Module, layers: Iterable[_NormBase]) -> Iterator[None]:
+    with (
+        borrowing.lent_randomness(model),
+        borrowing.lent_modes(model),
+        borrowing.lent_layers(layers),
+        borrowing.eagerly(),
+    ):
+        yield
+
+
+def _recorders(
+    model: Module, chosen: Mapping[str, _NormBase], *, training: bool
+) -> dict[str, Recorder]:
+    """One recorder per layer, and the modes of the pass: only these layers may train."""
+    for module in model.modules():
+        module.training = False
+    for layer in chosen.values():
+        layer.training = training
+        layer.momentum = 1.0  # the statistics of the batch, nothing else, are left behind
+    return {name: Recorder(layer, training=training) for name, layer in chosen.items()}
+
+
+def _statistics(recorders: Mapping[str, Recorder], n_batches: int) -> dict[_NormBase, Buffers]:
+    """What each layer that was reached shall store, checked."""
+    for recorder in recorders.values():
+        recorder.flush()
+    n_batches = merge_ranks(list(recorders.values()), n_batches)
+    reached = {name: recorder for name, recorder in recorders.items() if recorder.calls}
+    if n_batches == 0:
+        raise ArgumentError(_NO_BATCHES)
+    if not reached:
+        raise UsageError(
+            f"update_bn: {n_batches} batches ran, but none of the layers {', '.join(recorders)} was"
+            " called: does forward= reach them?"
+        )
+    for name, recorder in sorted(reached.items(), key=lambda item: item[1].first_call):
+        _check(name, recorder.moments, n_batches)
+    return {recorder.layer: recorder.statistics() for recorder in reached.values()}
+
+
+def _check(name: str, moments: Moments, n_batches: int) -> None:
+    if not moments.is_enough():
+        raise ArgumentError(
+            f"update_bn: layer {name!r} saw one value per channel in all of the data"
+            f" ({n_batches} batches), which has no variance: give more data"
+        )
+    if not moments.is_finite():
+        raise NonFiniteError(
+            f"update_bn: layer {name!r} saw a NaN, an infinity or an overflow in its input, within"
+            f" {n_batches} batches; its statistics are left as they were: look at the data and at"
+            " the weights before this layer"
+        )
+
+
+def _store(found: Mapping[_NormBase, Buffers]) -> None:
+    """Copy into the layers' own buffers, which others may hold on to."""
+    with torch.no_grad():
+        for layer, statistics in found.items():
+            for name, value in statistics.items():
+                buffer = layer._buffers[name]
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
