@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyak.checkpoints.inert import Stub
-from polyak.checkpoints.torch_objects import TensorRef, why_refused
+from polyak.checkpoints.torch_objects import TensorRef, is_tensor_like, why_refused
 from polyak.errors import ArgumentError, FormatError
 
 MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
@@ -54,7 +54,7 @@ class _Search:
                 )
             if isinstance(value, TensorRef):
                 found.tensors[name] = value
-            elif isinstance(value, Stub) and (_is_array(value) or self.holds_tensor(value)):
+            elif _is_array(value) or self.holds_tensor(value):
                 found.refused[name] = why_refused(value)
         if not found.tensors and not found.refused:
             raise FormatError(f"{self.where}: no tensors here. {self.advice()}")
@@ -73,7 +73,7 @@ class _Search:
         waiting = [value]
         while waiting:
             current = waiting.pop()
-            if isinstance(current, TensorRef):
+            if is_tensor_like(current):
                 return True
             if isinstance(current, dict | list | tuple | Stub) and id(current) not in seen:
                 seen.add(id(current))

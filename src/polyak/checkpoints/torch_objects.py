@@ -83,8 +83,17 @@ def call_torch(function: Any, args: tuple[Any, ...]) -> Any:
     return call_stub(function, args)
 
 
-def why_refused(stub: Stub) -> str:
+def is_tensor_like(value: Any) -> bool:
+    """Whether it is a tensor, or would be one if it could be built here."""
+    return isinstance(value, TensorRef | StorageRef) or (
+        isinstance(value, Stub) and value.name in _LAYOUTS
+    )
+
+
+def why_refused(stub: Stub | StorageRef) -> str:
     """What is wrong with an object that stands where a tensor was expected."""
+    if isinstance(stub, StorageRef):
+        return "is a bare storage without a shape. Save tensors"
     if stub.name in _LAYOUTS:
         return _LAYOUTS[stub.name]
     if stub.name in _BUILDERS:

@@ -1,0 +1,147 @@
+"""DCP folders written by torch.distributed.checkpoint, by one process and by two."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from reference.sharded_save import build_model, save_sharded
+from reference.stored import assert_reads, read_all
+
+from polyak.checkpoints import open_checkpoint
+from polyak.errors import FormatError, PolyakError
+
+# torch's own DCP code warns about running without a process group, and from its own internals.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def tiny_state():
+    torch.manual_seed(3)
+    return {
+        "rows": torch.randn(7, 5),
+        "bias": torch.randn(3, dtype=torch.bfloat16),
+        "scalar": torch.tensor(4, dtype=torch.int64),
+        "transposed": torch.randn(4, 6).t(),
+        "empty": torch.empty(0, 3),
+    }
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dcp") / "step-12"
+    state = {"model": tiny_state(), "optim": {"state": {0: {"m": torch.ones(2)}}}, "step": 5}
+    dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize("piece", [0, 3, 16])
+def test_one_process(single, piece):
+    with open_checkpoint(single) as checkpoint:
+        assert_reads(checkpoint, tiny_state(), piece)
+        assert (checkpoint.format, checkpoint.step) == ("dcp", 12)
+
+
+def test_a_key_selects_another_part(single):
+    with open_checkpoint(single, key="optim") as checkpoint:
+        assert_reads(checkpoint, {"state.0.m": torch.ones(2)})
+    with open_checkpoint(single, key="") as checkpoint:
+        assert "model.rows" in checkpoint.tensors
+        assert "optim.state.0.m" in checkpoint.tensors
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    mp.spawn(save_sharded, args=(2, str(folder)), nprocs=2)
+    return folder / "ckpt"
+
+
+@pytest.mark.parametrize("piece", [0, 4, 28, 1000])
+def test_fsdp2_shards_of_two_processes(sharded, piece):
+    assert len(list(sharded.glob("*.distcp"))) == 2
+    with open_checkpoint(sharded) as checkpoint:
+        assert_reads(checkpoint, dict(build_model().state_dict()), piece)
+        assert len(checkpoint.tensors["0.weight"].spans) == 2
+
+
+@pytest.mark.parametrize("piece", [0, 3, 12, 20])
+def test_column_shards_are_gathered(sharded, piece):
+    torch.manual_seed(7)
+    wide = torch.randn(5, 9)
+    with open_checkpoint(sharded, key="extra") as checkpoint:
+        assert checkpoint.tensors["columns"].spans is None
+        assert_reads(checkpoint, {"columns": wide, "replicated": wide}, piece)
+
+
+def test_a_missing_rank_is_named(sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "ckpt")
+    (folder / "__1_0.distcp").unlink()
+    with pytest.raises(PolyakError, match=r"no file .*__1_0\.distcp"):
+        open_checkpoint(folder)
+
+
+def test_a_rank_cut_short_is_named(sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "ckpt")
+    shard = folder / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(FormatError, match=r"__1_0\.distcp is cut short"):
+        open_checkpoint(folder)
+
+
+def test_swapped_ranks_are_noticed(sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "ckpt")
+    first, second = (folder / name for name in ("__0_0.distcp", "__1_0.distcp"))
+    data = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    first.write_bytes(data + b"\0" * 4096)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(FormatError):
+        for stored in checkpoint.tensors.values():
+            read_all(stored)
+
+
+def test_metadata_that_would_run_something_runs_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(FormatError, match=r"expected a metadata\.Metadata"):
+        open_checkpoint(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+def edited(sharded, tmp_path, change):
+    """A copy of the folder whose metadata was changed by torch's own reader and pickled again."""
+    folder = shutil.copytree(sharded, tmp_path / "ckpt")
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def test_holes_and_overlaps_of_chunks(sharded, tmp_path):
+    def hole(metadata):
+        metadata.state_dict_metadata["model.0.weight"].chunks.pop()
+
+    with pytest.raises(FormatError, match=r"0\.weight: has 35 values, and 20 are stored"):
+        open_checkpoint(edited(sharded, tmp_path / "hole", hole))
+
+    def overlap(metadata):
+        chunks = metadata.state_dict_metadata["model.0.weight"].chunks
+        chunks[1] = chunks[0]
+
+    with pytest.raises(FormatError, match=r"0\.weight: has chunks that overlap"):
+        open_checkpoint(edited(sharded, tmp_path / "overlap", overlap))
+
+
+def test_a_path_out_of_the_folder_is_refused(sharded, tmp_path):
+    def escape(metadata):
+        for info in metadata.storage_data.values():
+            info.relative_path = "../../etc/passwd"
+
+    with pytest.raises(FormatError, match="is no file name"):
+        open_checkpoint(edited(sharded, tmp_path, escape))

@@ -1,0 +1,309 @@
+"""Torch archives, written by torch itself."""
+
+import argparse
+import dataclasses
+import math
+import zipfile
+from collections import OrderedDict, defaultdict
+
+import pytest
+import torch
+from reference.stored import assert_reads, read_all, row_major_bytes
+
+from polyak.checkpoints import open_checkpoint
+from polyak.errors import ArgumentError, FormatError
+
+
+def many_tensors():
+    torch.manual_seed(1)
+    base = torch.randn(7, 8)
+    return {
+        "plain": torch.randn(3, 4),
+        "bfloat16": torch.randn(5).bfloat16(),
+        "half": torch.randn(5).half(),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "bool": torch.tensor([True, False, True]),
+        "int8": torch.tensor([-1, 2], dtype=torch.int8),
+        "uint16": torch.tensor([1, 2], dtype=torch.uint16),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "float8": torch.randn(8).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "empty_too": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "transposed": base.t(),
+        "tied": base.t(),
+        "row": base[2],
+        "slice": base[1:, 1::3],
+        "permuted": torch.randn(2, 3, 4, 5).permute(3, 0, 2, 1),
+        "channels_last": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        "complex_transposed": torch.randn(4, 3, dtype=torch.complex128).t(),
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_dtype_and_view(tmp_path, protocol):
+    state = many_tensors()
+    torch.save(state, tmp_path / "x.pt", pickle_protocol=protocol)
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        assert_reads(checkpoint, state)
+        assert_reads(checkpoint, state, piece=7)  # not a multiple of any value's size
+        assert checkpoint.ties == {"transposed": "tied"} or checkpoint.ties == {
+            "tied": "transposed"
+        }
+        assert checkpoint.tensors["plain"].dtype == "F32"
+        assert checkpoint.tensors["float8"].dtype == "F8_E4M3"
+        assert checkpoint.tensors["uint16"].dtype == "U16"
+
+
+def test_storage_order_reads_the_same_values_the_quick_way(tmp_path):
+    state = many_tensors()
+    torch.save(state, tmp_path / "x.pt")
+    for name in ("permuted", "channels_last", "transposed", "plain"):
+        stored = open_checkpoint(tmp_path / "x.pt", strict=True).tensors.get(name)
+        if stored is None:
+            continue
+        quick = stored.in_storage_order()
+        expected = state[name].permute(stored.storage_order)
+        assert quick.shape == tuple(expected.shape)
+        assert read_all(quick) == row_major_bytes(expected)
+
+
+def test_a_module_state_in_lightning_and_plain_style(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    state = dict(model.state_dict())
+    for number, root in enumerate(
+        (
+            model.state_dict(),
+            {"state_dict": model.state_dict(), "epoch": 3},
+            {"model": {"state_dict": model.state_dict()}, "optimizer": {"m": torch.ones(9)}},
+            {"model_state_dict": model.state_dict(), "loss": torch.tensor(0.5)},
+            OrderedDict(module=OrderedDict(model.state_dict()), other=defaultdict(list)),
+        )
+    ):
+        torch.save(root, tmp_path / f"{number}.pt")
+        assert_reads(open_checkpoint(tmp_path / f"{number}.pt"), state)
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 3
+    weights: object = None
+
+
+def test_foreign_objects_beside_the_tensors_are_inert(tmp_path):
+    state = {"w": torch.randn(3)}
+    root = {
+        "model": state,
+        "args": argparse.Namespace(rate=0.1, path=tmp_path),
+        "settings": Settings(),
+        "kept": {"best": Settings(weights=torch.ones(100))},
+        "set": {1, 2},
+        "long": list(range(100_000)),
+        "global_step": 70,
+        "nan": math.nan,
+    }
+    torch.save(root, tmp_path / "last.ckpt")
+    with open_checkpoint(tmp_path / "last.ckpt") as checkpoint:
+        assert_reads(checkpoint, state)
+        assert checkpoint.step == 70
+        assert checkpoint.metadata == {"global_step": "70", "nan": "nan"}
+
+
+def test_foreign_objects_on_the_way_to_a_tensor_are_refused_by_name(tmp_path):
+    root = {"a": torch.ones(1), "best": Settings(weights=torch.ones(100))}
+    torch.save(root, tmp_path / "x.pt")
+    with pytest.raises(FormatError, match=r"best: is an object of .*Settings"):
+        open_checkpoint(tmp_path / "x.pt")
+    checkpoint = open_checkpoint(tmp_path / "x.pt", strict=False)
+    assert list(checkpoint.tensors) == ["a"]
+    assert list(checkpoint.refused) == ["best"]
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(FormatError, match=r"Linear, which polyak does not build.*state_dict\(\)"):
+        open_checkpoint(tmp_path / "module.pt")
+
+
+def quantised():
+    return torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: torch.ones(1, 5).expand(1000, 5), "is expanded or overlaps itself"),
+        (lambda: torch.ones(9).as_strided((3, 3), (2, 1)), "is expanded or overlaps itself"),
+        (lambda: torch.eye(3).to_sparse(), "is sparse"),
+        (lambda: torch.eye(3).to_sparse_csr(), "is sparse"),
+        (quantised, "is quantised"),
+        (lambda: torch.empty(3, device="meta"), "is on the meta device"),
+        (lambda: torch.randn(3, dtype=torch.complex64).conj(), "is lazily conjugated"),
+    ],
+)
+def test_tensors_that_are_not_dense_values_are_refused_by_name(tmp_path, build, reason):
+    torch.save({"good": torch.ones(2), "layer.odd": build()}, tmp_path / "x.pt")
+    with pytest.raises(FormatError, match=rf"layer\.odd: .*{reason}"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_keys(tmp_path):
+    tensors = [torch.full((2,), float(value)) for value in range(4)]
+    root = {
+        "ema": {"a.b": {"w": tensors[0]}},
+        "nets": [{"w": tensors[1]}, {"w": tensors[2]}],
+        7: {"w": tensors[3]},
+    }
+    torch.save(root, tmp_path / "x.pt")
+    for key, tensor in (("ema.a.b", 0), ("nets.1", 2), ("nets.0", 1), ("7", 3)):
+        assert_reads(open_checkpoint(tmp_path / "x.pt", key=key), {"w": tensors[tensor]})
+    everything = open_checkpoint(tmp_path / "x.pt", key="")
+    assert sorted(everything.tensors) == ["7.w", "ema.a.b.w", "nets.0.w", "nets.1.w"]
+    with pytest.raises(FormatError, match="which of the tensors .* under 'ema', 'nets', '7'"):
+        open_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(ArgumentError, match=r"no key 'ema\.c' \('c' was not found\)"):
+        open_checkpoint(tmp_path / "x.pt", key="ema.c")
+
+
+def test_a_tensor_alone_and_a_list(tmp_path):
+    torch.save(torch.arange(3), tmp_path / "x.pt")
+    assert_reads(open_checkpoint(tmp_path / "x.pt"), {"tensor": torch.arange(3)})
+    torch.save([torch.ones(1), torch.zeros(1)], tmp_path / "x.pt")
+    assert_reads(open_checkpoint(tmp_path / "x.pt"), {"0": torch.ones(1), "1": torch.zeros(1)})
+    torch.save({"epoch": 3}, tmp_path / "x.pt")
+    with pytest.raises(FormatError, match="no tensors here"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_tensor_subclass_is_not_taken_for_a_tensor(tmp_path):
+    class Scaled(torch.Tensor):
+        pass
+
+    globals()["Scaled"] = Scaled
+    Scaled.__qualname__ = "Scaled"
+    torch.save({"w": torch.ones(2).as_subclass(Scaled), "v": torch.ones(2)}, tmp_path / "x.pt")
+    with pytest.raises(FormatError, match=r"w: is an object of .*Scaled"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_parameter_with_attributes_is_a_tensor(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.sharded_by = "rows"
+    torch.save({"w": parameter}, tmp_path / "x.pt")
+    assert_reads(open_checkpoint(tmp_path / "x.pt"), {"w": parameter})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_old_and_foreign_files_are_told_apart(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"w": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(FormatError, match=r"before 1\.6.*torch\.load.*weights_only=True"):
+        open_checkpoint(path)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    with pytest.raises(FormatError, match="__torch__"):
+        open_checkpoint(path)
+    for content, reason in (
+        (b"", "is empty"),
+        (b"<html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x89HDF\r\n", "HDF5"),
+        (b"\x80\x04.", "bare pickle"),
+        (b"PK\x03\x04" + b"\0" * 100, "cut short"),
+        (b"hello, this is text", "a header of"),
+        (b"abc", "cut short"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match=reason):
+            open_checkpoint(path)
+
+
+def rezipped(source, target, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
+    """The archive again, through Python's zipfile, its entries changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
+@pytest.fixture
+def plain(tmp_path):
+    torch.save(
+        {"w": torch.arange(6.0), "t": torch.arange(6.0).reshape(2, 3).t()}, tmp_path / "p.pt"
+    )
+    return tmp_path / "p.pt"
+
+
+def test_big_endian_archives(plain, tmp_path):
+    big = rezipped(plain, tmp_path / "big.pt", swapped)
+    expected = {"w": torch.arange(6.0), "t": torch.arange(6.0).reshape(2, 3).t()}
+    for piece in (0, 3, 4):
+        assert_reads(open_checkpoint(big), expected, piece)
+
+
+def swapped(name, data):
+    if name.endswith("byteorder"):
+        return b"big"
+    if "/data/" in name:
+        return (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            .view(-1, 4)
+            .flip(1)
+            .numpy()
+            .tobytes()
+        )
+    return data
+
+
+def test_compressed_and_lying_archives(plain, tmp_path):
+    packed = rezipped(plain, tmp_path / "z.pt", compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(FormatError, match="is compressed"):
+        open_checkpoint(packed)
+    short = rezipped(
+        plain, tmp_path / "s.pt", lambda name, data: data[:-4] if "/data/" in name else data
+    )
+    with pytest.raises(FormatError, match=r"w: lies in a storage of 6 F32, but 20 bytes"):
+        open_checkpoint(short)
+    odd = rezipped(
+        plain, tmp_path / "o.pt", lambda name, data: b"pdp" if name.endswith("byteorder") else data
+    )
+    with pytest.raises(FormatError, match="neither little nor big"):
+        open_checkpoint(odd)
+
+
+def test_encrypted_entries_are_refused(plain, tmp_path):
+    data = bytearray(plain.read_bytes())
+    at = data.find(b"PK\x01\x02")
+    while at >= 0:
+        data[at + 8] |= 1
+        at = data.find(b"PK\x01\x02", at + 1)
+    (tmp_path / "e.pt").write_bytes(data)
+    with pytest.raises(FormatError, match="is encrypted"):
+        open_checkpoint(tmp_path / "e.pt")
+
+
+def test_entries_that_overlap_are_refused(plain, tmp_path):
+    data = bytearray(plain.read_bytes())
+    first = data.find(b"PK\x01\x02")
+    second = data.find(b"PK\x01\x02", first + 1)
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]
+    (tmp_path / "e.pt").write_bytes(data)
+    with pytest.raises(FormatError, match=r"overlaps|is not where the directory says"):
+        open_checkpoint(tmp_path / "e.pt")
+
+
+def test_an_archive_cut_anywhere_is_refused(plain, tmp_path):
+    data = plain.read_bytes()
+    for length in range(0, len(data), 37):
+        (tmp_path / "c.pt").write_bytes(data[:length])
+        with pytest.raises(FormatError):
+            open_checkpoint(tmp_path / "c.pt")
+
+
+def test_zip64(tmp_path, monkeypatch):
+    """Sizes that need zip64: written as such by zipfile when its limits are lowered."""
+    torch.save({"w": torch.arange(5000.0)}, tmp_path / "p.pt")
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    wide = rezipped(tmp_path / "p.pt", tmp_path / "wide.pt")
+    assert b"PK\x06\x06" in wide.read_bytes()
+    assert_reads(open_checkpoint(wide), {"w": torch.arange(5000.0)})
