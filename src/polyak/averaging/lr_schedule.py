@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from polyak.errors import ArgumentError, FormatError
 from polyak.maths.schedules import Schedule
@@ -54,7 +56,25 @@ class LRSchedule(LRScheduler):
             raise ArgumentError(f"Expected a torch optimizer; found {type(optimizer).__name__}.")
         self.schedule = schedule
         self.scales = _checked(scales, optimizer)
+        self._step_post_hooks: OrderedDict[int, Callable[[LRSchedule], None]] = OrderedDict()
         super().__init__(optimizer)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        # Where `step()` of torch's class ends, and what SequentialLR calls in its place when it
+        # hands over to the next of its schedulers.
+        super()._update_lr(epoch)
+        for hook in list(self._step_post_hooks.values()):
+            hook(self)
+
+    def register_step_post_hook(self, hook: Callable[[LRSchedule], None]) -> RemovableHandle:
+        """Call `hook(self)` after each `step()`, as `torch.optim.Optimizer` does after its own.
+
+        So an average is taken at the schedule's averaging points, whether it steps once per
+        optimizer step or once per epoch.
+        """
+        handle = RemovableHandle(self._step_post_hooks)
+        self._step_post_hooks[handle.id] = hook
+        return handle
 
     def get_lr(self) -> list[Any]:
         """The rate of each group at the present step, as floats."""
@@ -78,7 +98,7 @@ class LRSchedule(LRScheduler):
         self._step_count = step + 1
         # -1 is a scheduler that waits for its turn in a SequentialLR: the rates are another's.
         if step >= 0:
-            self._update_lr(step)
+            super()._update_lr(step)  # nothing was stepped, so no hook is called
 
 
 def _checked(scales: Sequence[float] | None, optimizer: Optimizer) -> list[float]:

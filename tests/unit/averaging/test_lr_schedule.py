@@ -313,3 +313,24 @@ def test_it_is_a_torch_scheduler():
     lr = LRSchedule(sgd(), SCHEDULE)
     assert isinstance(lr, torch_lr.LRScheduler)
     assert lr.schedule is SCHEDULE
+
+
+def test_hooks_see_each_step_and_no_loading():
+    optimizer, seen = sgd(), []
+    lr = LRSchedule(optimizer, SCHEDULE)
+    handle = lr.register_step_post_hook(lambda lr: seen.append(lr.last_epoch))
+    take(optimizer, lr, 3)
+    lr.load_state_dict({"step": 7, "scales": [1.0]})
+    take(optimizer, lr, 1)
+    handle.remove()
+    take(optimizer, lr, 1)
+    assert seen == [1, 2, 3, 8]
+
+
+def test_hooks_see_the_hand_over_of_a_sequential_lr():
+    optimizer, seen = sgd(), []
+    pieces = [LRSchedule(optimizer, Constant(0.1)), LRSchedule(optimizer, SCHEDULE)]
+    both = torch_lr.SequentialLR(optimizer, pieces, milestones=[2])
+    pieces[1].register_step_post_hook(lambda lr: seen.append(lr.last_epoch))
+    take(optimizer, both, 4)
+    assert seen == [0, 1, 2]
