@@ -1,0 +1,134 @@
+"""The time of an average: how far it has come, and with what share the next weights enter.
+
+Time counts from the start of averaging. The first weights enter with share 1, at time `dt`; for a
+profile whose first weights are an atom at 0 (`EMA(keep_initial=True)`) their time is 0.
+
+On the host all of it are Python numbers. Once a step may have been skipped on an accelerator (the
+fused optimizers under a `GradScaler`), or an update is captured in a CUDA graph, time lives there
+as 0-d float64 tensors: a skipped step moves it by 0 and enters with share 0, and nothing waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.errors import ArgumentError
+from polyak.maths.profiles import Profile
+
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Clock:
+    """One moment of an average. `advanced` gives the next; nothing here changes in place."""
+
+    profile: Profile
+    time: Number = 0.0
+    dt: Number = 1.0
+    share: Number = 0.0  # with what share the weights of this moment enter
+    count: Number = 0  # weights that have entered
+    squares: Number = 0.0  # sum of squared shares of all that entered
+    latest: float = 0.0  # on the host: the time if no step was skipped
+
+    @property
+    def on_device(self) -> bool:
+        """Whether time lives in tensors."""
+        return isinstance(self.time, Tensor)
+
+    def advanced(self, dt: float, real: Tensor | None = None) -> Clock:
+        """The moment `dt` later; `real` (0-d) is the part of `dt` that was not skipped, 0 to 1.
+
+        Raises ArgumentError unless `dt` is positive and finite.
+        """
+        if not 0 < dt < float("inf"):
+            raise ArgumentError(f"dt is {dt}; expected the positive time since the last update.")
+        if real is not None or self.on_device:
+            return self._advanced_on_device(dt, real)
+        return self._advanced_on_host(dt)
+
+    def moved(self, device: torch.device) -> Clock:
+        """The same moment with its numbers in tensors on a device."""
+        return replace(
+            self,
+            time=_scalar(self.time, device),
+            count=_scalar(self.count, device),
+            squares=_scalar(self.squares, device),
+        )
+
+    def written_over(self, before: Clock) -> Clock:
+        """The same moment in the memory of the one before, as the replays of a graph need it."""
+        for name in ("time", "count", "squares"):
+            getattr(before, name).copy_(getattr(self, name))
+        return replace(self, time=before.time, count=before.count, squares=before.squares)
+
+    def read(self) -> Clock:
+        """The same moment with all numbers on the host: the one place that waits for a device."""
+        if not self.on_device:
+            return self
+        dt, share = float(self.dt), float(self.share)
+        squares = float(self.squares)
+        return replace(
+            self, time=float(self.time), dt=dt, share=share, count=int(self.count), squares=squares
+        )
+
+    def share_since(self, start: Number) -> Number:
+        """The share of everything after `start`, seen from this moment."""
+        if not isinstance(self.time, Tensor):
+            return self.profile.share(self.time, self.time - float(start))
+        elapsed = self.time - start
+        share = self.profile.share(_typed(self.time), _typed(elapsed))
+        return torch.where(elapsed > 0, _typed(share), 0.0)
+
+    def _advanced_on_host(self, dt: float) -> Clock:
+        first = self.count == 0
+        waits = first and self.profile.initial_mass(0.0) == 1
+        time = float(self.time) + (0.0 if waits else dt)
+        latest = self.latest + (0.0 if waits else dt)
+        if time <= self.profile.start and not waits:
+            return replace(self, time=time, dt=dt, share=0.0, latest=latest)
+        share = 1.0 if first else self.profile.share(time, dt)
+        squares = float(self.squares) * (1 - share) ** 2 + share**2
+        count = int(self.count) + 1
+        return replace(
+            self, time=time, dt=dt, share=share, count=count, squares=squares, latest=latest
+        )
+
+    def _advanced_on_device(self, dt: float, real: Tensor | None) -> Clock:
+        before = self if self.on_device or real is None else self.moved(real.device)
+        time, count, squares = map(_as_tensor, (before.time, before.count, before.squares))
+        step = torch.full_like(time, dt) if real is None else real.to(time.dtype) * dt
+        first = count == 0
+        waits = self.profile.initial_mass(0.0) == 1
+        now = time + torch.where(first, 0.0, step) if waits else time + step
+        enters = (step > 0) & ((now > self.profile.start) | waits)
+        known: Any = torch.where(first, 1.0, self.profile.share(_typed(now), _typed(step)))
+        share = torch.where(
+            enters, known, 0.0
+        )  # where: 0 / 0 before the first real step is dropped
+        squares = squares * (1 - share) ** 2 + share**2
+        return replace(
+            before,
+            time=now,
+            dt=step,
+            share=share,
+            count=count + enters,
+            squares=squares,
+            latest=self.latest + dt,
+        )
+
+
+def _typed(number: Any) -> Any:
+    """Profiles are typed in floats; their formulas hold for 0-d tensors alike."""
+    return number
+
+
+def _as_tensor(number: Number) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
+
+
+def _scalar(number: Number, device: torch.device) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64, device=device)

@@ -1,0 +1,69 @@
+"""An average as a file: safetensors with provenance, written beside and then moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+
+from safetensors.torch import save_file
+
+import polyak
+from polyak.averaging.applying import copies, refuse_nonfinite_average
+from polyak.averaging.following import Following, Held
+from polyak.checkpoints.files import refuse_existing, replacing
+from polyak.errors import StaleStatistics, UsageError
+from polyak.tensors.names import named_tensors
+
+
+def save(
+    following: Following, held: Held, path: str | os.PathLike[str], *, overwrite: bool
+) -> None:
+    """Write the averaged model's tensors, each tied one once, and where they come from."""
+    from pathlib import Path
+
+    refuse_existing(Path(path), overwrite=overwrite)
+    following.finish()
+    if held.is_empty():
+        raise UsageError("There is nothing to save: nothing has been averaged yet.")
+    refuse_nonfinite_average(following, held, f"Not saved to {path}")
+    status = batchnorm_status(following, held)
+    if status == "stale":
+        _warn_stale()
+    ties = named_tensors(following.roster.model).ties
+    tensors = {n: t.contiguous() for n, t in copies(following, held).items() if n not in ties}
+    metadata = provenance(following, held) | {"batchnorm": status}
+    if ties:
+        metadata["ties"] = json.dumps(ties, sort_keys=True)
+    with replacing(path, overwrite=overwrite) as part:
+        save_file(tensors, part, metadata=metadata)
+
+
+def provenance(following: Following, held: Held) -> dict[str, str]:
+    """What the average is made of: strings, and no time of day, so that equal runs give equal files."""
+    clock = held.clock.read()
+    return {
+        "format": "pt",
+        "polyak": polyak.__version__,
+        "profile": repr(held.profile),
+        "unit": following.unit or "updates",
+        "time": repr(clock.time),
+        "count": repr(clock.count),
+    }
+
+
+def batchnorm_status(following: Following, held: Held) -> str:
+    """'none' without running statistics, 'refreshed' if they are the average's own, or 'stale'."""
+    if not following.roster.statistics:
+        return "none"
+    stale = following.statistics_go_stale() and not held.statistics_are_fresh
+    return "stale" if stale else "refreshed"
+
+
+def _warn_stale() -> None:
+    warnings.warn(
+        "The BatchNorm statistics of this average are those of the newest weights, not its own. Call "
+        "average.update_bn(batches) before saving; the file says that they are stale.",
+        StaleStatistics,
+        stacklevel=4,
+    )

@@ -1,0 +1,191 @@
+"""All in-place arithmetic of the project: moving averages toward weights, piece by piece.
+
+A list of tensors is cut into *groups*. Where nothing has to be converted and one average is
+updated, a group is as many whole tensors as possible: one call for all. Where several averages
+follow the same weights, or the weights are of another dtype than the averages, groups are bounded,
+so that what is read or converted once is still in the cache when the last average wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Values per bounded group. On a CPU the group must stay in the cache; on an accelerator launches
+# must stay few, and the scratch memory for conversion small beside the weights.
+_GROUP_VALUES = {"cpu": 1 << 18}
+_GROUP_VALUES_ELSEWHERE = 1 << 24
+
+Weight = float | Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    index: int
+    start: int | None = None  # None: the whole tensor in its own shape
+    stop: int = 0
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        tensor = _real(tensors[self.index])
+        return tensor if self.start is None else _flat(tensor)[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class _Group:
+    pieces: tuple[_Piece, ...]
+    scratch: list[Tensor] | None
+
+
+@dataclass(frozen=True)
+class Move:
+    """One average's part in an update: its tensors, cut, move toward the weights by `weight`."""
+
+    groups: list[list[Tensor]]
+    weight: Weight
+
+
+class Cutter:
+    """Cuts the live weights and the accumulators of any number of averages alike."""
+
+    def __init__(self, live: Sequence[Tensor], like: Sequence[Tensor], *, n_averages: int) -> None:
+        self._groups: list[_Group] = []
+        buckets: dict[tuple[object, ...], list[int]] = {}
+        for index, (source, target) in enumerate(zip(live, like, strict=True)):
+            key = (source.device, source.dtype, target.device, target.dtype)
+            buckets.setdefault(key, []).append(index)
+        for indices in buckets.values():
+            self._groups += _groups(live, like, indices, bounded=n_averages > 1)
+        self.live = self.cut(live)
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors' pieces, group by group: views, no copies."""
+        return [[piece.of(tensors) for piece in group.pieces] for group in self._groups]
+
+    def blend(self, moves: Sequence[Move]) -> None:
+        """Move every average toward the live weights, reading these once."""
+        for index, group in enumerate(self._groups):
+            source = self.live[index]
+            if group.scratch is not None:
+                torch._foreach_copy_(group.scratch, source)
+                source = group.scratch
+            for move in moves:
+                toward(move.groups[index], source, move.weight)
+
+
+def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
+    """`average += weight * (source - average)`, in place.
+
+    With weight 1 the averages become the sources, whatever they held. A weight that lives on a
+    device is never read: a finite average moves by exactly 0 where it is 0, and one that holds
+    zeros becomes the source where it is 1.
+    """
+    if isinstance(weight, Tensor):
+        difference = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(difference, weight.to(averages[0].dtype))
+        torch._foreach_add_(averages, difference)
+    elif weight == 1:
+        torch._foreach_copy_(averages, sources)
+    else:
+        torch._foreach_lerp_(averages, sources, weight)
+
+
+def accumulator_dtype(weights: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """Float32 at least, float64 where asked for or where the weights are; complex stays complex."""
+    wide = torch.promote_types(asked or torch.float32, torch.float32)
+    if weights.is_complex:
+        return (
+            torch.complex128
+            if wide is torch.float64
+            else torch.promote_types(weights, torch.complex64)
+        )
+    # promote_types knows no pair of float8 and others; all narrow types are below float32 anyway.
+    return torch.float64 if torch.float64 in (weights, wide) else torch.float32
+
+
+def blank_like(
+    tensors: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
+) -> list[Tensor]:
+    """Zeros to accumulate in, laid out in memory as the tensors are."""
+    with torch.inference_mode(False):  # an inference tensor could not be written to later
+        return [
+            torch.zeros_like(t, dtype=accumulator_dtype(t.dtype, dtype), device=device or t.device)
+            for t in map(Tensor.detach, tensors)
+        ]
+
+
+def ranges(n_values: int, length: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most `length` that cover `n_values`."""
+    for start in range(0, n_values, length):
+        yield start, min(start + length, n_values)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the values fill one range of memory, each once, in any order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _groups(
+    live: Sequence[Tensor], like: Sequence[Tensor], indices: list[int], *, bounded: bool
+) -> Iterator[_Group]:
+    source, target = live[indices[0]], like[indices[0]]
+    converts = (source.dtype, source.device) != (target.dtype, target.device)
+    if not (bounded or converts):
+        yield _Group(tuple(map(_Piece, indices)), None)
+        return
+    limit = _GROUP_VALUES.get(target.device.type, _GROUP_VALUES_ELSEWHERE)
+    shared: list[Tensor] = []  # one scratch for all groups of this kind: they take turns
+    for pieces in _packed(live, like, indices, limit):
+        scratch = _scratch(pieces, like, shared) if converts else None
+        yield _Group(tuple(pieces), scratch)
+
+
+def _packed(
+    live: Sequence[Tensor], like: Sequence[Tensor], indices: list[int], limit: int
+) -> Iterator[list[_Piece]]:
+    pieces: list[_Piece] = []
+    room = limit
+    for index in indices:
+        for piece, size in _pieces(live[index], like[index], index, limit):
+            if size > room and pieces:
+                yield pieces
+                pieces, room = [], limit
+            pieces.append(piece)
+            room -= size
+    if pieces:
+        yield pieces
+
+
+def _pieces(source: Tensor, target: Tensor, index: int, limit: int) -> Iterator[tuple[_Piece, int]]:
+    n_values = source.numel() * (2 if source.is_complex() else 1)
+    same_layout = source.stride() == target.stride() and is_dense(source)
+    if n_values <= limit or not same_layout:
+        yield _Piece(index), n_values
+        return
+    for start, stop in ranges(n_values, limit):
+        yield _Piece(index, start, stop), stop - start
+
+
+def _scratch(
+    pieces: Sequence[_Piece], like: Sequence[Tensor], shared: list[Tensor]
+) -> list[Tensor]:
+    shapes = [piece.of(like).shape for piece in pieces]
+    needed = sum(shape.numel() for shape in shapes)
+    if not shared or shared[0].numel() < needed:
+        kind = _real(like[pieces[0].index])
+        with torch.inference_mode(False):
+            shared[:] = [torch.empty(needed, dtype=kind.dtype, device=kind.device)]
+    sizes = [shape.numel() for shape in shapes]
+    parts = torch.split(shared[0][:needed], sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex values as pairs of real ones: the same arithmetic serves both."""
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())

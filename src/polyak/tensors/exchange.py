@@ -1,0 +1,154 @@
+"""Lending other values to the tensors of a model, and taking them back.
+
+A loan points each live tensor at the lent one's memory, which costs a microsecond and no memory at
+all. Where the memory of a live tensor must stay where it is (captured graphs), or others see it
+too (views of one storage), contents change places through a bounded scratch instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from polyak.errors import UsageError
+from polyak.tensors.blend import is_dense, ranges
+
+_SCRATCH_VALUES = 1 << 20
+
+_lent: dict[int, object] = {}  # id of a live tensor on loan -> who lent to it
+
+
+def owner_of_loan(tensors: Iterable[Tensor]) -> object | None:
+    """Who has lent values to any of these tensors; None while there is no loan."""
+    if not _lent:
+        return None
+    return next((_lent[id(t)] for t in tensors if id(t) in _lent), None)
+
+
+@contextmanager
+def lent(
+    live: Sequence[Tensor], values: Sequence[Tensor], *, owner: object, in_place: set[int]
+) -> Iterator[None]:
+    """Let every live tensor hold its lent values within the block; give everything back after it.
+
+    `in_place` names, by id, the live tensors whose memory must not be replaced. What is written to
+    a live tensor within the block is written to the lent one. An optimizer that steps one of them
+    meanwhile is refused with UsageError.
+    """
+    with _marked(live, owner):
+        undo: list[tuple[Tensor, Tensor, bool]] = []
+        try:
+            for tensor, value in zip(live, values, strict=True):
+                if id(tensor) in in_place:
+                    undo.append((tensor, value, True))
+                    _exchange(tensor, value)
+                else:
+                    undo.append((tensor, tensor.data, False))
+                    tensor.data = value
+            yield
+        finally:
+            for tensor, kept, contents in reversed(undo):
+                if contents:
+                    _exchange(tensor, kept)
+                else:
+                    tensor.data = kept
+
+
+@contextmanager
+def recomputed(model: Module) -> Iterator[None]:
+    """Recompute what modules derive from their tensors, within the block; old values after it.
+
+    Old-style weight norm, spectral norm and pruning keep a derived `weight` beside the parameters
+    it is computed from, and refresh it in the next forward only; `parametrize.cached` keeps
+    results by module. Both would show one set of weights while the other is in the model.
+    """
+    derived = list(_derived(model))
+    before = [(module, name, module.__dict__.get(name)) for module, name, _ in derived]
+    try:
+        refresh(model)
+        yield
+    finally:
+        for module, name, value in before:
+            if value is not None:
+                module.__dict__[name] = value
+        _clear_cached()
+
+
+def refresh(model: Module) -> None:
+    """Recompute what modules derive from their tensors, from what these hold now."""
+    _clear_cached()
+    for module, name, compute in _derived(model):
+        if name in module.__dict__:
+            with torch.no_grad():
+                module.__dict__[name] = compute(module)
+
+
+def _derived(model: Module) -> Iterator[tuple[Module, str, Any]]:
+    """Modules with a tensor that a forward hook recomputes: its name, and how."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            match type(hook).__name__:
+                case "WeightNorm":
+                    yield module, hook.name, hook.compute_weight  # type: ignore[attr-defined]
+                case "SpectralNorm":
+                    yield module, hook.name, _without_iteration(hook)  # type: ignore[attr-defined]
+                case _ if hasattr(hook, "apply_mask") and hasattr(hook, "_tensor_name"):
+                    yield module, hook._tensor_name, hook.apply_mask
+
+
+def _without_iteration(hook: Any) -> Any:
+    return lambda module: hook.compute_weight(module, do_power_iteration=False)
+
+
+def _clear_cached() -> None:
+    # A cache is only there within `parametrize.cached()`; without an entry, values are computed.
+    getattr(parametrize, "_cache", {}).clear()
+
+
+@contextmanager
+def _marked(live: Sequence[Tensor], owner: object) -> Iterator[None]:
+    marks = {id(tensor): owner for tensor in live}
+    _lent.update(marks)
+    guard = register_optimizer_step_pre_hook(_refuse_step)
+    try:
+        yield
+    finally:
+        guard.remove()
+        for key in marks:
+            _lent.pop(key, None)
+
+
+def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    if (owner := owner_of_loan(parameters)) is not None:
+        raise UsageError(
+            f"{type(optimizer).__name__}.step() inside applied(): the model holds the weights of "
+            f"{owner!r}, and training them would damage it. Leave the `with` block first; to train "
+            "on from the average, copy_to(model)."
+        )
+
+
+def _exchange(a: Tensor, b: Tensor) -> None:
+    """Let two tensors of one shape and dtype change contents."""
+    with torch.no_grad():
+        for x, y in _parts(a.detach(), b.detach()):
+            kept = x.clone()
+            x.copy_(y)
+            y.copy_(kept)
+
+
+def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    if a.stride() != b.stride() or not is_dense(a):
+        yield a, b
+        return
+    for start, stop in ranges(a.numel(), _SCRATCH_VALUES):
+        size = stop - start
+        yield tuple(t.as_strided((size,), (1,), t.storage_offset() + start) for t in (a, b))  # type: ignore[misc]
