@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from pathlib import Path
 
 from safetensors.torch import save_file
 
@@ -20,8 +21,6 @@ def save(
     following: Following, held: Held, path: str | os.PathLike[str], *, overwrite: bool
 ) -> None:
     """Write the averaged model's tensors, each tied one once, and where they come from."""
-    from pathlib import Path
-
     refuse_existing(Path(path), overwrite=overwrite)
     following.finish()
     if held.is_empty():
@@ -37,6 +36,22 @@ def save(
         metadata["ties"] = json.dumps(ties, sort_keys=True)
     with replacing(path, overwrite=overwrite) as part:
         save_file(tensors, part, metadata=metadata)
+        _sort_header(part)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the metadata in order; the header keeps its length.
+
+    safetensors writes it in a random order, and equal runs are to give equal files.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = {"__metadata__": header.pop("__metadata__")} | header
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def provenance(following: Following, held: Held) -> dict[str, str]:
