@@ -92,5 +92,7 @@ def _for_page(text: str, prefix: str) -> str:
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}", text)
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
+    # The page sets the width, the height follows from the viewBox.
+    opening, rest = text.split(">", 1)
+    text = re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest
     return re.sub(r"\n\s*", "\n", text).strip()

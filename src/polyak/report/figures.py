@@ -160,7 +160,8 @@ def plot_plane(
         )  # fmt: skip
     ax.figure.colorbar(shape, ax=ax, format="%.3g")
     ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    if points:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def _mark_colour(name: str) -> str:

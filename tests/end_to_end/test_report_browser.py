@@ -1,0 +1,108 @@
+"""The page of a run in a real headless Chromium: light, dark, and on a phone."""
+
+import shutil
+
+import pytest
+from reference.tiny_run import make_run
+
+from polyak.report.page import write_report
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed (apt install chromium)")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return write_report(make_run(tmp_path_factory.mktemp("runs") / "tiny"))
+
+
+@pytest.fixture
+def opened(browser, report, request):
+    scheme, width = request.param
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    seen = {"console": [], "requests": []}
+    page.on("console", lambda message: seen["console"].append(message.text))
+    page.on("pageerror", lambda error: seen["console"].append(str(error)))
+    page.on("request", lambda sent: seen["requests"].append(sent.url))
+    page.goto(report.as_uri())
+    yield page, seen
+    page.close()
+
+
+def views(*pairs):
+    return pytest.mark.parametrize("opened", pairs, indirect=True, ids=str)
+
+
+@views(("light", 1200), ("dark", 1200), ("light", 380), ("dark", 380))
+def test_quiet_and_as_wide_as_the_screen(opened, report):
+    page, seen = opened
+    assert seen == {"console": [], "requests": [report.as_uri()]}
+    width, screen = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= screen
+    boxes = page.eval_on_selector_all(
+        ".pictures svg", "all => all.map(svg => svg.getBoundingClientRect().toJSON())"
+    )
+    assert len(boxes) == 18
+    assert all(box["width"] > 250 and box["height"] > 100 for box in boxes)
+    assert all(box["left"] >= 0 and box["right"] <= screen for box in boxes)
+
+
+def luminance(colour):
+    channels = [int(part) / 255 for part in colour[4:-1].split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@views(("light", 1200), ("dark", 1200))
+def test_text_and_the_lines_of_the_pictures_stand_out(opened):
+    page, _ = opened
+    paper, *inks = page.evaluate(
+        """() => {
+            const style = (element) => getComputedStyle(element);
+            return [
+                style(document.body).backgroundColor,
+                ...[...document.querySelectorAll('p, td, h1, h2, figcaption')].map(e => style(e).color),
+                ...[...document.querySelectorAll('svg *')].map(e => style(e).fill)
+                    .filter(fill => fill === style(document.body).color),
+            ]
+        }"""
+    )
+    light, dark = luminance("rgb(255, 255, 255)"), luminance(paper)
+    assert (dark < 0.05) == (page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches"))
+    assert len(inks) > 100  # among them the text of the pictures, which follows the page
+    for ink in inks:
+        low, high = sorted([luminance(ink), dark])
+        assert (high + 0.05) / (low + 0.05) > 4.5, (ink, paper, light)
+
+
+@views(("dark", 1200))
+def test_a_screenshot_is_not_blank(opened, tmp_path):
+    page, _ = opened
+    from matplotlib.image import imread
+
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    pixels = imread(tmp_path / "page.png")
+    assert pixels.shape[0] > 3000
+    assert pixels[..., :3].std() > 0.05

@@ -1,0 +1,141 @@
+"""The page of a run and of a comparison: self-contained, complete, the same every time."""
+
+import re
+
+import pytest
+from reference.tiny_run import make_run
+
+from polyak.errors import ArgumentError, OutputError
+from polyak.report.compare import write_comparison
+from polyak.report.page import write_report
+
+HEADINGS = [
+    "What each is worth",
+    "The schedule",
+    "Error and loss over time",
+    "Is it as right as it is sure?",
+    "From SGD&#39;s solution to SWA&#39;s",
+    "Along random rays",
+    "From checkpoint to checkpoint",
+    "The plane through the first, the middle and the last",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("runs") / "tiny")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text()
+
+
+def headings(page):
+    return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+def test_it_holds_what_a_report_holds(page):
+    assert headings(page) == HEADINGS
+    assert page.count("<figcaption>") == len(HEADINGS) - 1
+    assert "SWA arm, last iterate" in page
+    assert "polyak report" in page
+
+
+def test_it_needs_no_network_and_no_script(page):
+    assert "<script" not in page
+    linked = re.findall(r'(?:src|href|xlink:href|url)\s*[=(]\s*"?([^")\s>]+)', page)
+    assert all(target.startswith(("#", "data:")) for target in linked)
+    assert len(page) < 3_000_000
+
+
+def test_ids_differ_all_over_the_page(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 100
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert used <= set(ids)
+
+
+def test_pictures_read_on_light_and_dark(page):
+    assert "currentColor" in page
+    assert "#1b1f24" not in page.split("</style>", 1)[1]  # ink would be lost on a dark page
+
+
+def test_every_picture_is_a_png_too(folder, page):
+    pictures = sorted((folder / "figures").glob("*.png"))
+    assert len(pictures) == page.count("<svg ") == 18
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_same_run_gives_the_same_page(folder, page):
+    write_report(folder)
+    assert (folder / "report.html").read_text() == page
+
+
+def test_batchnorm_statistics_are_measured_at_every_point(tmp_path):
+    page = write_report(make_run(tmp_path / "normed", batchnorm=True)).read_text()
+    assert headings(page) == HEADINGS
+
+
+def test_a_run_of_sgd_alone_has_no_surface(tmp_path):
+    page = write_report(make_run(tmp_path / "alone", arms=("sgd",))).read_text()
+    assert headings(page) == HEADINGS[:4]
+
+
+def test_the_cyclic_arm_stands_in_for_swa(tmp_path):
+    page = write_report(make_run(tmp_path / "note", arms=("sgd", "cyclic"))).read_text()
+    assert headings(page) == HEADINGS
+
+
+def test_names_are_escaped(tmp_path):
+    page = write_report(make_run(tmp_path / "<b>bold<b>")).read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;bold" in page
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(ArgumentError, match="is not a run"):
+        write_report(tmp_path)
+
+
+def test_a_run_without_results(tmp_path):
+    folder = make_run(tmp_path / "begun")
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(ArgumentError, match=r"no final results yet.*--resume"):
+        write_report(folder)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    folder = make_run(tmp_path / "full")
+    (folder / "figures").write_text("a file where the folder belongs")
+    with pytest.raises(OutputError, match="figures"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_runs_side_by_side(tmp_path, folder):
+    other = make_run(tmp_path / "annealed", arms=("sgd", "swa"), rate=0.1)
+    path = write_comparison([folder, other], tmp_path / "compare.html")
+    page = path.read_text()
+    assert headings(page)[:2] == ["What differs", "What each is worth"]
+    assert "<td>rate</td><td>0.05</td><td>0.1</td>" in page
+    assert {"tiny", "annealed"} <= set(headings(page))
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    with pytest.raises(OutputError, match="overwrite"):
+        write_comparison([folder, other], path)
+    write_comparison([folder, other], path, overwrite=True)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, folder):
+    other = make_run(tmp_path / "tiny")
+    page = write_comparison([folder, other], tmp_path / "compare.html").read_text()
+    assert str(other) in page
+
+
+def test_a_comparison_needs_two_runs(tmp_path, folder):
+    for folders in ([], [folder], [folder, folder]):
+        with pytest.raises(ArgumentError, match="two or more different runs"):
+            write_comparison(folders, tmp_path / "compare.html")
