@@ -30,12 +30,14 @@ _HOME_OF = {
     "Warmup": "polyak.maths.schedules",
     "chain": "polyak.maths.schedules",
     "plot_schedule": "polyak.report.schedule",
+    "update_bn": "polyak.batchnorm",
 }
 
 if TYPE_CHECKING:
     from polyak.averaging.average import Average as Average
     from polyak.averaging.averages import Averages as Averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
+    from polyak.batchnorm import update_bn as update_bn
     from polyak.errors import PolyakError as PolyakError
     from polyak.maths.profiles import EMA as EMA
     from polyak.maths.profiles import SWA as SWA

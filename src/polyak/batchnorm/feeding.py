@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -30,23 +31,24 @@ def run(model: Module, batches: Iterable[Any], forward: Forward | None) -> int:
     return n_batches
 
 
-def checked(batches: Iterable[Any], *, limit: int | None, passes: int) -> Iterable[Any]:
+def checked(batches: Any, *, limit: int | None, passes: int) -> Iterable[Any]:
     """Refuse what cannot be run before anything is touched."""
     for name, value in (("passes", passes), ("limit", limit)):
         if not (_is_count(value) or (name == "limit" and value is None)):
             raise ArgumentError(f"update_bn: {name} must be a whole number from 1, found {value!r}")
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, Module):
         raise ArgumentError(
-            "update_bn: batches must be an iterable of batches, such as a DataLoader,"
-            f" found {type(batches).__name__}; torch's update_bn takes its arguments the other"
-            " way round: polyak.update_bn(model, batches)"
+            "update_bn: batches must be an iterable of batches, such as a DataLoader, found"
+            f" {type(batches).__name__}; torch's update_bn takes its arguments the other way"
+            " round: polyak.update_bn(model, batches)"
         )
     if passes > 1 and isinstance(batches, Iterator):
         raise ArgumentError(
             f"update_bn: passes={passes} runs over the data several times, but an iterator can be"
             " read only once: give a list or a DataLoader"
         )
-    return batches
+    checked: Iterable[Any] = batches
+    return checked
 
 
 def _is_count(value: object) -> bool:
@@ -94,11 +96,21 @@ def _default_forward(model: Module, batch: Any) -> object:
     try:
         return model(**batch)
     except TypeError as error:
+        if _takes(model, batch):
+            raise
         raise UsageError(
             f"update_bn: the model does not take the batch's entries {sorted(map(str, batch))} as"
             f" keyword arguments ({error}); say how it is called, for example"
             " forward=lambda model, batch: model(batch['image'])"
         ) from error
+
+
+def _takes(model: Module, keywords: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**keywords)
+    except TypeError:
+        return False
+    return True
 
 
 def _unwrapped(model: Module) -> Module:

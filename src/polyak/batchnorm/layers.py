@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer
 
 from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.tensors.names import named_modules
 
 
 def norm_layers(model: Module) -> dict[str, Module]:
@@ -17,7 +18,8 @@ def norm_layers(model: Module) -> dict[str, Module]:
 
     These are BatchNorm, SyncBatchNorm and InstanceNorm layers (and classes derived from them) with
     ``track_running_stats=True``. A layer that is used in several places appears once, under its
-    first name. The part ``_orig_mod.`` that `torch.compile` adds to names is left out.
+    first name. What wrappers add to names (``_orig_mod.``, ``module.`` of data parallelism) is left
+    out.
 
     Raises:
         UsageError: a lazy layer has not seen any data yet, so its size is unknown.
@@ -29,7 +31,14 @@ def norm_layers(model: Module) -> dict[str, Module]:
         ['1']
 
     """
-    return {_plain(name): m for name, m in model.named_modules() if _tracks(m, name)}
+    layers: dict[str, Module] = {}
+    seen: set[Module] = set()
+    for prefix, module in named_modules(model):
+        name = prefix.removesuffix(".")
+        if module not in seen and _tracks(module, name):
+            seen.add(module)
+            layers[name] = module
+    return layers
 
 
 def trained_layers(model: Module) -> dict[str, Module]:
@@ -86,7 +95,7 @@ def _tracks(layer: Module, name: str) -> TypeGuard[_NormBase]:
         return False
     if isinstance(layer.running_mean, UninitializedBuffer):
         raise UsageError(
-            f"the lazy normalisation layer {_plain(name)!r} has not seen data yet:"
+            f"the lazy normalisation layer {name!r} has not seen data yet:"
             " run the model on one batch first"
         )
     return layer.running_mean is not None and layer.running_var is not None
@@ -95,7 +104,3 @@ def _tracks(layer: Module, name: str) -> TypeGuard[_NormBase]:
 def _affine_is_frozen(layer: Module) -> bool:
     affine = list(layer.parameters(recurse=False))
     return bool(affine) and not any(p.requires_grad for p in affine)
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
