@@ -1,0 +1,32 @@
+"""Draw SWA's cyclic schedule, and the curve that torch's schedulers are often joined to instead.
+
+python examples/schedule_curve.py [FILE]        # schedule.png unless given
+"""
+
+import sys
+
+from matplotlib import pyplot as plt
+
+import polyak
+from polyak.report.drawing import style
+
+BEFORE = ((50, polyak.Constant(0.1)), (50, polyak.Cosine(0.1, 0.01)))
+# The paper's cycles: each ends at its lowest rate, where the weights are taken.
+PAPER = polyak.chain(*BEFORE, (40, polyak.CyclicLinear(high=0.05, low=0.01, cycle=10)))
+# SequentialLR([ConstantLR, CosineAnnealingLR, CyclicLR]) is lowest in the first step of each cycle.
+TORCH = polyak.chain(*BEFORE, (41, polyak.Sawtooth(high=0.05, low=0.01, cycle=10)))
+
+
+def main(path: str) -> None:
+    with style():
+        figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.6), layout="constrained")
+        polyak.plot_schedule(PAPER, above).set_title("the paper's cycles", loc="left")
+        polyak.plot_schedule(TORCH, below).set_title("the sawtooth of torch's CyclicLR", loc="left")
+        figure.savefig(path)
+    plt.close(figure)
+    print(f"averaged after {PAPER.averaging_points()} completed steps,")
+    print(f"with the sawtooth after {TORCH.averaging_points()}; drawn in {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "schedule.png")
