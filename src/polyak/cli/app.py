@@ -17,6 +17,8 @@ app.command(
 )
 app.command("polyak.cli.report:report", help="Make the page of a finished run again.")
 app.command("polyak.cli.compare:compare", help="Put finished runs side by side.")
+app.command("polyak.cli.inspect:inspect", help="Print what is in checkpoints.")
+app.command("polyak.cli.diff:diff", help="Compare two checkpoints, tensor by tensor.")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -159,7 +159,7 @@ def test_keys(tmp_path):
         assert_reads(open_checkpoint(tmp_path / "x.pt", key=key), {"w": tensors[tensor]})
     everything = open_checkpoint(tmp_path / "x.pt", key="")
     assert sorted(everything.tensors) == ["7.w", "ema.a.b.w", "nets.0.w", "nets.1.w"]
-    with pytest.raises(FormatError, match="which of the tensors .* under 'ema', 'nets', '7'"):
+    with pytest.raises(FormatError, match=r"which of the tensors .* under 'ema', 'nets', '7'"):
         open_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ArgumentError, match=r"no key 'ema\.c' \('c' was not found\)"):
         open_checkpoint(tmp_path / "x.pt", key="ema.c")
