@@ -17,6 +17,7 @@ from polyak.study.paired import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import BoundaryNorm
 
 COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "sgd": BLUE, "cyclic": GREEN}
 LABELS = {"iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "cyclic": "cyclic"}
@@ -63,18 +64,27 @@ def plot_history(
     title: str = "",
 ) -> None:
     """Values over epochs; `reference` is drawn across: what SGD ends with."""
+    from matplotlib.ticker import MaxNLocator
+
     for label, curve in curves.items():
         ax.plot(curve.x, curve.y, curve.style, color=curve.colour, label=label, lw=1.5)
     if reference is not None:
         ax.axhline(reference, color=GREY, ls=":", lw=1.2, label="SGD at the end")
     ax.set(xlabel="epochs completed", ylabel=ylabel, title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ylim is not None:
         ax.set_ylim(*ylim)
     ax.legend()
 
 
 def plot_reliability(
-    ax: Axes, confidence: ArrayLike, accuracy: ArrayLike, count: ArrayLike, *, title: str
+    ax: Axes,
+    confidence: ArrayLike,
+    accuracy: ArrayLike,
+    count: ArrayLike,
+    *,
+    title: str,
+    colour: str = BLUE,
 ) -> None:
     """Accuracy against confidence by bin; the bars below show how many predictions a bin holds.
 
@@ -85,7 +95,7 @@ def plot_reliability(
     x, y = (np.asarray(values, float)[held > 0] for values in (confidence, accuracy))
     ax.bar(x, held[held > 0] / held.sum(), width=0.04, color=GREY, alpha=0.5, label="share held")
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
-    ax.plot(x, y, "o-", ms=4, color=ORANGE if "SWA" in title else BLUE, label="accuracy")
+    ax.plot(x, y, "o-", ms=4, color=colour, label="accuracy")
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
     ax.legend(loc="upper left")
 
@@ -150,7 +160,7 @@ def plot_plane(
     low, high = float(values.min()), float(values.max())
     span = max(high - low, 1e-12)
     levels = low + span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
-    shape = ax.contourf(x, y, values, levels=levels, cmap="viridis")
+    shape = ax.contourf(x, y, values, levels=levels, cmap="viridis", norm=_even(levels))
     marks = ("o", "s", "*", "D", "^")
     for (name, at), mark in zip(points.items(), marks, strict=False):
         line = "-" if len(at) > 2 else ""
@@ -158,10 +168,17 @@ def plot_plane(
             at[:, 0], at[:, 1], line + mark, color="white", mfc=_mark_colour(name), mec="white",
             ms=11 if mark == "*" else 6, lw=0.8, mew=0.8, label=name,
         )  # fmt: skip
-    ax.figure.colorbar(shape, ax=ax, format="%.3g")
+    ax.figure.colorbar(shape, ax=ax, format="%.3g", fraction=0.046, pad=0.04)
     ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
     if points:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def _even(levels: NDArray[Any]) -> BoundaryNorm:
+    """As many steps of colour between two low levels as between two high ones."""
+    from matplotlib.colors import BoundaryNorm
+
+    return BoundaryNorm(levels, 256)
 
 
 def _mark_colour(name: str) -> str:

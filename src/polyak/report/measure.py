@@ -36,14 +36,14 @@ class Detail:
     """How finely a run is looked at: images of each split, and points of each picture."""
 
     n_images: int
-    n_line: int
+    n_line: int  # 4 k + 1, so that both ends are among the points
     n_ray: int
     n_inner: int
     n_grid: int
 
 
 FULL = Detail(n_images=1500, n_line=25, n_ray=6, n_inner=3, n_grid=13)
-SHORT = Detail(n_images=400, n_line=11, n_ray=3, n_inner=3, n_grid=6)
+SHORT = Detail(n_images=400, n_line=9, n_ray=3, n_inner=3, n_grid=6)
 N_RAYS = 10
 MARGIN = 0.2  # of the plane's extent, beyond the outermost point on each side
 REACH = 0.6  # the longest ray, as a fraction of the length of SGD's weights

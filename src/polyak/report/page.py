@@ -16,7 +16,9 @@ from polyak.errors import ArgumentError, OutputError
 from polyak.report import sections, sentences
 from polyak.report.drawing import Drawing, write_png
 from polyak.report.measure import Landscape, averaging_arm, detail_for, measure
+from polyak.report.surroundings import landscape_sections
 from polyak.report.tables import BASELINE, METRICS, Finals, Metric, Row, row_label, spelled
+from polyak.study.paired import t_quantile
 from polyak.training.run import Run
 
 
@@ -131,7 +133,7 @@ def _difference(finals: Finals, row: Row, metric: Metric) -> Cell:
 def _sections(run: Run, finals: Finals, land: Landscape | None) -> list[sections.Section]:
     parts = [sections.schedule_section(run), sections.history_section(run)]
     parts.append(sections.reliability_section(finals, averaging_arm(run)))
-    return parts if land is None else [*parts, *sections.landscape_sections(land)]
+    return parts if land is None else [*parts, *landscape_sections(land)]
 
 
 def _context(
@@ -147,9 +149,10 @@ def _context(
     return {
         "name": recipe.name,
         "subtitle": subtitle,
-        "verdict": "" if land is None else sentences.verdict(finals, land.arm),
+        "verdict": [] if land is None else sentences.verdict(finals, land.arm),
         "values": value_table(finals),
         "differences": difference_table(finals),
+        "about_differences": _about_differences(finals),
         "about_table": sentences.about_table(finals),
         "sections": parts,
         "landscape_note": "" if land is None else _landscape_note(land),
@@ -157,6 +160,20 @@ def _context(
         "command": f"polyak report {run.folder}",
         "versions": f"polyak {polyak.__version__}, torch {torch.__version__}",
     }
+
+
+def _about_differences(finals: Finals) -> str:
+    comparisons = (len(finals.rows) - 1) * len(METRICS)
+    text = "Lower is better everywhere."
+    if finals.n_seeds == 1:
+        return f"{text} One seed shows no spread: take no difference for more than that seed's."
+    factor = t_quantile(0.975, finals.n_seeds - 1)
+    return (
+        f"{text} A difference is coloured where its 95% interval does not hold 0; of "
+        f"{comparisons} comparisons about {max(1, round(comparisons / 20))} would be by chance. "
+        f"With {finals.n_seeds} seeds an interval reaches {factor:.1f} standard errors to each "
+        "side, so what is not coloured is not shown to be equal either."
+    )
 
 
 def _landscape_note(land: Landscape) -> str:

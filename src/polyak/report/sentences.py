@@ -5,6 +5,7 @@ Either sign is a result: where averaging did not help, the sentence says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,44 +21,38 @@ ONE_BASIN = 0.05
 
 
 def difference(name: str, other: str, value: Estimate | None, unit: str, digits: int) -> str:
-    """`SWA's is 0.30 points lower than SGD's (95% interval 0.10 to 0.50, 5 seeds)`.
+    """`SWA is 0.30 points below SGD (95% interval 0.10 to 0.50, 5 seeds)`.
 
     Where the interval holds 0, or there is a single seed, the sentence claims nothing.
 
     >>> difference("SWA", "SGD", Estimate(-0.3, 0.02, 3), "points", 2)
-    "SWA's is 0.30 points lower than SGD's (95% interval 0.21 to 0.39, 3 seeds)"
+    'SWA is 0.30 points below SGD (95% interval 0.21 to 0.39, 3 seeds)'
     """
     if value is None:
         return f"there is no seed to compare {name} with {other}"
-    size = f"{abs(value.mean):.{digits}f} {unit}"
-    word = "lower" if value.mean < 0 else "higher"
+    where = f"{abs(value.mean):.{digits}f} {unit} {'below' if value.mean < 0 else 'above'}"
     half = value.half_width()
     if half is None:
-        return f"{name}'s is {size} {word} than {other}'s, in a single seed, which shows no spread"
-    low, high = abs(value.mean) - half, abs(value.mean) + half
+        return f"{name} is {where} {other}, in a single seed, which shows no spread"
     if value.sign == 0:
-        return (
-            f"{name}'s is not told apart from {other}'s: {size} {word} on average, "
-            f"± {half:.{digits}f} at 95% over {value.n} seeds"
-        )
+        spread = f"{where} on average, ± {half:.{digits}f} at 95%, {value.n} seeds"
+        return f"{name} is not told apart from {other} ({spread})"
+    low, high = abs(value.mean) - half, abs(value.mean) + half
     interval = f"95% interval {low:.{digits}f} to {high:.{digits}f}, {value.n} seeds"
-    return f"{name}'s is {size} {word} than {other}'s ({interval})"
+    return f"{name} is {where} {other} ({interval})"
 
 
-def verdict(finals: Finals, arm: str) -> str:
-    """The answer of the run in three sentences: against its own iterate, against SGD, calibration."""
-    average: Row = (arm, "swa")
-    own = difference(
-        "SWA", "the iterate of the same run", finals.difference(average, "error", to=(arm, "iterate")),
-        "points", 2,
-    )  # fmt: skip
-    sgd = difference("SWA", "annealed SGD", finals.difference(average, "error"), "points", 2)
-    nll = difference("SWA", "SGD", finals.difference(average, "nll"), "nats", 3)
-    scaled = difference("SWA", "SGD", finals.difference(average, "nll_scaled"), "nats", 3)
-    return (
-        f"Test error: {own}. At the same budget {sgd}. Negative log-likelihood: {nll}; "
-        f"after temperature scaling {scaled}."
-    )
+def verdict(finals: Finals, arm: str) -> list[str]:
+    """The answer of the run: against its own iterate, against SGD, in error and in likelihood."""
+    average, iterate = (arm, "swa"), (arm, "iterate")
+    own = finals.difference(average, "error", to=iterate)
+    sgd, nll, scaled = (finals.difference(average, key) for key in ("error", "nll", "nll_scaled"))
+    return [
+        f"Test error: {difference('SWA', 'the last iterate of its own run', own, 'points', 2)}.",
+        f"Test error at equal budget: {difference('SWA', 'annealed SGD', sgd, 'points', 2)}.",
+        f"Likelihood: in NLL {difference('SWA', 'annealed SGD', nll, 'nats', 3)}.",
+        f"After temperature scaling: {difference('SWA', 'annealed SGD', scaled, 'nats', 3)}.",
+    ]
 
 
 def about_table(finals: Finals) -> str:
@@ -77,10 +72,11 @@ def about_table(finals: Finals) -> str:
 def about_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
     """`arms` gives the highest and lowest rate of each, `averaged` how many weights it averages."""
     high, low = arms["sgd"]
-    parts = [f"SGD falls from {high:g} to {low:g}"]
+    parts = [f"SGD falls from {high:.3g} to {low:.3g}"]
     for arm, count in averaged.items():
         top, bottom = arms[arm]
-        way = f"stays at {top:g}" if top == bottom else f"cycles from {top:g} down to {bottom:g}"
+        flat = math.isclose(top, bottom)
+        way = f"stays at {top:.3g}" if flat else f"cycles from {top:.3g} down to {bottom:.3g}"
         parts.append(
             f"the {arm.upper() if arm == 'swa' else arm} arm {way} and averages {count} sets of weights"
         )
@@ -113,7 +109,7 @@ def about_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str, f
             for key in ("confidence", "accuracy")
         )
         parts.append(
-            f"{name} is {sure:.1f}% sure and {right:.1f}% right (off by {ece[name]:.1f} on average)"
+            f"{name} is {sure:.1f}% sure and {right:.1f}% right (calibration error {ece[name]:.1f}%)"
         )
     return "; ".join(parts) + "."
 
@@ -135,7 +131,7 @@ def about_line(land: Landscape) -> str:
             "the two lowest points are not shifted in SWA's favour, though its error is no higher"
         )
     else:
-        shift = "SWA's end is the worse one here: averaging did not help"
+        shift = "SWA's end has the higher error on these images: averaging did not help"
     return (
         f"Training loss is lowest at {at_loss:.2f}, test error at {at_error:.2f}; {ends}: {shift}."
     )
@@ -145,7 +141,9 @@ def about_rays(rays: Mapping[str, Rays]) -> str:
     """How much the training loss rises to the end of the rays, mean over rays."""
     rise = {name: _rise(value) for name, value in rays.items()}
     reach = float(next(iter(rays.values())).distances[-1])
-    listed = ", ".join(f"{value:.3f} from {name}" for name, value in rise.items())
+    listed = "{:.3f} nats from {}, {:.3f} from the {} and {:.3f} from {}".format(
+        *(part for name, value in rise.items() for part in (value, name))
+    )
     sgd, swa = rise["SGD"], rise["SWA"]
     if swa < sgd:
         end = f"SWA lies flatter than SGD, by a factor of {sgd / max(swa, 1e-9):.1f}"
@@ -153,7 +151,7 @@ def about_rays(rays: Mapping[str, Rays]) -> str:
             end += ", but so does nearly the last iterate: the high rate, not the averaging alone, finds the flat place"
     else:
         end = "SWA is not flatter than SGD"
-    return f"At distance {reach:.1f} the training loss has risen by {listed} nats: {end}."
+    return f"At distance {reach:.1f} the training loss has risen by {listed}: {end}."
 
 
 def _rise(rays: Rays) -> float:

@@ -13,9 +13,12 @@ from polyak.study.paired import Estimate
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (Estimate(-0.5, 0.05, 5), "0.50 points lower than SGD's (95% interval 0.36 to 0.64"),
-        (Estimate(0.5, 0.05, 5), "0.50 points higher than SGD's (95% interval"),
-        (Estimate(-0.5, 0.5, 5), "not told apart from SGD's"),
+        (Estimate(-0.5, 0.05, 5), "0.50 points below SGD (95% interval 0.36 to 0.64"),
+        (Estimate(0.5, 0.05, 5), "0.50 points above SGD (95% interval"),
+        (
+            Estimate(-0.5, 0.5, 5),
+            "not told apart from SGD (0.50 points below on average, ± 1.39 at 95%",
+        ),
         (Estimate(-0.5, None, 1), "a single seed, which shows no spread"),
         (None, "no seed to compare"),
     ],
@@ -40,10 +43,11 @@ def test_where_averaging_did_not_help_the_table_s_sentence_says_so():
 
 
 def test_the_verdict_gives_both_comparisons_and_equal_values_claim_nothing():
-    said = sentences.verdict(finals(14.0), "swa")
-    assert "lower than the iterate of the same run's" in said
-    assert "higher than annealed SGD's" in said
-    assert "after temperature scaling SWA's is not told apart" in said
+    own, sgd, nll, scaled = sentences.verdict(finals(14.0), "swa")
+    assert "below the last iterate of its own run" in own
+    assert "above annealed SGD" in sgd
+    assert "not told apart" in nll
+    assert "After temperature scaling: SWA is not told apart" in scaled
 
 
 def land(loss, error, segments=None):
@@ -72,7 +76,7 @@ def rays(**rises):
 
 def test_rays():
     flat = sentences.about_rays(rays(SGD=0.4, last_iterate=0.39, SWA=0.2))
-    assert "risen by 0.400 from SGD, 0.390 from last iterate, 0.200 from SWA" in flat
+    assert "risen by 0.400 nats from SGD, 0.390 from the last iterate and 0.200 from SWA" in flat
     assert "flatter than SGD, by a factor of 2.0" in flat
     assert "high rate" not in flat
     assert "the high rate" in sentences.about_rays(rays(SGD=0.4, last_iterate=0.21, SWA=0.2))
