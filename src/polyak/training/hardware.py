@@ -46,7 +46,7 @@ class Hardware:
         """What must be the same for a resumed run to end in the same bits."""
         on_gpu = self.device.type == "cuda"
         return {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
             "threads": str(torch.get_num_threads()),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "cpu instructions": torch.backends.cpu.get_cpu_capability(),

@@ -50,8 +50,9 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the classes."""
-        features = max_pool2d(relu(self.norm1(self.conv1(images))), 2)
-        features = max_pool2d(relu(self.norm2(self.conv2(features))), 2)
+        # ReLU keeps the order of numbers, so that pooling first gives the same at a quarter of it.
+        features = relu(max_pool2d(self.norm1(self.conv1(images)), 2))
+        features = relu(max_pool2d(self.norm2(self.conv2(features)), 2))
         logits: Tensor = self.output(relu(self.hidden(features.flatten(1))))
         return logits
 

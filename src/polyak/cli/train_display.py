@@ -1,0 +1,167 @@
+"""What `polyak train` shows while it runs, and at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from polyak.errors import MissingExtra, PolyakError
+from polyak.report.page import write_report
+from polyak.report.tables import BASELINE, METRICS, Finals, Row, row_label, spelled
+from polyak.training.loop import plan, train
+from polyak.training.recipe import Recipe
+from polyak.training.run import Run
+
+_PLAIN_WIDTH = 120  # of tables in a file or a pipe, where nothing says how wide they may be
+_NAMES = {"iterate": "last iterate", "swa": "SWA", "ema": "EMA"}
+
+
+def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
+    """Train with a live table, or with plain lines where there is no terminal, then the results."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    verb = "Resuming" if resume and (folder / "recipe.toml").exists() else "Running"
+    console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
+    try:
+        with _display(console, recipe) as watch:
+            run = train(recipe, folder, resume=resume, watch=watch)
+    except (KeyboardInterrupt, PolyakError):
+        console.print(f"Stopped. The same command with --resume --output {folder} goes on.")
+        raise
+    _print_results(console, run)
+
+
+@contextmanager
+def _display(console: Console, recipe: Recipe) -> Iterator[Any]:
+    left = TimeLeft()
+    if not console.is_terminal:
+        yield lambda record, done: console.print(
+            plain_line(recipe, record, left.spelled(done)), highlight=False, soft_wrap=True
+        )
+        return
+    table = LiveTable(recipe)
+    with Live(table.render(""), console=console, refresh_per_second=4) as live:
+
+        def watch(record: dict[str, Any], done: float) -> None:
+            table.take(record)
+            live.update(table.render(left.spelled(done)))
+
+        yield watch
+
+
+class TimeLeft:
+    """The time left, from the pace since the first epoch that ended under our eyes."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+
+    def spelled(self, done: float) -> str:
+        """`1:05 left`, given the fraction that is done; nothing before a second epoch ends."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        start, done_then = self._first
+        if done >= 1 or done <= done_then:
+            return ""
+        seconds = round((now - start) / (done - done_then) * (1 - done))
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
+def plain_line(recipe: Recipe, record: dict[str, Any], left: str) -> str:
+    """One record as a line."""
+    place = f"seed {record['seed']} {record['arm']:<6}"
+    if record["kind"] == "final":
+        return (
+            f"{place} {_NAMES[record['weights']]}: test error {record['error']:.2f}%, "
+            f"NLL {record['nll']:.4f}, calibration error {record['ece']:.2f}%"
+        )
+    worth = ", ".join(
+        f"{_NAMES[kind]} {value['error']:.2f}% {value['nll']:.4f}"
+        for kind, value in record["evaluations"].items()
+    )
+    return (
+        f"{place} epoch {record['epoch']:>3}/{recipe.epochs}  rate {record['rate']:.4f}  "
+        f"loss {record['train_loss']:.4f}  validation: {worth}  {left}"
+    ).rstrip()
+
+
+class LiveTable:
+    """A row for each arm of each seed, filled in as records come."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._latest: dict[tuple[int, str], dict[str, Any]] = {}
+        self._rows = list(dict.fromkeys((unit.seed, unit.arm) for unit in plan(recipe)))
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Show this record in its row."""
+        if record["kind"] == "epoch":
+            self._latest[record["seed"], record["arm"]] = record
+
+    def render(self, left: str) -> Table:
+        """The table as it stands."""
+        table = Table(title=f"recipe {self._recipe.name}", caption=left or None)
+        for name in ("seed", "arm", "epoch", "rate", "loss", *_NAMES.values()):
+            table.add_column(name, justify="left" if name == "arm" else "right")
+        table.columns[5].header = "last iterate\nerror % / NLL"
+        for seed, arm in self._rows:
+            table.add_row(str(seed), arm, *self._cells(self._latest.get((seed, arm))))
+        return table
+
+    def _cells(self, record: dict[str, Any] | None) -> list[str]:
+        if record is None:
+            return ["waits"]
+        worth = record["evaluations"]
+        return [
+            f"{record['epoch']}/{self._recipe.epochs}",
+            f"{record['rate']:.4f}",
+            f"{record['train_loss']:.4f}",
+            *(
+                f"{worth[kind]['error']:.2f} / {worth[kind]['nll']:.4f}" if kind in worth else "-"
+                for kind in _NAMES
+            ),
+        ]
+
+
+def _print_results(console: Console, run: Run) -> None:
+    console.print(results_table(Finals(run.finals())))
+    try:
+        console.print(f"report          {write_report(run.folder)}", highlight=False)
+    except MissingExtra as missing:
+        console.print(f"report          none: {missing}", highlight=False)
+    console.print(f"averaged model  {run.folder / 'swa.safetensors'}", highlight=False)
+    console.print(f"run folder      {run.folder}", highlight=False)
+
+
+def results_table(finals: Finals) -> Table:
+    """Every metric of every kind of weights, and what error and NLL differ from SGD's."""
+    table = Table(
+        title=f"On the test images, {finals.n_seeds} seed(s): mean ± standard error",
+        caption="differences are paired seed by seed, ± half the 95% interval (Student's t)",
+    )
+    table.add_column("weights")
+    for metric in METRICS:
+        table.add_column(
+            f"{metric.title}{' %' if metric.unit == 'points' else ''}", justify="right"
+        )
+    for metric in METRICS[:2]:
+        table.add_column(f"{metric.title} - SGD's", justify="right")
+    for row in finals.rows:
+        table.add_row(row_label(row), *_figures(finals, row))
+    return table
+
+
+def _figures(finals: Finals, row: Row) -> list[str]:
+    values = [spelled(finals.mean(row, metric.key), metric.digits) for metric in METRICS]
+    for metric in METRICS[:2]:
+        difference = None if row == BASELINE else finals.difference(row, metric.key)
+        values.append(spelled(difference, metric.digits, signed=True) if difference else "")
+    return values
