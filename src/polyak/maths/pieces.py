@@ -1,0 +1,91 @@
+r"""Pieces: how much each stored set of weights counts in an average made afterwards.
+
+Weights saved at steps $s_1 < s_2 < \dots < s_n$ stand for what training did between them: those of
+$s_i$ for the interval $(s_{i-1}, s_i]$, the first for an interval as long as the next. Time begins
+where the first interval does, $s_0 = s_1 - (s_2 - s_1)$, and a profile with cumulative share $F$
+gives
+
+$$c_i = F(s_i - s_0,\; s_n - s_0) - F(s_{i-1} - s_0,\; s_n - s_0), \qquad \sum_i c_i = 1.$$
+
+So irregular spacing is right: weights that stand for a longer stretch count more. `SWA` alone counts
+what was stored equally, as its paper does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyak.errors import ArgumentError
+from polyak.maths.profiles import SWA, After, Profile
+
+
+def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float64]:
+    """The share of each of the weights stored at `steps`, which increase; float64, they sum to 1.
+
+    profile: any; a `start` of it is a training step. steps: when each was stored, at least one.
+    Raises ArgumentError where steps do not increase, or where all of them lie before the start.
+
+    >>> from polyak.maths.profiles import EMA, SWA, Window
+    >>> piece_weights(Window(length=1000), [1000, 1500, 2000, 3000]).tolist()
+    [0.0, 0.0, 0.0, 1.0]
+    >>> piece_weights(Window(length=1500), [1000, 1500, 2000, 3000]).round(3).tolist()
+    [0.0, 0.0, 0.333, 0.667]
+    >>> piece_weights(SWA(), [1000, 1500, 3000]).round(3).tolist()
+    [0.333, 0.333, 0.333]
+    """
+    moments = _moments(steps)
+    counted = moments > profile.start
+    if not counted.any():
+        raise ArgumentError(
+            f"{profile} is empty: it starts at step {profile.start:g}, and the last weights were "
+            f"stored at step {moments[-1]:g}. Start earlier, or add later weights."
+        )
+    if isinstance(_innermost(profile), SWA):
+        return np.asarray(counted / counted.sum())
+    if len(moments) == 1:
+        return np.ones(1)
+    origin = 2 * moments[0] - moments[1]
+    weights = _since(profile, origin).weights((moments - origin).tolist())
+    return np.asarray(weights / weights.sum())
+
+
+def effective_samples(weights: Sequence[float] | NDArray[np.float64]) -> float:
+    r"""How many equal weights would cancel as much noise: $(\sum c_i)^2 / \sum c_i^2$.
+
+    Raises ArgumentError if all are zero.
+
+    >>> effective_samples([0.25, 0.25, 0.25, 0.25]), round(effective_samples([0.5, 0.25, 0.25]), 3)
+    (4.0, 2.667)
+    """
+    shares = np.asarray(weights, dtype=np.float64)
+    power = float(np.square(shares).sum())
+    if not power > 0:
+        raise ArgumentError(f"No weight counts in {shares.tolist()}; at least one must be nonzero.")
+    return float(shares.sum() ** 2) / power
+
+
+def _moments(steps: Sequence[float]) -> NDArray[np.float64]:
+    moments = np.asarray(steps, dtype=np.float64)
+    if moments.ndim != 1 or not moments.size or not np.isfinite(moments).all():
+        raise ArgumentError(f"Expected a list of finite steps; found {list(steps)}.")
+    if not (np.diff(moments) > 0).all():
+        at = int(np.argmin(np.diff(moments) > 0))
+        raise ArgumentError(
+            f"The steps must increase; found {moments[at + 1]:g} after {moments[at]:g}."
+        )
+    return moments
+
+
+def _innermost(profile: Profile) -> Profile:
+    return _innermost(profile.profile) if isinstance(profile, After) else profile
+
+
+def _since(profile: Profile, origin: float) -> Profile:
+    """The same profile in time that is counted from `origin`, where averaging cannot be earlier."""
+    if not isinstance(profile, After):
+        return profile
+    inner, start = _innermost(profile), profile.start - origin
+    return After(start, inner) if start > 0 else inner
