@@ -11,7 +11,9 @@ from polyak.checkpoints.inert import Global, Stub
 if TYPE_CHECKING:
     from polyak.checkpoints.pickles import Machine
 
-STOP = ord(".")
+MAX_MARKS = 100_000
+"""Containers that are open at once."""
+
 Operation = Callable[["Machine"], None]
 
 
@@ -139,6 +141,8 @@ def _protocol(machine: Machine) -> None:
 
 def _mark(machine: Machine) -> None:
     machine.marks.append(len(machine.stack))
+    if len(machine.marks) > MAX_MARKS:
+        raise machine.error(f"more than {MAX_MARKS} containers are open")
 
 
 def _frame(machine: Machine) -> None:
@@ -166,6 +170,8 @@ def _bytes(machine: Machine, raw: bytes) -> bytes:
     del machine
     return raw
 
+
+STOP = ord(".")
 
 OPERATIONS: dict[int, Operation] = {
     code[0]: operation

@@ -88,6 +88,10 @@ def _open_file(file: ByteFile, key: str | None) -> Checkpoint:
 
 def _read_file(file: ByteFile, key: str | None) -> Checkpoint:
     start = file.read(0, min(file.size, 512))
+    if (
+        start[5:9] == b"\0\0\0{"
+    ):  # first of all: the length before it can look like any other format
+        return _without_key(read_safetensors(file), key)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         archive = ZipArchive(file)
         if any(name.endswith("data.pkl") for name in archive.entries):

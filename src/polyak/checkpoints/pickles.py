@@ -23,7 +23,7 @@ MAX_PICKLE_BYTES = 128 << 20
 MAX_OPCODES = 16_000_000
 """A few seconds and about a gigabyte at the very worst."""
 
-MAX_STACK = 1_000_000
+MAX_STACK = 250_000
 """Objects, or marks, that wait for their container."""
 
 PLAIN = (str, bytes, int, float, bool, type(None))
@@ -77,18 +77,23 @@ class Machine:
 
     def run(self) -> Any:
         """Everything up to the STOP opcode, and what it leaves."""
-        operations, stack = OPERATIONS, self.stack
-        for _ in range(MAX_OPCODES):
-            code = self.take(1)[0]
+        data, size, operations, stack = self.data, len(self.data), OPERATIONS, self.stack
+        for _ in range(min(MAX_OPCODES, size)):
+            if self.position == size:
+                break
+            code = data[self.position]
+            self.position += 1
             if code == STOP:
                 return stack.pop()
             operation = operations.get(code)
             if operation is None:
                 raise self.error(f"opcode {bytes([code])!r} is not one that checkpoints hold")
             operation(self)
-            if len(stack) > MAX_STACK or len(self.marks) > MAX_STACK:
+            if len(stack) > MAX_STACK:
                 raise self.error(f"more than {MAX_STACK} objects wait on the stack")
-        raise self.error(f"more than {MAX_OPCODES} opcodes")
+        if self.position < size:
+            raise self.error(f"more than {MAX_OPCODES} opcodes")
+        raise self.error("it ends in the middle")
 
     def error(self, problem: str) -> FormatError:
         """What is wrong, and where."""
