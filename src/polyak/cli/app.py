@@ -12,6 +12,10 @@ from polyak.errors import PolyakError
 app = App(name="polyak", help="Average the weights of neural networks.", version=polyak.__version__)
 # One line a command: app.command("polyak.cli.train:train"), in the order of --help.
 app.command(
+    "polyak.cli.train:train",
+    help="Train with SGD and with weight averaging at the same budget, and compare.",
+)
+app.command(
     "polyak.cli.schedule:schedule",
     help="Print or draw a learning-rate schedule and when it averages.",
 )
