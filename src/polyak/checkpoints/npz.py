@@ -36,6 +36,8 @@ def read_npz(file: ByteFile, archive: ZipArchive | None = None) -> Checkpoint:
     archive = archive or ZipArchive(file)
     tensors: dict[str, StoredTensor] = {}
     refused: dict[str, str] = {}
+    if not archive.entries:
+        raise FormatError(f"{file.path} is an empty zip archive; it holds no arrays.")
     for entry in archive.entries:
         name = entry.removesuffix(".npy")
         if name == entry:

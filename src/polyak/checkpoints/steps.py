@@ -10,11 +10,11 @@ from polyak.checkpoints.places import Place
 from polyak.errors import FormatError
 
 _STEP = re.compile(
-    r"(?:step|checkpoint|ckpt|iter|iteration|update|snapshot)s?[-_=.]?0*(\d{1,15})(?=$|[-_.=])",
+    r"(?<![a-z])(?:(?:global_?)?step|checkpoint|ckpt|iter|iteration|update|snapshot)s?[-_=.]?0*(\d{1,15})(?=$|[-_.=])",
     re.IGNORECASE,
 )
 _OTHER = re.compile(
-    r"(?:^|(?:epoch|ep|model|weights|net)[-_=.]?)0*(\d{1,15})(?=$|[-_.=])", re.IGNORECASE
+    r"(?:^|(?<![a-z])(?:epoch|ep|model|weights|net)[-_=.]?)0*(\d{1,15})(?=$|[-_.=])", re.IGNORECASE
 )
 
 

@@ -1,0 +1,261 @@
+"""Folders of Transformers, PEFT and Lightning, made by the libraries themselves."""
+
+import json
+import re
+
+import pytest
+import torch
+from reference.stored import assert_reads
+from safetensors.torch import load_file, save_file
+
+from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.steps import step_in_name
+from polyak.errors import ArgumentError, FormatError, MismatchError
+
+# Third-party libraries warn about their own internals while they build models and train.
+libraries = pytest.mark.filterwarnings("ignore")
+
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("hf")
+    model = tiny_llama()
+    model.save_pretrained(folder / "one" / "checkpoint-500")
+    model.save_pretrained(folder / "shards", max_shard_size="8KB")
+    (folder / "one" / "checkpoint-500" / "trainer_state.json").write_text('{"global_step": 499}')
+    return folder, dict(model.state_dict())
+
+
+@libraries
+def test_one_file_of_transformers(llama):
+    folder, state = llama
+    with open_checkpoint(folder / "one" / "checkpoint-500") as checkpoint:
+        assert_reads(checkpoint, state)
+        assert checkpoint.step == 499  # what the trainer wrote counts before the name
+    (folder / "one" / "checkpoint-500" / "trainer_state.json").write_text('{"global_step": "x"}')
+    with pytest.raises(FormatError, match="global_step is 'x'"):
+        open_checkpoint(folder / "one" / "checkpoint-500")
+
+
+@libraries
+def test_shards_of_transformers(llama):
+    folder, state = llama
+    shards = sorted(folder.glob("shards/*.safetensors"))
+    assert len(shards) > 2
+    for path in (folder / "shards", folder / "shards" / "model.safetensors.index.json"):
+        with open_checkpoint(path) as checkpoint:
+            assert_reads(checkpoint, state)
+            assert checkpoint.format == "safetensors shards"
+            assert len(checkpoint.files) == len(shards)
+
+
+@libraries
+def test_old_bin_shards(llama, tmp_path):
+    _, state = llama
+    names = sorted(state)
+    parts = {
+        "pytorch_model-00001-of-00002.bin": names[:5],
+        "pytorch_model-00002-of-00002.bin": names[5:],
+    }
+    for part, held in parts.items():
+        torch.save({name: state[name] for name in held}, tmp_path / part)
+    index = {
+        "metadata": {},
+        "weight_map": {name: part for part, held in parts.items() for name in held},
+    }
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_reads(checkpoint, state)
+
+
+@libraries
+def test_tied_embeddings_of_bert(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+            intermediate_size=8, max_position_embeddings=8,
+        )
+    )  # fmt: skip
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    state = dict(model.state_dict())
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_reads(checkpoint, state)
+        alias = "cls.predictions.decoder.weight"
+        assert checkpoint.ties[alias] == "bert.embeddings.word_embeddings.weight"
+
+
+def sharded(folder):
+    save_file({"a": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(3)}, folder / "model-00002-of-00002.safetensors")
+    weight_map = {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    }
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MismatchError, match=r"missing \(1\): model-00002-of-00002"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_and_shards_that_disagree(tmp_path):
+    weight_map = sharded(tmp_path)
+    write_index(tmp_path, {**weight_map, "c": weight_map["a"]})
+    with pytest.raises(MismatchError, match=r"missing \(1\): c"):
+        open_checkpoint(tmp_path)
+    write_index(tmp_path, {"a": weight_map["a"]})
+    save_file({"a": torch.ones(2), "z": torch.ones(2)}, tmp_path / weight_map["a"])
+    with pytest.raises(MismatchError, match=r"unexpected \(1\): z"):
+        open_checkpoint(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / weight_map["a"])
+    save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / weight_map["b"])
+    write_index(tmp_path, weight_map)
+    with pytest.raises(MismatchError, match="a: in 2 shards"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../x", "/etc/passwd", "", "..", 7, "a\\b", None])
+def test_an_index_that_points_out_of_its_folder(tmp_path, shard):
+    write_index(tmp_path, {"a": shard})
+    with pytest.raises(FormatError, match="no file name"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "{"])
+def test_an_index_that_is_none(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FormatError):
+        open_checkpoint(tmp_path)
+
+
+def test_which_file_of_a_folder(tmp_path):
+    with pytest.raises(FormatError, match="found nothing"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FormatError, match=r"found notes\.txt"):
+        open_checkpoint(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "weights.safetensors")
+    assert_reads(open_checkpoint(tmp_path), {"a": torch.ones(1)})
+    save_file({"b": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(FormatError, match=r"several files of weights: other.*Name one"):
+        open_checkpoint(tmp_path)
+    save_file({"c": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert_reads(open_checkpoint(tmp_path), {"c": torch.ones(1)})
+
+
+def test_shards_without_an_index_and_deepspeed(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FormatError, match="no index"):
+        open_checkpoint(tmp_path)
+    deepspeed = tmp_path / "ds"
+    deepspeed.mkdir()
+    (deepspeed / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(FormatError, match="zero_to_fp32"):
+        open_checkpoint(deepspeed)
+
+
+@libraries
+def test_an_adapter_of_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
+    model.save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "adapter_model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_reads(checkpoint, expected)
+        assert all("lora_" in name for name in checkpoint.tensors)
+
+
+def fit_lightning(folder):
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+    class Module(lightning.LightningModule):
+        def __init__(self, width=3):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = torch.nn.Sequential(torch.nn.Linear(width, 4), torch.nn.BatchNorm1d(4))
+
+        def training_step(self, batch, _):
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3))
+    trainer = lightning.Trainer(
+        max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", default_root_dir=folder,
+        callbacks=[EMAWeightAveraging(decay=0.5), ModelCheckpoint(folder, every_n_train_steps=2)],
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=4))
+    return trainer
+
+
+@libraries
+def test_a_checkpoint_of_lightning(tmp_path):
+    pytest.importorskip("lightning")
+    fit_lightning(tmp_path)
+    (path,) = tmp_path.glob("*.ckpt")
+    assert re.fullmatch(r"epoch=\d-step=2\.ckpt", path.name)
+    whole = torch.load(path, weights_only=False)
+    with open_checkpoint(path) as checkpoint:
+        assert_reads(checkpoint, dict(whole["state_dict"]))
+        assert checkpoint.step == 2
+        assert (
+            checkpoint.metadata["pytorch-lightning_version"] == whole["pytorch-lightning_version"]
+        )
+    with open_checkpoint(path, key="current_model_state") as checkpoint:
+        assert_reads(checkpoint, dict(whole["current_model_state"]))
+    with pytest.raises(ArgumentError, match="no key 'averaged'"):
+        open_checkpoint(path, key="averaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("checkpoint-500", 500),
+        ("step_000500", 500),
+        ("epoch=3-step=500.ckpt", 500),
+        ("global_step12", 12),
+        ("iter_0000100", 100),
+        ("model_7.pt", 7),
+        ("epoch-9.safetensors", 9),
+        ("0042.pt", 42),
+        ("checkpoint-500-of-run-2", 500),
+        ("model-00001-of-00002.safetensors", None),
+        ("resnet-50.pt", None),
+        ("llama-3-8B", None),
+        ("swa.pt", None),
+        ("checkpoint_best.pt", None),
+        ("v1.5.pt", None),
+    ],
+)
+def test_steps_in_names(name, step):
+    assert step_in_name(name) == step
