@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cyclopts import App
 
 import polyak
-from polyak.errors import PolyakError
+from polyak.errors import ArgumentError, PolyakError
 
 app = App(name="polyak", help="Average the weights of neural networks.", version=polyak.__version__)
 # One line a command: app.command("polyak.cli.train:train"), in the order of --help.
@@ -26,12 +26,14 @@ app.command("polyak.cli.diff:diff", help="Compare two checkpoints, tensor by ten
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse and run; an error of ours becomes one message and exit code 1."""
+    """Parse and run. An error of ours becomes one message; exit code 2 for arguments, 1 for others."""
     try:
         result = app(list(arguments), exit_on_error=True, result_action="return_value")
     except PolyakError as error:
         from rich.console import Console
 
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        return 1
+        return 2 if isinstance(error, ArgumentError) else 1
+    except KeyboardInterrupt:
+        return 130  # what shells say of a command that Ctrl-C ended
     return result if isinstance(result, int) else 0
