@@ -1,0 +1,38 @@
+"""The names that `polyak` hands on: few, importable, typed, documented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import polyak
+
+ROOT = Path(__file__).parents[2]
+NAMES = [name for name in polyak.__all__ if not name.startswith("__")]
+
+
+def test_they_are_few():
+    assert len(NAMES) <= 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_there_documented_and_in_the_reference(name):
+    value = getattr(polyak, name)
+    assert value.__doc__, name
+    assert value.__doc__.strip().splitlines()[0].endswith((".", ":")), value.__doc__
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"polyak\.{name}\b|automodule:: {value.__module__}\n", reference), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_type_checkers_see_what_is_loaded_lazily(name):
+    source = Path(polyak.__file__).read_text(encoding="utf-8")
+    home = polyak._HOME_OF[name]
+    assert f"from {home} import {name} as {name}\n" in source
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(AttributeError, match="no attribute 'Swa'"):
+        polyak.Swa  # noqa: B018
