@@ -24,6 +24,18 @@ UNHASHED = "0" * 64
 """Stands where a SHA-256 will be written once it is known."""
 
 _SUM_TOLERANCE = 1e-6
+_OURS = {
+    "polyak",
+    "profile",
+    "unit",
+    "time",
+    "count",
+    "inputs",
+    "base",
+    "step",
+    "batchnorm",
+    "ties",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,14 @@ def metadata_of(
         made["base"] = settings.base
     if recipe.unit != "steps" and steps[-1] is not None:
         made["step"] = str(steps[-1])
-    return {"format": "pt", **inputs[-1].metadata, **made, **marks}
+    return {"format": "pt", **_carried(inputs[-1]), **made, **marks}
+
+
+def _carried(newest: Checkpoint) -> dict[str, str]:
+    """What a safetensors file says about itself beside what polyak says."""
+    if not newest.format.startswith("safetensors"):
+        return {}
+    return {key: text for key, text in newest.metadata.items() if key not in _OURS}
 
 
 def with_hashes(metadata: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
