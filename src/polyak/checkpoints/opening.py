@@ -80,13 +80,14 @@ def _folder_of(place: Place) -> Place:
 
 def _open_file(file: ByteFile, key: str | None) -> Checkpoint:
     try:
-        return _read_file(file, key)
+        return read_file(file, key)
     except BaseException:
         file.close()
         raise
 
 
-def _read_file(file: ByteFile, key: str | None) -> Checkpoint:
+def read_file(file: ByteFile, key: str | None = None) -> Checkpoint:
+    """Open a file by what its first bytes say it is; see `open_checkpoint`, which finds the file."""
     start = file.read(0, min(file.size, 512))
     if (
         start[5:9] == b"\0\0\0{"
