@@ -62,8 +62,14 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._following.wait_before_step()
         self._following.adopt_thawed()
-        if self._takes_first:  # the schedule averages from the start: these are the first weights
-            self._takes_first = False
+        if self._takes_first:
+            self._take_first()
+
+    def _take_first(self) -> None:
+        """A schedule that averages from the start: these are the weights that enter it."""
+        self._takes_first = False
+        was_resumed = self._at is None or self._at.last_epoch > 0
+        if not was_resumed and all(held.is_empty() for held in self._following.members):
             self._following.update(1.0)
 
     def _after_schedule(self, lr: LRSchedule) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from polyak.averaging.following import Following, Held
-from polyak.averaging.running import SMALLEST_SHARE
+from polyak.averaging.running import BLOCK_UPDATES, SMALLEST_SHARE
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.policies import Kind
 
@@ -82,9 +82,9 @@ def _kept_bytes(row: Row, following: Following, held: Held) -> int:
 def _running_notes(following: Following, nbytes: int) -> Sequence[str]:
     digits = 1.1e-16 if following.options.dtype is torch.float64 else 6.0e-8
     return (
-        f"keeps {_megabytes(nbytes)}; the same again once a share falls below "
-        f"2^-12 ({SMALLEST_SHARE:.1e}), when weights gather in blocks of 512 updates",
-        f"resolution: accumulators of float32 weights hold {digits:.1e} of a value",
+        f"keeps {_megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
+        f"when weights gather in blocks of {BLOCK_UPDATES} updates",
+        f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
     )
 
 

@@ -2,13 +2,15 @@ r"""The running average of a streaming profile, exact however small the share ge
 
 `average += share * (weights - average)` is exact in the reals. In float32 it stalls once
 `share * |weights - average|` falls below half a unit in the last place: an equal mean of 200,000
-smoothly drifting weights is then off by 4e-3. So below a share of $2^{-12}$ weights are gathered in
-a *block*: a second average, of the profile restricted to the time since the block began at $T$,
+slowly drifting weights is then off by 4e-3. So below a share of $2^{-10}$ weights are gathered in a
+*block*, a plain weighted sum beside the average $A$ that was there when the block began at $T$:
 
-$$share_{block}(t) = \frac{share(t, dt)}{share(t, t - T)},$$
+$$S = \sum_i g_i w_i, \qquad g_i = M_i \, share_i, \qquad M_t = \frac{1}{1 - share(t, t - T)},$$
 
-which is near $1 / n$ for the $n$-th weights of the block, and is folded into the first with
-$share(t, t - T)$ every 512 updates (later, at most every 4096, while that too is below $2^{-12}$).
+$M$ being how much all mass has grown since $T$, and the average is $(A + S) / M$. A sum does not
+stall: what it rounds off is half a unit of the small $S$. Every 64 updates it is folded into $A$,
+and what that addition rounds off is where the next sum begins, so nothing is lost (Fast2Sum,
+Dekker 1971). Shorter blocks cost more folds; in longer ones the roundings of the sum add up.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.clock import Clock, Number
-from polyak.tensors.blend import Cutter, Move, blank_like, toward
+from polyak.tensors.blend import Cutter, Move, blank_like
 
-SMALLEST_SHARE = 2.0**-12
-BLOCK_UPDATES = 512
-LONGEST_BLOCK = 4096
+SMALLEST_SHARE = 2.0**-10
+BLOCK_UPDATES = 64
 
 
 class Running:
@@ -51,23 +52,21 @@ class Running:
         """How this average moves at `now`; None where nothing enters."""
         if not now.on_device and now.share == 0:
             return None
-        if not (self.block_is_open or capturing) and _is_small(before, now):
-            self._open_block(before.time, zeros=now.on_device)
-        if self.block_is_open:
-            return Move(self._block_groups, self._share_in_block(now))
-        return Move(self._groups, now.share)
+        if capturing or not _is_small(before, now):
+            self._close_block(before)
+            return Move(self._groups, now.share)
+        if not self.block_is_open:
+            self._open_block(before)
+        grown: Any = self._growth(now)
+        return Move(self._block_groups, grown * now.share, adds=True)
 
     def settle(self, now: Clock) -> None:
         """After the move: count it, and fold a full block."""
         if not self.block_is_open:
             return
         self.block_updates += 1
-        if self.block_updates >= LONGEST_BLOCK or (
-            self.block_updates >= BLOCK_UPDATES and self._fold_is_large(now)
-        ):
-            for group, block in zip(self._groups, self._block_groups, strict=True):
-                toward(group, block, now.share_since(self.block_start))
-            self.block_is_open = False
+        if self.block_updates >= BLOCK_UPDATES:
+            self._fold(now)
 
     def adopt(self, values: Sequence[Tensor]) -> None:
         """Average more tensors, which have been constant so far."""
@@ -81,10 +80,10 @@ class Running:
 
     def render(self, index: int, now: Clock) -> Tensor:
         """The average of one tensor at `now`, in the accumulator's precision; it may be its own."""
+        average = self.tensors[index]
         if not self.block_is_open:
-            return self.tensors[index]
-        share = now.read().share_since(float(self.block_start))
-        return torch.lerp(self.tensors[index], self.block[index], float(share))
+            return average
+        return average + _correction(average, self.block[index], self._growth(now.read()))
 
     def state(self, names: Sequence[str]) -> dict[str, Any]:
         """Plain: name to accumulator, and the open block."""
@@ -110,12 +109,15 @@ class Running:
             "tensors": dict(zip(names, self.block, strict=True)),
         }
 
-    def _open_block(self, start: Number, *, zeros: bool) -> None:
-        if not self.block:
-            self._make_block()
-        if zeros:  # on the device path the first weight may be 0 or 1: only zeros suit both
-            torch._foreach_zero_(self.block)
-        self.block_start, self.block_updates, self.block_is_open = start, 0, True
+    def _open_block(self, before: Clock) -> None:
+        self._make_block()
+        torch._foreach_zero_(self.block)
+        self.block_start, self.block_updates, self.block_is_open = before.time, 0, True
+
+    def _close_block(self, before: Clock) -> None:
+        if self.block_is_open:
+            self._fold(before)
+            self.block_is_open = False  # what the fold rounded off is below the next rounding
 
     def _make_block(self) -> None:
         if not self.block:
@@ -123,18 +125,24 @@ class Running:
                 self.block = [torch.zeros_like(tensor) for tensor in self.tensors]
             self._block_groups = self._cutter.cut(self.block)
 
-    def _share_in_block(self, now: Clock) -> Number:
-        if not self.block_updates and not now.on_device:
-            return 1.0
-        whole: Any = now.share_since(self.block_start)
-        if isinstance(whole, Tensor):
-            return torch.where(whole > 0, now.share / whole, 0.0)
-        return float(now.share) / float(whole)
+    def _fold(self, now: Clock) -> None:
+        growth = self._growth(now)
+        for average, block in zip(self.tensors, self.block, strict=True):
+            correction = _correction(average, block, growth)
+            folded = average + correction
+            torch.sub(correction, folded - average, out=block)  # what the addition rounded off
+            average.copy_(folded)
+        self.block_start, self.block_updates = now.time, 0
 
-    def _fold_is_large(self, now: Clock) -> bool:
-        if now.on_device:  # decided without asking the device
-            return True
-        return bool(now.share_since(self.block_start) >= SMALLEST_SHARE)
+    def _growth(self, now: Clock) -> Number:
+        return 1 / (1 - now.share_since(self.block_start))
+
+
+def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
+    """`(average + block) / growth - average`, without cancelling the digits of the average."""
+    if isinstance(growth, Tensor):
+        growth = growth.to(average.real.dtype)
+    return (block - average * (growth - 1)) / growth
 
 
 def _is_small(before: Clock, now: Clock) -> bool:
@@ -144,8 +152,8 @@ def _is_small(before: Clock, now: Clock) -> bool:
     elapsed = now.latest - before.latest
     if now.latest <= now.profile.start or elapsed <= 0:
         return False
-    # The first weights enter with 1 whatever the profile says; asked only until it is so.
     small = now.profile.share(now.latest, min(elapsed, now.latest)) < SMALLEST_SHARE
+    # The first weights enter with 1 whatever the profile says: asked until one has entered.
     return small and bool(before.count > 0)
 
 

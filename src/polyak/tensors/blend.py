@@ -41,10 +41,15 @@ class _Group:
 
 @dataclass(frozen=True)
 class Move:
-    """One average's part in an update: its tensors, cut, move toward the weights by `weight`."""
+    """One average's part in an update: its tensors, cut, and the weight of the live ones.
+
+    They move toward the live weights by that share of the way, or these are added to them with
+    that factor.
+    """
 
     groups: list[list[Tensor]]
     weight: Weight
+    adds: bool = False
 
 
 class Cutter:
@@ -72,7 +77,8 @@ class Cutter:
                 torch._foreach_copy_(group.scratch, source)
                 source = group.scratch
             for move in moves:
-                toward(move.groups[index], source, move.weight)
+                enter = add if move.adds else toward
+                enter(move.groups[index], source, move.weight)
 
 
 def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
@@ -90,6 +96,14 @@ def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> Non
         torch._foreach_copy_(averages, sources)
     else:
         torch._foreach_lerp_(averages, sources, weight)
+
+
+def add(sums: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
+    """`sum += weight * source`, in place."""
+    if isinstance(weight, Tensor):
+        torch._foreach_add_(sums, list(torch._foreach_mul(sources, weight.to(sums[0].dtype))))
+    else:
+        torch._foreach_add_(sums, sources, alpha=weight)
 
 
 def accumulator_dtype(weights: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
