@@ -54,6 +54,14 @@ def test_digits_do_not_cancel():
     assert PowerEMA(gamma=3).interval_mass(5e11, 5e11 + 1, 1e12) == pytest.approx(5e-13, rel=1e-10)
 
 
+@pytest.mark.parametrize("now", [1e-3, 1.0, 100.0, 1440.0, 1445.0, 1e6])
+def test_the_mean_age_of_a_young_ema(now):
+    profile = EMA.from_half_life(1e5)
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    brute = weights @ [profile.mass(x, now) for x in (nodes + 1) * now / 2] * now / 2
+    assert profile.mean_age(now) == pytest.approx(brute, rel=1e-11)
+
+
 def test_before_its_start_nothing_enters():
     profile = After(100, SWA())
     assert [profile.share(t, 1) for t in (1, 99, 100)] == [0, 0, 0]
