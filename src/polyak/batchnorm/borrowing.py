@@ -27,7 +27,13 @@ def lent_modes(model: Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            set_mode(module, training=training)
+
+
+def set_mode(module: Module, *, training: bool) -> None:
+    """Write the flag where it differs: assigning to a module costs as much as a small layer."""
+    if module.training is not training:
+        module.training = training
 
 
 @contextmanager

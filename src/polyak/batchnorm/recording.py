@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.nn import SyncBatchNorm
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -17,8 +17,12 @@ from polyak.batchnorm import measuring
 from polyak.batchnorm.moments import InstanceMoments, Moments
 from polyak.batchnorm.ranks import is_distributed
 
-# Calls gathered before they are merged: one merge of 64 costs as much as one of 1.
-_ROWS = 64
+# Calls gathered before they are merged (one merge of 64 costs as much as one of 1): few at first,
+# since a pass may be short.
+_FIRST_ROWS, _ROWS = 8, 64
+
+# Layers whose forward is known to be `F.batch_norm` and nothing else; not those derived from them.
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # Numbers the first calls of layers, so that an error can name the layer that came first.
 _order = itertools.count()
@@ -44,13 +48,13 @@ class Recorder:
         self._counts: list[int] = []
         self._training = training
         self._instances = isinstance(layer, _InstanceNorm)
-        self._synchronised = isinstance(layer, SyncBatchNorm) and is_distributed()
+        self._synchronised = isinstance(layer, nn.SyncBatchNorm) and is_distributed()
         self._dtype = layer.running_mean.dtype
         self._is_low_precision = self._dtype not in (torch.float32, torch.float64)
         self.moments = self._kind.empty(layer.running_mean)
-        self._means = layer.running_mean.new_zeros((_ROWS, *layer.running_mean.shape))
-        self._variances = torch.zeros_like(self._means)
-        self._rows = list(zip(self._means.unbind(), self._variances.unbind(), strict=True))
+        self._may_leave = training and not self._is_low_precision and not self._synchronised
+        self._is_plain = type(layer) in _PLAIN and "forward" not in layer.__dict__
+        self._make_rows(_FIRST_ROWS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Record, and run the layer."""
@@ -82,6 +86,12 @@ class Recorder:
             self.moments.add(self._counts, self._means[:n_calls], self._variances[:n_calls])
             self._counts = []
 
+    def _make_rows(self, n_rows: int) -> None:
+        assert self.layer.running_mean is not None  # noqa: S101 - norm_layers saw to it
+        self._means = self.layer.running_mean.new_zeros((n_rows, *self.moments.mean.shape))
+        self._variances = torch.zeros_like(self._means)
+        self._rows = list(zip(self._means.unbind(), self._variances.unbind(), strict=True))
+
     def statistics(self) -> Buffers:
         """The running buffers that the layer shall have."""
         tracked = self.layer.num_batches_tracked
@@ -106,21 +116,32 @@ class Recorder:
 
     def _leaves_exact(self, x: Tensor, count: int) -> bool:
         """Whether the layer itself leaves its batch statistics, to all their digits."""
-        if not self._training or self._is_low_precision or self._synchronised:
+        if not self._may_leave:
             return False
         return self._instances or (count > 1 and measuring.kernel_is_exact(x, count))
 
     def _leaving_a_row(self, x: Tensor, count: int, *args: Any, **kwargs: Any) -> Tensor:
-        if len(self._counts) == _ROWS:
+        if len(self._counts) == len(self._rows):
             self.flush()
+            if len(self._rows) < _ROWS:
+                self._make_rows(_ROWS)
         mean, variance = self._rows[len(self._counts)]
-        buffers = self.layer._buffers  # setattr would cost as much as a small layer
-        buffers["running_mean"], buffers["running_var"] = mean, variance
         self._counts.append(count)
-        out = self._forward(*args, **kwargs)
-        if not self._instances and measuring.channels_come_last(x):
+        out = self._run_into(mean, variance, x, *args, **kwargs)
+        if not (self._instances or measuring.mean_is_exact(x, count)):
             measuring.mean_into(mean, x)
         return out
+
+    def _run_into(
+        self, mean: Tensor, variance: Tensor, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the layer so that it leaves its batch statistics here."""
+        layer = self.layer
+        if self._is_plain:  # what its forward comes to, without what it does besides
+            cast("Any", layer)._check_input_dim(x)
+            return F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
+        layer._buffers.update(running_mean=mean, running_var=variance)
+        return self._forward(*args, **kwargs)
 
     def _measured(self, x: Tensor, count: int) -> Moments:
         dtype = torch.float32 if self._is_low_precision else self._dtype

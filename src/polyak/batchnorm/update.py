@@ -140,10 +140,10 @@ def _recorders(
     model: Module, chosen: Mapping[str, _NormBase], *, training: bool
 ) -> dict[str, Recorder]:
     """One recorder per layer, and the modes of the pass: only these layers may train."""
+    targets = set(chosen.values())
     for module in model.modules():
-        module.training = False
+        borrowing.set_mode(module, training=training and module in targets)
     for layer in chosen.values():
-        layer.training = training
         layer.momentum = 1.0  # the statistics of the batch, nothing else, are left behind
     return {name: Recorder(layer, training=training) for name, layer in chosen.items()}
 
