@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "sgd": BLUE, "cyclic": GREEN}
 LABELS = {"iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "cyclic": "cyclic"}
 
+HELD = 10
+"""The fewest predictions of a bin whose accuracy is drawn."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -88,12 +91,13 @@ def plot_reliability(
 ) -> None:
     """Accuracy against confidence by bin; the bars below show how many predictions a bin holds.
 
-    Empty bins are left out. On the diagonal a prediction made with 80% confidence is right in 80%
+    Bins of fewer than `HELD` predictions are left out of the line: their accuracy is noise. On the diagonal a prediction made with 80% confidence is right in 80%
     of cases; below it the network is too sure of itself.
     """
     held = np.asarray(count, float)
-    x, y = (np.asarray(values, float)[held > 0] for values in (confidence, accuracy))
-    ax.bar(x, held[held > 0] / held.sum(), width=0.04, color=GREY, alpha=0.5, label="share held")
+    x, y = np.asarray(confidence, float), np.asarray(accuracy, float)
+    ax.bar(x, held / held.sum(), width=0.04, color=GREY, alpha=0.5, label="share held")
+    x, y = x[held >= HELD], y[held >= HELD]
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     ax.plot(x, y, "o-", ms=4, color=colour, label="accuracy")
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title=title)

@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from polyak.batchnorm import norm_layers
 from polyak.study.landscape import (
     Grid,
     Line,
@@ -22,7 +21,7 @@ from polyak.study.landscape import (
     on_plane,
 )
 from polyak.study.surface import Surface
-from polyak.training.data import Split
+from polyak.training.data import Data, Split
 from polyak.training.hardware import Hardware
 from polyak.training.run import Run
 
@@ -42,8 +41,8 @@ class Detail:
     n_grid: int
 
 
-FULL = Detail(n_images=1500, n_line=25, n_ray=6, n_inner=3, n_grid=13)
-SHORT = Detail(n_images=400, n_line=9, n_ray=3, n_inner=3, n_grid=6)
+FULL = Detail(n_images=1500, n_line=25, n_ray=5, n_inner=3, n_grid=11)
+SHORT = Detail(n_images=300, n_line=9, n_ray=3, n_inner=3, n_grid=5)
 N_RAYS = 10
 MARGIN = 0.2  # of the plane's extent, beyond the outermost point on each side
 REACH = 0.6  # the longest ray, as a fraction of the length of SGD's weights
@@ -83,7 +82,9 @@ def measure(run: Run, arm: str, detail: Detail) -> Landscape:
     averaged weights; on the plane through the first, middle and last of them (where there are
     three). BatchNorm statistics are measured anew at every point.
     """
-    with surface_of(run, detail.n_images) as surface:
+    hardware = Hardware.named(run.recipe.device)
+    model = hardware.place(run.model())
+    with image_surface(model, run.data, detail.n_images, hardware) as surface:
         named = {
             name: surface.vector(run.weights(0, *place))
             for name, place in {
@@ -103,14 +104,14 @@ def measure(run: Run, arm: str, detail: Detail) -> Landscape:
         )  # fmt: skip
 
 
-def surface_of(run: Run, n_images: int) -> Surface:
+def image_surface(model: nn.Module, data: Data, n_images: int, hardware: Hardware) -> Surface:
     """Training loss (without augmentation) and test error on the first `n_images` of each split.
 
-    Mean cross-entropy in nats, and error in percent. A context, as `Surface` is.
+    Mean cross-entropy in nats, and error in percent. The model lies on the hardware; the surface is
+    a context, as `Surface` is.
     """
-    hardware = Hardware.named(run.recipe.device)
-    model = hardware.place(run.model())
-    train, test = (_placed(split, n_images, hardware) for split in (run.data.train, run.data.test))
+    train, test = (_placed(split, n_images, hardware) for split in (data.train, data.test))
+    n_train, n_test = (sum(len(labels) for _, labels in split) for split in (train, test))
 
     def worth(model: nn.Module) -> Mapping[str, float]:
         with hardware.precision():
@@ -119,11 +120,9 @@ def surface_of(run: Run, n_images: int) -> Surface:
                 for images, labels in train
             )
             wrong = sum(int((model(images).argmax(1) != labels).sum()) for images, labels in test)
-        n_train, n_test = (sum(len(labels) for _, labels in split) for split in (train, test))
         return {LOSS: loss / n_train, ERROR: 100 * wrong / n_test}
 
-    refresh = [images for images, _ in train] if norm_layers(model) else None
-    return Surface(model, worth, refresh=refresh)
+    return Surface(model, worth, refresh=[images for images, _ in train])
 
 
 def _placed(split: Split, n_images: int, hardware: Hardware) -> list[tuple[Tensor, Tensor]]:

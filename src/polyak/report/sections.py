@@ -63,6 +63,8 @@ def schedule_section(run: Run) -> Section:
         rate = np.array([schedule(int(step)) for step in at])
         rates[arm] = (at + 1) / steps, rate
         ends[arm] = float(rate.max()), float(rate.min())
+        if arm == "cyclic":  # its first step is already below what it falls from
+            ends[arm] = run.recipe.cycle_high, run.recipe.cycle_low
         points = [p for p in schedule.averaging_points() if p <= total]
         if arm != "sgd":
             counts[arm] = len(points)

@@ -133,8 +133,13 @@ def about_line(land: Landscape) -> str:
     else:
         shift = "SWA's end has the higher error on these images: averaging did not help"
     return (
-        f"Training loss is lowest at {at_loss:.2f}, test error at {at_error:.2f}; {ends}: {shift}."
+        f"Training loss is lowest at {_signed(at_loss)}, test error at {_signed(at_error)} (0 is SGD, "
+        f"1 is SWA); {ends}: {shift}."
     )
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def about_rays(rays: Mapping[str, Rays]) -> str:
@@ -147,8 +152,10 @@ def about_rays(rays: Mapping[str, Rays]) -> str:
     sgd, swa = rise["SGD"], rise["SWA"]
     if swa < sgd:
         end = f"SWA lies flatter than SGD, by a factor of {sgd / max(swa, 1e-9):.1f}"
-        if rise["last iterate"] < 0.5 * (sgd + swa):
-            end += ", but so does nearly the last iterate: the high rate, not the averaging alone, finds the flat place"
+        if rise["last iterate"] < sgd - (sgd - swa) / 3:
+            end += (
+                "; so does the last iterate: the high rate has its part in it, not averaging alone"
+            )
     else:
         end = "SWA is not flatter than SGD"
     return f"At distance {reach:.1f} the training loss has risen by {listed}: {end}."

@@ -35,10 +35,10 @@ def test_history_with_what_sgd_ends_with(ax):
     assert ax.get_ylim() == (10, 20)
 
 
-def test_reliability_leaves_empty_bins_out(ax):
-    figures.plot_reliability(ax, [0.0, 0.5, 0.9], [0.0, 0.4, 0.8], [0, 5, 15], title="SGD")
+def test_reliability_leaves_bins_of_few_out(ax):
+    figures.plot_reliability(ax, [0.3, 0.5, 0.9], [0.0, 0.4, 0.8], [5, 10, 25], title="SGD")
     assert line(ax, "accuracy").tolist() == [[0.5, 0.4], [0.9, 0.8]]
-    assert [bar.get_height() for bar in ax.patches] == [0.25, 0.75]
+    assert [bar.get_height() for bar in ax.patches] == [0.125, 0.25, 0.625]
 
 
 def test_line_marks_both_ends_where_they_are(ax):

@@ -59,7 +59,7 @@ def land(loss, error, segments=None):
 
 def test_line():
     helped = sentences.about_line(land([0.1, 0.2, 0.3], [14.0, 13.8, 13.5]))
-    assert "lowest at 0.00, test error at 1.00" in helped
+    assert "lowest at 0.00, test error at 1.00 (0 is SGD" in helped
     assert "farther towards SWA" in helped
     hurt = sentences.about_line(land([0.1, 0.2, 0.3], [13.0, 13.2, 13.5]))
     assert "averaging did not help" in hurt
@@ -78,7 +78,7 @@ def test_rays():
     flat = sentences.about_rays(rays(SGD=0.4, last_iterate=0.39, SWA=0.2))
     assert "risen by 0.400 nats from SGD, 0.390 from the last iterate and 0.200 from SWA" in flat
     assert "flatter than SGD, by a factor of 2.0" in flat
-    assert "high rate" not in flat
+    assert "last iterate: the high rate" not in flat
     assert "the high rate" in sentences.about_rays(rays(SGD=0.4, last_iterate=0.21, SWA=0.2))
     assert "not flatter" in sentences.about_rays(rays(SGD=0.2, last_iterate=0.2, SWA=0.3))
 
