@@ -35,8 +35,8 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error, s / sqrt(n) with s^2 = sum (x - mean)^2 / (n - 1).
 
-    >>> estimate([1.0, 2.0, 3.0])
-    Estimate(mean=2.0, error=0.5773502691896258, n=3)
+    >>> estimate([1.0, 3.0])
+    Estimate(mean=2.0, error=1.0, n=2)
     """
     n = len(values)
     if n == 0:
