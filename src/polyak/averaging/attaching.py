@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from polyak.averaging.following import Following
 from polyak.averaging.lr_schedule import LRSchedule
+from polyak.averaging.state import spelled
 from polyak.errors import ArgumentError, PolyakWarning, UsageError
 
 
@@ -153,7 +154,7 @@ def _unit(following: Following, at: LRSchedule | None) -> str:
                 f"each step with the {unit} since the last, or leave out unit=."
             )
         return unit or "steps"
-    horizons = [str(held.profile) for held in following.members if held.profile.has_horizon]
+    horizons = [spelled(held.profile) for held in following.members if held.profile.has_horizon]
     if unit != "captures" and (unit is not None or horizons):
         raise ArgumentError(
             f"attach(at=) counts captures, each as 1, and {', '.join(horizons) or 'this average'} is "
