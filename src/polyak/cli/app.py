@@ -21,6 +21,7 @@ app.command(
 )
 app.command("polyak.cli.report:report", help="Make the page of a finished run again.")
 app.command("polyak.cli.compare:compare", help="Put finished runs side by side.")
+app.command("polyak.cli.average:average", help="Average checkpoints, or convert one.")
 app.command("polyak.cli.inspect:inspect", help="Print what is in checkpoints.")
 app.command("polyak.cli.diff:diff", help="Compare two checkpoints, tensor by tensor.")
 
@@ -34,6 +35,4 @@ def run(arguments: Sequence[str]) -> int:
 
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         return 2 if isinstance(error, ArgumentError) else 1
-    except KeyboardInterrupt:
-        return 130  # what shells say of a command that Ctrl-C ended
     return result if isinstance(result, int) else 0
