@@ -57,11 +57,11 @@ class Selection:
 def select_checkpoints(
     inputs: Iterable[str | os.PathLike[str]], selection: Selection | None = None
 ) -> list[str]:
-    """The paths of the checkpoints meant by `inputs`, in the order of their training steps.
+    """The paths of the checkpoints meant by `inputs`; each glob and folder in the order of its steps.
 
     inputs: checkpoint files and folders, globs, and folders that hold checkpoints (`run/` with
     `checkpoint-500/`, `checkpoint-1000/`, or files). Steps are numbers, so 1000 comes after 500; where
-    one is not known the order is that of the inputs. Raises ArgumentError where nothing is left, or
+    one is not known names decide. With a selection the order is that of the steps throughout. Raises ArgumentError where nothing is left, or
     where a filter needs steps that are not known.
 
     >>> import tempfile, pathlib, torch
@@ -72,11 +72,11 @@ def select_checkpoints(
     >>> [pathlib.Path(p).name for p in select_checkpoints([folder], Selection(last=2))]
     ['step-1000.safetensors', 'step-1500.safetensors']
     """
-    wanted = selection or Selection()
-    found = _ordered([one for item in inputs for one in _expanded(os.fspath(item))])
+    found = [one for item in inputs for one in _ordered(_expanded(os.fspath(item)))]
     if not found:
         raise ArgumentError("There is nothing to average: no input was given.")
-    left = _filtered(found, wanted)
+    wanted = selection or Selection()
+    left = found if wanted == Selection() else _filtered(_ordered(found), wanted)
     if not left:
         steps = ", ".join("?" if one.step is None else str(one.step) for one in found)
         raise ArgumentError(f"No checkpoint is left of {len(found)}, at the steps {steps}.")
@@ -142,13 +142,21 @@ def _inside(path: str) -> list[Found]:
         files = [one for one in sorted(folder.iterdir()) if _is_weights_file(one)]
         if not files:
             raise error from None
-        return _without_copies([_opened(str(one)) for one in files])
+        return _without_copies([_opened(str(one)) for one in files if not _is_merged(one)])
     return [_opened(path)]
 
 
 def _opened(path: str) -> Found:
     with open_checkpoint(path, strict=False) as checkpoint:
         return Found(path, checkpoint.step)
+
+
+def _is_merged(path: Path) -> bool:
+    """Whether an earlier merge wrote it: an average must not enter the next one unasked."""
+    if path.suffix != ".safetensors":
+        return False
+    with open_checkpoint(path, strict=False) as checkpoint:
+        return {"polyak", "inputs"} <= checkpoint.metadata.keys()
 
 
 def _is_numbered_checkpoint(folder: Path) -> bool:
