@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from polyak.errors import OutputError
 
 
@@ -40,12 +42,12 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         sync(part)
         part.replace(target)
         sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"Could not write {target}: {error.strerror or error}. Nothing was changed; "
-            "make room or choose another folder, and call again."
+            f"Could not write {target}: {getattr(error, 'strerror', None) or error}. "
+            "Nothing was changed; make room or choose another folder, and call again."
         ) from error
     finally:
         part.unlink(missing_ok=True)
