@@ -72,7 +72,7 @@ def kill(folder: Path, chance: random.Random) -> bool:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    kept = [folder / "metrics.jsonl", *folder.rglob("*.safetensors")]
+    kept = [folder / "metrics.jsonl", *folder.rglob("*.safetensors"), *folder.rglob("*.part")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 

@@ -34,6 +34,8 @@ def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
         lock = (folder / "checkpoints" / "lock").open("w")
     with lock:
         _lock(lock.fileno(), folder)
+        for left in folder.rglob(".*.part"):  # by a writer that was killed
+            left.unlink()
         if not (folder / "recipe.toml").exists():
             with replacing(folder / "recipe.toml") as part:
                 part.write_text(recipe.to_toml(), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""`polyak train` as a user meets it: results, refusals, exit codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from polyak.cli import app as cli
+from polyak.errors import MissingExtra
+from polyak.training.run import Run
+
+DATA = """
+from polyak.training.data import Data, Split, embedded_data
+def few():
+    whole = embedded_data()
+    first = lambda split, n: Split(split.images[:n].clone(), split.labels[:n].clone())
+    return Data(first(whole.train, 200), first(whole.validation, 60), first(whole.test, 60))
+"""
+SHORT = ["--epochs", "4", "--cycle-epochs", "1", "--data", "few_images:few", "--device", "cpu"]
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """A working folder with a few images, and no time spent on reports."""
+    (tmp_path / "few_images.py").write_text(DATA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "polyak.cli.train_display.write_report", lambda folder: folder / "report.html"
+    )
+    return tmp_path
+
+
+def polyak(*arguments):
+    return cli.run([str(a) for a in arguments])
+
+
+def test_a_run_prints_its_results_and_where_they_are(there, capsys):
+    assert polyak("train", *SHORT, "--seeds", "2") == 0
+    output = capsys.readouterr().out
+    assert "Running recipe default in runs/default" in output
+    assert "seed 1 cyclic epoch   4/4  rate 0.0100" in output
+    assert " left" in output
+    assert "2 seed(s): mean ± standard error" in output
+    assert "averaged model  runs/default/swa.safetensors" in output
+    assert "report          runs/default/report.html" in output
+    run = Run(there / "runs" / "default")
+    assert run.is_finished()
+    assert (run.recipe.epochs, run.recipe.seeds, run.recipe.data) == (4, 2, "few_images:few")
+
+
+def test_each_run_gets_a_folder_and_resume_takes_the_last(there, capsys):
+    arguments = ["train", *SHORT, "--seeds", "1", "--arms", "sgd"]
+    assert polyak(*arguments) == 0
+    assert polyak(*arguments) == 0
+    assert sorted(p.name for p in (there / "runs").iterdir()) == ["default", "default-2"]
+    capsys.readouterr()
+    assert polyak(*arguments, "--resume") == 0
+    assert "Resuming recipe default in runs/default-2" in capsys.readouterr().out
+
+
+def test_quick_is_the_run_in_miniature_and_flags_still_count(there):
+    assert polyak("train", "batchnorm", "--quick", *SHORT, "--output", "out") == 0
+    recipe = Run(there / "out").recipe
+    assert (recipe.name, recipe.seeds, recipe.epochs, recipe.batchnorm) == (
+        "batchnorm-quick",
+        2,
+        4,
+        True,
+    )
+
+
+def test_a_recipe_of_ones_own(there):
+    (there / "mine.toml").write_text("epochs = 2\nseeds = 1\narms = ['sgd']\n")
+    assert polyak("train", "mine.toml", "--data", "few_images:few", "--no-flips") == 0
+    recipe = Run(there / "runs" / "mine").recipe
+    assert (recipe.epochs, recipe.arms, recipe.flips) == (2, ("sgd",), False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["defualt"], 2, "No recipe 'defualt'"),
+        (["--rate", "-1"], 2, "rate is -1.0; expected a positive"),
+        (["--cycle-low", "0.5"], 2, "cycle_low is 0.5, above cycle_high"),
+        (["--cycle-epochs", "0"], 2, "cycle_epochs is 0"),
+        (["--data-folder", "/nowhere"], 1, "has neither train-images-idx3-ubyte nor"),
+        (["--data", "few_images:fwe"], 2, "has nothing at fwe"),
+        (["--model", "nothing_there:build"], 2, "no module 'nothing_there'"),
+        (["--output", "taken"], 1, "taken is not empty"),
+        ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "The training loss became"),
+    ],
+)
+def test_bad_input_is_one_message_and_an_exit_code(there, capsys, arguments, code, message):
+    (there / "taken").mkdir()
+    (there / "taken" / "letter.txt").write_text("dear")
+    assert polyak("train", *arguments) == code
+    errors = " ".join(capsys.readouterr().err.split())
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_an_unknown_flag_exits_with_2(there, capsys):
+    with pytest.raises(SystemExit) as stop:
+        polyak("train", "--epoch", "3")
+    assert stop.value.code == 2
+    assert "--epochs" in "".join(capsys.readouterr())
+
+
+def test_another_recipe_on_resume_says_what_differs(there, capsys):
+    arguments = ["train", *SHORT, "--arms", "sgd", "--seeds", "1", "--output", "out"]
+    assert polyak(*arguments) == 0
+    assert polyak(*arguments, "--resume", "--rate", "0.1") == 1
+    assert "rate: 0.1 here, 0.05 there" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(there, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polyak.cli.train_display.train", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        polyak("train", *SHORT)
+    assert stop.value.code == 130
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_a_missing_report_extra_costs_the_report_only(there, capsys, monkeypatch):
+    def missing(folder):
+        raise MissingExtra.of("matplotlib", "report", "The report")
+
+    monkeypatch.setattr("polyak.cli.train_display.write_report", missing)
+    assert polyak("train", *SHORT, "--arms", "sgd", "--seeds", "1") == 0
+    assert "report          none: The report needs matplotlib" in capsys.readouterr().out
+
+
+def test_the_live_table_shows_every_arm(there, capsys, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(
+        "polyak.cli.train_display.Console", lambda: Console(force_terminal=True, width=120)
+    )
+    assert polyak("train", *SHORT, "--seeds", "1") == 0
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("waits", "cyclic", "4/4", "last iterate"))
+
+
+def test_help_does_not_pay_for_torch():
+    code = (
+        "import sys; from polyak.cli.app import run; run(['train', '--help']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from polyak.cli import app
+from polyak.training import loop
+from polyak.cli import train_display
+
+original = loop.train
+def full_after_two(*arguments, watch, **options):
+    seen = []
+    def watching(record, done):
+        watch(record, done)
+        seen.append(record)
+        if len(seen) == 2:  # from here on no file may grow past this: a full disk, to the writer
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return original(*arguments, watch=watching, **options)
+train_display.train = full_after_two
+sys.exit(app.run(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_fills_keeps_the_previous_checkpoint(there, capsys):
+    arguments = ["train", *SHORT, "--arms", "sgd", "--seeds", "1", "--output", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(there)}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 1
+    assert "Could not write out/checkpoints/latest.polyak: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((there / "out").rglob("*.part"))
+    assert polyak(*arguments, "--resume") == 0
+    assert Run(there / "out").is_finished()
+    assert polyak(*arguments[:-1], "whole") == 0
+    alone, resumed = (there / name / "metrics.jsonl" for name in ("whole", "out"))
+    assert alone.read_bytes() == resumed.read_bytes()
