@@ -13,12 +13,13 @@ from typing import Any
 
 from polyak.checkpoints.byteorder import SwappedTensor
 from polyak.checkpoints.chunks import Chunk, ChunkedTensor, itemsize_of, row_major
-from polyak.checkpoints.gather import Strided, StridedTensor
+from polyak.checkpoints.gather import Strided
 from polyak.checkpoints.inert import Global, Stub
 from polyak.checkpoints.layout import DTYPE_BITS, MAX_SIZE, ByteFile, Checkpoint, StoredTensor
 from polyak.checkpoints.nested import find_tensors
 from polyak.checkpoints.pickles import MAX_PICKLE_BYTES, read_pickle
 from polyak.checkpoints.places import Place
+from polyak.checkpoints.strided import StridedTensor
 from polyak.checkpoints.torch_archive import TorchArchive
 from polyak.checkpoints.torch_objects import DTYPES, StorageRef, TensorRef, call_torch
 from polyak.checkpoints.zips import PartFile

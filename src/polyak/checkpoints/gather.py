@@ -1,4 +1,4 @@
-"""Row-major bytes of tensors that are stored in another order, gathered in bounded memory."""
+"""Boxes of values gathered from files where they lie in another order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -77,9 +77,26 @@ class Strided:
         index: tuple[Any, ...] = (..., *(0 for _ in single))
         view = out.transpose(*order, *single)[index]
         split = self._split(view.shape, strides)
+        inner = _extent(view.shape[split:], strides[split:])
+        if split and inner == math.prod(view.shape[split:]):
+            self._fetch_runs(start, strides[:split], view, inner)
+            return
         for outer in np.ndindex(*view.shape[:split]):
             skip = sum(index * stride for index, stride in zip(outer, strides, strict=False))
             self._fetch(start + skip, strides[split:], view[(*outer, ...)])
+
+    def _fetch_runs(
+        self, start: int, strides: tuple[int, ...], out: NDArray[Any], length: int
+    ) -> None:
+        """Many runs of `length` values each, `strides` apart, read one by one and moved at once."""
+        offsets = np.array([self.base + start * self.kind.itemsize])
+        for size, stride in zip(out.shape, strides, strict=False):
+            offsets = np.add.outer(offsets, np.arange(size) * (stride * self.kind.itemsize))
+        scratch = np.empty(out.shape, self.kind)
+        memory, run = scratch.reshape(-1).view(np.uint8).data, length * self.kind.itemsize
+        for number, offset in enumerate(offsets.reshape(-1).tolist()):
+            self.file.read_into(offset, memory[number * run : (number + 1) * run])
+        out[...] = scratch
 
     def _split(self, sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
         """The number of outer dimensions to loop over."""
@@ -152,28 +169,3 @@ class GatheredTensor(StoredTensor):
     @abstractmethod
     def read_box(self, first: tuple[int, ...], out: NDArray[Any]) -> None:
         """Fill `out` with the box of its shape that begins at `first`."""
-
-
-class StridedTensor(GatheredTensor):
-    """A view of a storage in an order of its own: transposed, channels last, every second row."""
-
-    def __init__(self, name: str, dtype: str, shape: Sequence[int], source: Strided) -> None:
-        super().__init__(name, dtype, shape)
-        self.source = source
-
-    @property
-    def storage_order(self) -> tuple[int, ...]:
-        """The dimensions from the slowest to the fastest as stored."""
-        axes = range(len(self.shape))
-        return tuple(sorted(axes, key=lambda axis: -self.source.strides[axis]))
-
-    def in_storage_order(self) -> StoredTensor:
-        """The same values with the dimensions permuted by `storage_order`: quick to read."""
-        order, source = self.storage_order, self.source
-        strides = [source.strides[axis] for axis in order]
-        permuted = Strided(source.file, source.base, strides, source.kind.itemsize)
-        return StridedTensor(self.name, self.dtype, [self.shape[axis] for axis in order], permuted)
-
-    def read_box(self, first: tuple[int, ...], out: NDArray[Any]) -> None:
-        """Fill `out` from the storage."""
-        self.source.read_box(first, out)

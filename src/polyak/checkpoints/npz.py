@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from polyak.checkpoints.byteorder import SwappedTensor
-from polyak.checkpoints.gather import Strided, StridedTensor
+from polyak.checkpoints.gather import Strided
 from polyak.checkpoints.layout import (
     MAX_DIMENSIONS,
     ByteFile,
@@ -17,6 +17,7 @@ from polyak.checkpoints.layout import (
     StoredTensor,
     bytes_of,
 )
+from polyak.checkpoints.strided import StridedTensor
 from polyak.checkpoints.zips import ZipArchive, span_of
 from polyak.errors import FormatError
 

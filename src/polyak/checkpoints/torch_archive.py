@@ -7,7 +7,7 @@ from typing import Any
 
 from polyak.checkpoints.byteorder import SwappedTensor
 from polyak.checkpoints.chunks import is_row_major
-from polyak.checkpoints.gather import Strided, StridedTensor
+from polyak.checkpoints.gather import Strided
 from polyak.checkpoints.layout import (
     DTYPE_BITS,
     ByteFile,
@@ -19,6 +19,7 @@ from polyak.checkpoints.layout import (
 )
 from polyak.checkpoints.nested import find_tensors
 from polyak.checkpoints.pickles import MAX_PICKLE_BYTES, read_pickle
+from polyak.checkpoints.strided import StridedTensor
 from polyak.checkpoints.torch_objects import TensorRef, call_torch, persistent_storage
 from polyak.checkpoints.zips import ZipArchive, span_of
 from polyak.errors import FormatError

@@ -5,12 +5,13 @@ import dataclasses
 import math
 import zipfile
 from collections import OrderedDict, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from reference.stored import assert_reads, read_all, row_major_bytes
 
-from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints import open_checkpoint, strided
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -307,3 +308,26 @@ def test_zip64(tmp_path, monkeypatch):
     wide = rezipped(tmp_path / "p.pt", tmp_path / "wide.pt")
     assert b"PK\x06\x06" in wide.read_bytes()
     assert_reads(open_checkpoint(wide), {"w": torch.arange(5000.0)})
+
+
+@pytest.mark.parametrize("piece", [3, 8, 40])
+@pytest.mark.parametrize("tiles", [1, 16])
+def test_transposed_tensors_are_read_by_tiles(tmp_path, monkeypatch, piece, tiles):
+    monkeypatch.setattr(strided, "TILE_BYTES", 32)
+    monkeypatch.setattr(strided, "MAX_TILES", tiles)
+    monkeypatch.setattr(strided, "_TILES", strided._Tiles())
+    state = many_tensors()
+    torch.save(state, tmp_path / "x.pt")
+    assert_reads(open_checkpoint(tmp_path / "x.pt"), state, piece)
+    assert len(strided._TILES._kept) <= tiles
+
+
+def test_threads_share_tiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(strided, "TILE_BYTES", 1024)
+    monkeypatch.setattr(strided, "MAX_TILES", 2)
+    wide = torch.randn(64, 50).t()
+    torch.save({"w": wide, "v": wide + 1}, tmp_path / "x.pt")
+    stored = open_checkpoint(tmp_path / "x.pt").tensors.values()
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda tensor: read_all(tensor, 100), [*stored] * 8))
+    assert read == [row_major_bytes(wide), row_major_bytes(wide + 1)] * 8
