@@ -8,6 +8,7 @@ from collections import Counter
 from polyak.checkpoints.jsons import read_json
 from polyak.checkpoints.layout import ByteFile, Checkpoint
 from polyak.checkpoints.places import Place
+from polyak.checkpoints.safetensors_reader import RANK_SHARD
 from polyak.errors import FormatError, MismatchError
 
 _SINGLE = (
@@ -45,6 +46,8 @@ def _only_one(place: Place, names: list[str]) -> str:
     weights = [name for name in names if name.endswith(".safetensors")]
     if len(indices) == 1:
         return indices[0]
+    if any(name.startswith("shard-") for name in weights):
+        raise FormatError(RANK_SHARD.format(path=place.path))
     if any(_SHARD.search(name) for name in weights):
         raise FormatError(
             f"{place.path} holds shards ({weights[0]}, ...) but no index, or more than one. Copy the "

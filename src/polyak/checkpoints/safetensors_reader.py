@@ -7,6 +7,7 @@ Source: https://huggingface.co/docs/safetensors (format), the rules of its `tens
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from polyak.checkpoints.jsons import MAX_JSON_BYTES, parse_json
@@ -20,6 +21,13 @@ from polyak.checkpoints.layout import (
 )
 from polyak.errors import FormatError
 
+RANK_SHARD = (
+    "{path} holds what single ranks saved (HuggingFaceStorageWriter, save_distributed=True), and does "
+    "not say how many ranks there were. Save with enable_consolidation=True, or join the files with "
+    "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files."
+)
+"""Parts of tensors whose full shape is written nowhere: a missing rank would go unnoticed."""
+
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -27,6 +35,8 @@ def read_safetensors(file: ByteFile) -> Checkpoint:
     """Open one safetensors file; FormatError where it is not one."""
     header, data_start = _header(file)
     metadata = _metadata(file, header.pop("__metadata__", None))
+    if "DCP_SHARDING_INFO" in metadata and PurePath(file.path).name.startswith("shard-"):
+        raise FormatError(RANK_SHARD.format(path=file.path))
     extents = {name: _extent(file, name, entry) for name, entry in header.items()}
     _check_cover(file, extents, file.size - data_start)
     tensors: dict[str, StoredTensor] = {}

@@ -145,3 +145,16 @@ def test_a_path_out_of_the_folder_is_refused(sharded, tmp_path):
 
     with pytest.raises(FormatError, match="is no file name"):
         open_checkpoint(edited(sharded, tmp_path, escape))
+
+
+def test_safetensors_written_by_dcp(tmp_path):
+    state = {"rows": torch.randn(7, 5), "bias": torch.ones(3)}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    writer = dcp.HuggingFaceStorageWriter
+    dcp.save(state, storage_writer=writer(str(whole)), no_dist=True)
+    with open_checkpoint(whole) as checkpoint:
+        assert_reads(checkpoint, state)
+    dcp.save(state, storage_writer=writer(str(parts), save_distributed=True), no_dist=True)
+    for path in (parts, *parts.iterdir()):
+        with pytest.raises(FormatError, match="does not say how many ranks"):
+            open_checkpoint(path)

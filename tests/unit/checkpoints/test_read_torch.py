@@ -331,3 +331,17 @@ def test_threads_share_tiles(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         read = list(pool.map(lambda tensor: read_all(tensor, 100), [*stored] * 8))
     assert read == [row_major_bytes(wide), row_major_bytes(wide + 1)] * 8
+
+
+def test_storages_above_four_gigabytes(tmp_path):
+    """5.2 GB of holes, written by torch: real zip64 fields."""
+    state = {"large": torch.empty(1_300_000_000), "after": torch.ones(5)}
+    with torch.serialization.skip_data():
+        torch.save(state, tmp_path / "x.pt")
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        assert checkpoint.tensors["large"].nbytes == 5_200_000_000
+        (span,) = checkpoint.tensors["after"].spans
+        assert span.offset > 2**32
+        last = memoryview(bytearray(b"x" * 8))
+        checkpoint.tensors["large"].read_into(5_200_000_000 - 8, last)
+        assert bytes(last) == bytes(8)
