@@ -230,3 +230,11 @@ def test_an_unknown_device(short, tmp_path):
     with pytest.raises(ArgumentError, match="expected auto, cpu or cuda"):
         train(dataclasses.replace(short, device="tpu"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_arms_do_not_touch_each_other(finished, short, tmp_path):
+    without_swa = train(
+        dataclasses.replace(short, seeds=1, arms=("sgd", "cyclic")), tmp_path / "two"
+    )
+    assert without_swa.epochs(arm="cyclic") == finished.epochs(arm="cyclic")
+    assert without_swa.epochs(arm="sgd") == finished.epochs(arm="sgd")
