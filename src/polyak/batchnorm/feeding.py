@@ -26,7 +26,7 @@ def run(model: Module, batches: Iterable[Any], forward: Forward | None) -> int:
     n_batches = 0
     with torch.no_grad():
         for batch in batches:
-            call(target, _moved(batch, device))
+            call(target, moved(batch, device))
             n_batches += 1
     return n_batches
 
@@ -126,16 +126,16 @@ def _device_of(model: Module) -> torch.device | None:
     return None
 
 
-def _moved(batch: Any, device: torch.device | None) -> Any:
+def moved(batch: Any, device: torch.device | None) -> Any:
     """The batch with its tensors on the model's device."""
     if device is None:
         return batch
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
+        return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(moved(value, device) for value in batch)
     return batch

@@ -1,0 +1,216 @@
+"""`AveragedModel`: a second module that holds the average, as in torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.swa_utils.functions import AvgFn, MultiAvgFn, get_swa_multi_avg_fn
+from polyak.tensors.blend import accumulator_dtype
+from polyak.tensors.names import named_tensors
+
+_WIDE = "polyak_accumulators"  # in the state dict's metadata, which torch's class passes over
+
+
+class _Pair(NamedTuple):
+    name: str
+    average: Tensor
+    current: Tensor
+    is_parameter: bool
+
+
+class AveragedModel(Module):
+    """A copy of `model` that averages its weights: SWA by default, EMA with another function.
+
+    With n averages taken so far and w the present weights, the default is
+    ``a += (w - a) / (n + 1)``; the first update copies. Tensors go by name; weights of 16 bits are
+    averaged in float32 and rounded once; integer and boolean buffers are those of the newest model.
+
+    Args:
+        model: the model to average; it is copied.
+        device: where the copy lives; beside the model by default.
+        avg_fn: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
+        multi_avg_fn: ``multi_avg_fn(averaged_list, current_list, num_averaged)`` moves lists in
+            place.
+        use_buffers: average floating buffers too, instead of copying them.
+
+    Raises:
+        ArgumentError: both functions given.
+        UsageError: a model that cannot be copied, such as one sharded by FSDP2.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> averaged = AveragedModel(model)
+        >>> for value in (1.0, 3.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)
+        ...     averaged.update_parameters(model)
+        >>> averaged.module.weight.item()
+        2.0
+
+    """
+
+    n_averaged: Tensor
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | str | None = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        use_buffers: bool = False,
+    ) -> None:
+        super().__init__()
+        if avg_fn is not None and multi_avg_fn is not None:
+            raise ArgumentError("give avg_fn or multi_avg_fn, not both")
+        self.module = _copied(model)
+        if device is not None:
+            self.module = self.module.to(device)
+        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
+        self.avg_fn = avg_fn
+        self.multi_avg_fn = multi_avg_fn
+        self.use_buffers = use_buffers
+        # float32 accumulators of weights of 16 bits, and the weights they were last rounded to
+        self._wide: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+        self._loaded_wide: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged model."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: Module) -> None:
+        """Let the present weights of `model` enter the average.
+
+        Raises:
+            MismatchError: tensors that are missing, unexpected or of another shape, all of them by
+                name; nothing has been changed then.
+
+        """
+        pairs = self._aligned(model)
+        copied = [pair for pair in pairs if not self._is_averaged(pair)]
+        averaged = [pair for pair in pairs if self._is_averaged(pair)]
+        accumulators = [self._accumulator(pair) for pair in averaged]
+        if int(self.n_averaged) == 0:
+            for accumulator, pair in zip(accumulators, averaged, strict=True):
+                accumulator.copy_(pair.current)
+        else:
+            self._average(accumulators, [pair.current for pair in averaged])
+        for accumulator, pair in zip(accumulators, averaged, strict=True):
+            if accumulator is not pair.average:
+                pair.average.copy_(accumulator)
+                self._wide[pair.name] = (accumulator, _identity(pair.average))
+        for pair in copied:
+            pair.average.copy_(pair.current)
+        self.n_averaged += 1
+
+    def _aligned(self, model: Module) -> list[_Pair]:
+        """Averaged and current tensors by name, the prefixes of wrappers aside."""
+        mine, theirs = named_tensors(self.module).slots, named_tensors(model).slots
+        changed = {
+            n: f"{tuple(theirs[n].tensor.shape)}, the average's is {tuple(mine[n].tensor.shape)}"
+            for n in mine.keys() & theirs.keys()
+            if mine[n].tensor.shape != theirs[n].tensor.shape
+        }
+        if mine.keys() != theirs.keys() or changed:
+            raise MismatchError.of(
+                "update_parameters: this is not the model that the average was made from",
+                missing=mine.keys() - theirs.keys(),
+                unexpected=theirs.keys() - mine.keys(),
+                changed=changed,
+                advice="Nothing was averaged. Build the AveragedModel when the model is complete.",
+            )
+        return [
+            _Pair(n, slot.tensor.detach(), theirs[n].tensor.detach(), slot.is_parameter)
+            for n, slot in mine.items()
+        ]
+
+    def _is_averaged(self, pair: _Pair) -> bool:
+        can_average = pair.average.is_floating_point() or pair.average.is_complex()
+        return can_average and (self.use_buffers or pair.is_parameter)
+
+    def _accumulator(self, pair: _Pair) -> Tensor:
+        """What to average in: the tensor itself, or float32 beside one of 16 bits."""
+        average = pair.average
+        dtype = accumulator_dtype(average.dtype, None)
+        if dtype == average.dtype:
+            return average
+        wide, identity = self._wide.get(pair.name, (None, None))
+        if wide is not None and identity == _identity(average):
+            return wide
+        loaded = self._loaded_wide.pop(pair.name, None)
+        if loaded is not None:
+            loaded = loaded.to(average.device)
+            if torch.equal(loaded.to(average.dtype), average):
+                return loaded.clone()
+        return average.to(dtype)  # somebody has written to the weights: they count
+
+    def _average(self, averages: list[Tensor], currents: list[Tensor]) -> None:
+        """Move the averages in place, by the user's function or by ours."""
+        pairs = zip(averages, currents, strict=True)
+        here = [current.to(average.device, average.dtype) for average, current in pairs]
+        if self.avg_fn is not None:
+            for average, current in zip(averages, here, strict=True):
+                n_averaged = self.n_averaged.to(average.device)
+                average.copy_(self.avg_fn(average, current, n_averaged))
+            return
+        move: Any = self.multi_avg_fn or get_swa_multi_avg_fn()
+        lists: Any = [averages, here]
+        for (device, _), (group, _) in _group_tensors_by_device_and_dtype(lists).items():
+            move(group[0], group[1], self.n_averaged.to(device))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self._wide:
+            wide = {n: tensor.detach().clone() for n, tensor in self._fresh_wide()}
+            metadata[prefix[:-1]][_WIDE] = wide
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        compiled = (
+            f"{prefix}module._orig_mod."  # how torch's class names a compiled model's weights
+        )
+        for key in [k for k in state_dict if k.startswith(compiled)]:
+            state_dict[f"{prefix}module.{key.removeprefix(compiled)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._wide, self._loaded_wide = {}, dict(rest[0].get(_WIDE, {}))
+
+    def _fresh_wide(self) -> Iterator[tuple[str, Tensor]]:
+        slots = named_tensors(self.module).slots
+        for name, (wide, identity) in self._wide.items():
+            if identity == _identity(slots[name].tensor):
+                yield name, wide
+
+
+def _copied(model: Module) -> Module:
+    """A deep copy; what `torch.compile` wraps, without the wrapper, so that names stay plain."""
+    model = getattr(model, "_orig_mod", model)
+    try:
+        return copy.deepcopy(model, _derived_tensors(model))
+    except (AssertionError, RuntimeError) as error:
+        raise UsageError(
+            f"AveragedModel copies the model, and this {type(model).__name__} cannot be copied"
+            f" ({error}). polyak.Average(model, polyak.SWA()) copies nothing: it averages sharded"
+            " and other uncopyable models as they are."
+        ) from error
+
+
+def _derived_tensors(model: Module) -> dict[int, Any]:
+    """Copies of tensors that modules keep as results (old weight_norm): those refuse deepcopy."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor's memory is replaced, or written to by somebody."""
+    return tensor.data_ptr(), tensor._version

@@ -1,0 +1,250 @@
+"""Each difference from torch: what torch's module does, and what ours does instead."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.optim import swa_utils as torchs
+
+import polyak.errors
+from polyak import swa_utils as ours
+
+
+def _walk(module: object, model: nn.Module, values: list[float], **options: object) -> nn.Module:
+    average = module.AveragedModel(model, **options)
+    with torch.no_grad():
+        for value in values:
+            for parameter in model.parameters():
+                parameter.fill_(value)
+            average.update_parameters(model)
+    return average
+
+
+def test_bfloat16_weights_do_not_stall() -> None:
+    ramp = [1 + i / 2000 for i in range(2000)]
+    means = {}
+    for module in (torchs, ours):
+        model = nn.Linear(1, 1, bias=False).bfloat16()
+        means[module] = _walk(module, model, ramp).module.weight.item()
+    assert means[torchs] < 1.1  # it stands still
+    assert means[ours] == pytest.approx(1.5, rel=4e-3)  # half a unit in the last place
+    decay = ours.get_ema_multi_avg_fn(0.999)
+    ema = _walk(
+        ours, nn.Linear(1, 1, bias=False).bfloat16(), [1.0] + [1.5] * 5000, multi_avg_fn=decay
+    )
+    assert ema.module.weight.item() == pytest.approx(1.5, rel=4e-3)
+    assert ema.module.weight.dtype == torch.bfloat16
+
+
+def test_bfloat16_resumes_bitwise_through_a_file_that_torch_reads_too() -> None:
+    values = [1 + i / 300 for i in range(300)]
+    whole = _walk(ours, nn.Linear(1, 1).bfloat16(), values)
+    half = _walk(ours, nn.Linear(1, 1).bfloat16(), values[:150])
+    file = io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    model = nn.Linear(1, 1).bfloat16()
+    resumed = ours.AveragedModel(model)
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        for value in values[150:]:
+            for parameter in model.parameters():
+                parameter.fill_(value)
+            resumed.update_parameters(model)
+    assert torch.equal(resumed.module.weight, whole.module.weight)
+    assert torch.equal(resumed._wide["weight"][0], whole._wide["weight"][0])
+    torchs.AveragedModel(model).load_state_dict(state)
+
+
+def test_weights_written_into_a_bfloat16_average_count() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    average = _walk(ours, model, [1.0, 1.0])
+    with torch.no_grad():
+        average.module.weight.fill_(4.0)
+        model.weight.fill_(1.0)
+    average.update_parameters(model)
+    assert average.module.weight.item() == 3.0
+
+
+def test_counters_and_masks_are_of_the_newest_model() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            self.register_buffer("steps", torch.tensor(0))
+            self.register_buffer("mask", torch.tensor([True, False]))
+            self.register_buffer("scale", torch.tensor(0.0))
+
+    model = Counting()
+    average = ours.AveragedModel(model, use_buffers=True)
+    theirs = torchs.AveragedModel(
+        model, use_buffers=True, multi_avg_fn=torchs.get_ema_multi_avg_fn()
+    )
+    for n in (1, 1000):
+        model.steps.fill_(n)
+        model.scale.fill_(n)
+        model.mask.copy_(torch.tensor([n == 1, n != 1]))
+        average.update_parameters(model)
+        theirs.update_parameters(model)
+    assert average.module.steps == 1000
+    assert theirs.module.steps == 1
+    assert average.module.mask.tolist() == [False, True]
+    assert theirs.module.mask.tolist() == [True, True]
+    assert average.module.scale == 500.5
+
+
+def test_a_model_that_grew_is_refused_by_name_and_nothing_changes() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    average, theirs = ours.AveragedModel(model), torchs.AveragedModel(model)
+    average.update_parameters(model)
+    before = copy.deepcopy(average.state_dict())
+    model.append(nn.Linear(2, 3))
+    theirs.update_parameters(model)  # swallowed
+    with pytest.raises(polyak.errors.MismatchError, match=r"unexpected \(2\): 1.bias, 1.weight"):
+        average.update_parameters(model)
+    other = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(polyak.errors.MismatchError, match=r"0.weight: \(2, 3\), the average's is"):
+        average.update_parameters(other)
+    for name, tensor in average.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_tensors_go_by_name_when_their_order_changes() -> None:
+    model = nn.Module()
+    model.register_buffer("a", torch.tensor(1.0))
+    model.register_buffer("b", torch.tensor(2.0))
+    mine, theirs = ours.AveragedModel(model), torchs.AveragedModel(model)
+    a = model.a
+    del model.a
+    model.register_buffer("a", a)
+    for average in (mine, theirs):
+        average.update_parameters(model)
+    assert (mine.module.a, mine.module.b) == (1.0, 2.0)
+    assert (theirs.module.a, theirs.module.b) == (2.0, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_old_weight_norm_after_a_forward_can_be_averaged() -> None:
+    model = old_weight_norm(nn.Linear(2, 2))
+    model(torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        torchs.AveragedModel(model)
+    average = ours.AveragedModel(model)
+    average.update_parameters(model)
+    torch.testing.assert_close(average(torch.ones(1, 2)), model(torch.ones(1, 2)))
+
+
+def test_what_cannot_be_copied_says_what_to_use_instead() -> None:
+    class Sharded(nn.Linear):
+        def __deepcopy__(self, memo: object) -> None:
+            raise AssertionError("FSDP does not support deepcopy.")
+
+    with pytest.raises(polyak.errors.UsageError, match=r"polyak\.Average\(model.*copies nothing"):
+        ours.AveragedModel(Sharded(1, 1))
+
+
+def test_statistics_are_pooled_and_frozen_layers_left_alone() -> None:
+    frozen = nn.BatchNorm1d(1).eval()
+    model = nn.Sequential(frozen, nn.Dropout(0.5), nn.BatchNorm1d(1))
+    average = ours.AveragedModel(model)
+    loader = [(torch.zeros(100, 1), 0), (torch.full((1, 1), 101.0), 1)]
+    ours.update_bn(loader, average, device="cpu")
+    assert average.module[0].num_batches_tracked == 0
+    assert average.module[2].running_mean.item() == pytest.approx(1.0, rel=1e-4)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        torchs.update_bn(loader, average)
+
+
+def test_a_batch_that_is_a_mapping_goes_to_the_model_as_in_torch() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(1)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.bn(batch["x"])
+
+    model = Reads()
+    ours.update_bn([{"x": torch.tensor([[1.0], [3.0]])}], model, torch.device("cpu"))
+    assert model.bn.running_mean.item() == 2.0
+    with pytest.raises(AttributeError):
+        torchs.update_bn([{"x": torch.tensor([[1.0], [3.0]])}], model, torch.device("cpu"))
+
+
+def _optimizer(lr: float = 1.0) -> torch.optim.SGD:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+
+
+def _rates(scheduler: object, optimizer: torch.optim.SGD, n: int, meddle: bool) -> list[float]:
+    rates = []
+    for _ in range(n):
+        if meddle:
+            optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_another_writer_of_the_rate_does_not_bend_the_curve() -> None:
+    curves = {}
+    for module in (torchs, ours):
+        for meddle in (False, True):
+            optimizer = _optimizer()
+            scheduler = module.SWALR(optimizer, 0.1, anneal_epochs=5, anneal_strategy="linear")
+            start = _rates(scheduler, optimizer, 1, False)
+            curves[module, meddle] = start + _rates(scheduler, optimizer, 6, meddle)
+    assert curves[ours, True] == curves[ours, False]
+    assert curves[ours, False] == pytest.approx(curves[torchs, False])
+    assert curves[torchs, True] != pytest.approx(curves[torchs, False])
+
+
+def test_groups_that_come_later_and_states_of_the_optimizer() -> None:
+    optimizer = _optimizer()
+    scheduler = ours.SWALR(optimizer, 0.1, anneal_epochs=2, anneal_strategy="linear")
+    _rates(scheduler, optimizer, 1, False)
+    optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.5})
+    _rates(scheduler, optimizer, 1, False)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 0.1])
+
+    old = _optimizer()
+    torchs.SWALR(old, 0.9)
+    optimizer = _optimizer()
+    scheduler = ours.SWALR(optimizer, 0.1, anneal_epochs=1)
+    optimizer.load_state_dict(old.state_dict())
+    assert _rates(scheduler, optimizer, 2, False)[-1] == pytest.approx(0.1)  # not 0.9
+
+
+def test_inside_sequential_and_with_tensor_rates() -> None:
+    for lr in (1.0, torch.tensor(1.0)):
+        curves = []
+        for module in (torchs, ours):
+            parameter = torch.zeros(1, requires_grad=True)
+            optimizer = torch.optim.Adam([parameter], lr=copy.copy(lr))
+            if isinstance(lr, torch.Tensor):
+                optimizer = torch.optim.Adam([parameter], lr=lr.clone())
+            first = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=3)
+            second = module.SWALR(optimizer, 0.1, anneal_epochs=3)
+            scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [first, second], [3])
+            curves.append([])
+            for _ in range(9):
+                optimizer.step()
+                scheduler.step()
+                curves[-1].append(float(optimizer.param_groups[0]["lr"]))
+        assert curves[0] == pytest.approx(curves[1])
+
+
+def test_deepcopy_and_dtype_changes_of_the_average_itself() -> None:
+    model = nn.Linear(1, 1).bfloat16()
+    average = _walk(ours, model, [1.0, 2.0])
+    twin = copy.deepcopy(average)
+    for a in (average, twin):
+        a.update_parameters(model)
+    assert torch.equal(average.module.weight, twin.module.weight)
+    average.float().update_parameters(model)
+    assert average.module.weight.dtype == torch.float32
