@@ -23,7 +23,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 COMPLEX_PARTS = {"C32": "F16", "C64": "F32", "C128": "F64"}
 """Complex values are two real ones side by side, and are averaged as such."""
 
-NARROW_FLOATS = tuple(name for name in DTYPE_BITS if name.startswith(("F8", "F6", "F4")))
+NARROW_FLOATS = tuple(n for n, bits in DTYPE_BITS.items() if n.startswith("F") and bits <= 8)
 """Floats that only mean something together with scales stored beside them."""
 
 

@@ -73,7 +73,7 @@ def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
             raise
         if not _others_are_done(merge, staged[0], chunks):
             return False
-        return _complete(merge, staged, strips, (journal, hashes or _hashes(merge)))
+        return _complete(staged, hashes or _hashes(merge))
     finally:
         journal.close()
 
@@ -98,21 +98,16 @@ def _merge(
     todo = (index for index in chunks if not journal.is_done(index))
     run(merge.job(strips), todo, merge.threads, done, checksums=merge.settings.verify)
     journal.sync(files)
+    if merge.settings.verify:
+        written = cast("Sequence[Sequence[Strip[OutputFile]]]", strips)
+        check_written(merge.plan, written, journal, chunks)
 
 
-def _complete(
-    merge: Merge,
-    staged: Sequence[Staged],
-    strips: Sequence[Sequence[Strip[Sink]]],
-    checks: tuple[Journal, Hashes | None],
-) -> bool:
-    """Everything that is known only now, then the checks, then the move into place."""
-    journal, hashes = checks
+def _complete(staged: Sequence[Staged], hashes: Hashes | None) -> bool:
+    """Write what is known only now, then move everything into place."""
     found = hashes.result() if hashes else {}
     for one in staged:
         one.finish(with_hashes(one.blueprint.metadata, found))
-    if merge.settings.verify:
-        check_written(merge.plan, cast("Sequence[Sequence[Strip[OutputFile]]]", strips), journal)
     with writing_errors(staged[0].room):
         (staged[0].room / _DONE).touch()
     return _publish(staged)

@@ -54,7 +54,7 @@ class Journal:
             self._fresh.append(chunk)
 
     def checksums(self, chunk: int) -> tuple[int, ...]:
-        """The checksums noted with a chunk."""
+        """The checksums noted with a chunk that is done."""
         with writing_errors(self.path):
             raw = os.pread(self._descriptor, self._record, _HEADER + chunk * self._record)
         return struct.unpack(f"<{(self._record - 1) // 4}I", raw[1:])

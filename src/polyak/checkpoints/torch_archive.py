@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any
 
 from polyak.checkpoints.byteorder import SwappedTensor
 from polyak.checkpoints.chunks import is_row_major
 from polyak.checkpoints.gather import Strided
+from polyak.checkpoints.jsons import MAX_JSON_BYTES, parse_json
 from polyak.checkpoints.layout import (
     DTYPE_BITS,
     ByteFile,
@@ -48,6 +50,14 @@ class TorchArchive:
         span = self._storage(ref)
         stored = _view(name, ref, span, itemsize)
         return SwappedTensor(stored) if self.swapped and itemsize > 1 else stored
+
+    def provenance(self) -> dict[str, str]:
+        """What polyak wrote into an archive of its own about what the average is made of."""
+        name = f"{self.prefix}extra/polyak.json"
+        if name not in self.zip.entries:
+            return {}
+        found = parse_json(self.zip.read(name, MAX_JSON_BYTES), f"{self.file.path}, {name}")
+        return {key: text for key, text in found.items() if isinstance(text, str)}
 
     def _storage(self, ref: TensorRef) -> Span:
         storage = ref.storage
@@ -107,7 +117,7 @@ def read_torch(
         tensors={name: tensor for name, tensor in tensors.items() if name not in ties},
         files=(file,),
         ties=ties,
-        metadata=scalars(archive.root),
+        metadata=scalars(archive.root) | archive.provenance(),
         refused=refused,
     )
 
@@ -123,7 +133,7 @@ def scalars(root: Any) -> dict[str, str]:
         return {}
     return {
         str(key): str(value)
-        for key, value in list(root.items())[:1000]
+        for key, value in islice(root.items(), 1000)
         if isinstance(key, str) and isinstance(value, str | int | float) and len(str(value)) <= 200
     }
 

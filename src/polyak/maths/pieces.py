@@ -37,7 +37,8 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
     [0.333, 0.333, 0.333]
     """
     moments = _moments(steps)
-    counted = moments > profile.start
+    later = isinstance(profile, After)
+    counted = moments > profile.start if later else np.full(moments.shape, True)
     if not counted.any():
         raise ArgumentError(
             f"{profile} is empty: it starts at step {profile.start:g}, and the last weights were "
