@@ -15,7 +15,14 @@ from polyak.checkpoints.byteorder import SwappedTensor
 from polyak.checkpoints.chunks import Chunk, ChunkedTensor, itemsize_of, row_major
 from polyak.checkpoints.gather import Strided
 from polyak.checkpoints.inert import Global, Stub
-from polyak.checkpoints.layout import DTYPE_BITS, MAX_SIZE, ByteFile, Checkpoint, StoredTensor
+from polyak.checkpoints.layout import (
+    DTYPE_BITS,
+    MAX_DIMENSIONS,
+    MAX_SIZE,
+    ByteFile,
+    Checkpoint,
+    StoredTensor,
+)
 from polyak.checkpoints.nested import find_tensors
 from polyak.checkpoints.pickles import MAX_PICKLE_BYTES, read_pickle
 from polyak.checkpoints.places import Place
@@ -25,6 +32,7 @@ from polyak.checkpoints.torch_objects import DTYPES, StorageRef, TensorRef, call
 from polyak.checkpoints.zips import PartFile
 from polyak.errors import FormatError
 
+_MAX_CHUNKS = 4_000_000
 _HOME = "torch.distributed.checkpoint."
 
 
@@ -72,11 +80,15 @@ def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
         raise _damaged(file.path, "it describes no state_dict")
     tree = _tree(entries, paths if isinstance(paths, dict) else {}, file.path)
     found = find_tensors(tree, key, folder.path)
+    count = 0
     files: dict[str, ByteFile] = {}
     tensors: dict[str, StoredTensor] = {}
     for name, ref in found.tensors.items():
         entry = _fields(entries[ref.storage.key], "metadata.TensorStorageMetadata", file.path)
         boxes = _boxes(entry.get("chunks"), file.path)
+        count += len(boxes)
+        if count > _MAX_CHUNKS:
+            raise _damaged(file.path, f"more than {_MAX_CHUNKS} chunks")
         chunks = [_chunk(folder, files, (name, ref), box, items) for box in boxes]
         try:
             tensors[name] = ChunkedTensor(name, ref.dtype, ref.shape, chunks)
@@ -206,6 +218,8 @@ def _strided(stored: StoredTensor, part: PartFile) -> Strided:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(
-        type(size) is int and 0 <= size < MAX_SIZE for size in value
+    return (
+        isinstance(value, tuple)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < MAX_SIZE for size in value)
     )

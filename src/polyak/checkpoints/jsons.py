@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from polyak.checkpoints.layout import ByteFile
+from polyak.checkpoints.layout import MAX_TENSORS, ByteFile
 from polyak.errors import FormatError
 
 MAX_JSON_BYTES = 100_000_000
 """The limit of the safetensors format for its header; index files stay far below."""
+
+
+_MAX_CONTAINERS = 3 * MAX_TENSORS + 10  # what a header of that many tensors holds
+_MAX_ITEMS = 10 * MAX_TENSORS
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
@@ -18,6 +22,8 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     >>> parse_json(b'{"a": [1, 2]}', "example")
     {'a': [1, 2]}
     """
+    if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_ITEMS:
+        raise FormatError(f"{what} holds more than a million tensors, or is no list of tensors.")
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant

@@ -29,6 +29,9 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 MAX_DIMENSIONS = 64
 """As many dimensions as torch and NumPy can hold."""
 
+MAX_TENSORS = 1_000_000
+"""As many tensors as one checkpoint may hold: a file of some megabytes could claim any number."""
+
 MAX_SIZE = 2**62
 """Above any tensor, and below what 64-bit integers hold."""
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyak.checkpoints.inert import Stub
+from polyak.checkpoints.layout import MAX_TENSORS
 from polyak.checkpoints.torch_objects import TensorRef, is_tensor_like, why_refused
 from polyak.errors import ArgumentError, FormatError
 
 MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """Where training loops keep the weights, in the order in which they are looked for."""
 
-_MAX_VISITS = 2_000_000
+_MAX_VISITS = 16_000_000
 _MAX_DEPTH = 100
 
 
@@ -54,6 +55,8 @@ class _Search:
                 )
             if isinstance(value, TensorRef):
                 found.tensors[name] = value
+                if len(found.tensors) > MAX_TENSORS:
+                    raise FormatError(f"{self.where}: more than {MAX_TENSORS} tensors.")
             elif _is_array(value) or self.holds_tensor(value):
                 found.refused[name] = why_refused(value)
         if not found.tensors and not found.refused:
@@ -132,8 +135,11 @@ class _Search:
             self.visit(len(value))
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             dot = f"{prefix}." if prefix else ""
-            inner = [(f"{dot}{key}", item, depth + 1) for key, item in pairs if _is_name(key)]
-            waiting.extend(reversed(inner))
+            inner = [(key, item) for key, item in pairs if _is_name(key) and not _is_plain(item)]
+            for key, item in reversed(inner):
+                name = f"{dot}{key}"
+                self.visit(len(name) // 8)
+                waiting.append((name, item, depth + 1))
 
     def advice(self) -> str:
         """What there is to choose from."""
@@ -181,6 +187,10 @@ def _item(container: Any, name: str) -> Any:
 
 def _is_index(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) < 10
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bytes | int | float)
 
 
 def _is_name(key: Any) -> bool:

@@ -65,17 +65,13 @@ def _open(place: Place, key: str | None) -> Checkpoint:
     if place.is_folder():
         place = weights_in(place)
     if place.name == ".metadata":
-        return read_dcp(_folder_of(place), key)
+        return read_dcp(place.parent, key)
     if place.name.endswith(".index.json"):
-        folder = _folder_of(place)
+        folder = place.parent
         shards = shards_of(place, folder)
         opened = {name: _open_file(folder.inside(name).file(), key) for name in shards}
         return join_shards(place.path, shards, opened)
     return _open_file(place.file(), key)
-
-
-def _folder_of(place: Place) -> Place:
-    return Place(place.path.rpartition("/")[0] or ".")
 
 
 def _open_file(file: ByteFile, key: str | None) -> Checkpoint:

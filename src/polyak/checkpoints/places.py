@@ -30,6 +30,13 @@ class Place:
         """The last part of the path."""
         return PurePosixPath(self.path.rstrip("/")).name if self.remote else Path(self.path).name
 
+    @property
+    def parent(self) -> Place:
+        """The folder that it lies in."""
+        if self.remote:
+            return Place(self.path.rstrip("/").rpartition("/")[0])
+        return Place(Path(self.path).absolute().parent)
+
     def is_folder(self) -> bool:
         """Whether a folder is there; ArgumentError if nothing is."""
         if self.remote:

@@ -19,17 +19,32 @@ _OTHER = re.compile(
 
 
 def natural_step(place: Place, checkpoint: Checkpoint) -> int | None:
-    """The step from what the checkpoint says itself, else from its name, else None.
+    """The step from what the checkpoint says itself, else from its name, else from its folder's.
 
     In this order: `trainer_state.json` of Transformers, `global_step` or `step` in the file
-    (Lightning and most loops; `time` in files of polyak whose unit is steps), the name.
+    (Lightning and most loops; `time` in files of polyak whose unit is steps), the name. A file such
+    as `checkpoint-500/model.safetensors` has the step of its folder.
     """
-    written = _trainer_step(place)
-    for key in ("global_step", "step", "time"):
-        usable = key != "time" or checkpoint.metadata.get("unit") == "steps"
-        if written is None and usable:
-            written = _whole(checkpoint.metadata.get(key, ""))
-    return step_in_name(place.name) if written is None else written
+    folder = place if place.is_folder() else place.parent
+    steps = [
+        _trainer_step(folder) if folder is place or _is_part(place) else None,
+        *(_whole(checkpoint.metadata.get(key, "")) for key in ("global_step", "step")),
+        _whole(checkpoint.metadata.get("time", "")) if _in_steps(checkpoint) else None,
+        step_in_name(place.name),
+        step_in_name(folder.name) if _is_part(place) else None,
+    ]
+    return next((step for step in steps if step is not None), None)
+
+
+def _is_part(place: Place) -> bool:
+    """Whether the name is one that every checkpoint folder has, so that the folder's counts."""
+    return place.name == ".metadata" or place.name.startswith(
+        ("model.", "model-0", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
+    )
+
+
+def _in_steps(checkpoint: Checkpoint) -> bool:
+    return checkpoint.metadata.get("unit") == "steps"
 
 
 def step_in_name(name: str) -> int | None:
@@ -50,7 +65,7 @@ def step_in_name(name: str) -> int | None:
 
 
 def _trainer_step(place: Place) -> int | None:
-    if not place.is_folder() or "trainer_state.json" not in place.names():
+    if "trainer_state.json" not in place.names():
         return None
     step = read_json(place.inside("trainer_state.json").file()).get("global_step")
     if type(step) is not int or step < 0:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from polyak.checkpoints.layout import ByteFile, Span
+from polyak.checkpoints.layout import MAX_TENSORS, ByteFile, Span
 from polyak.errors import FormatError
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -46,7 +46,7 @@ class ZipArchive:
         self.file = file
         self.entries: dict[str, Entry] = {}
         start, size, count = self._directory()
-        if size > _MAX_DIRECTORY or count * _CENTRAL.size > size:
+        if size > _MAX_DIRECTORY or count * _CENTRAL.size > size or count > 2 * MAX_TENSORS:
             raise self._error(f"a directory of {size} bytes for {count} entries")
         found = sorted(self._parse(file.read(start, size), count, start), key=lambda e: e.header)
         limits = [entry.header for entry in found[1:]] + [start]

@@ -259,3 +259,14 @@ def test_a_checkpoint_of_lightning(tmp_path):
 )
 def test_steps_in_names(name, step):
     assert step_in_name(name) == step
+
+
+def test_the_step_of_a_file_in_a_checkpoint_folder(tmp_path):
+    folder = tmp_path / "checkpoint-70"
+    folder.mkdir()
+    save_file({"w": torch.ones(1)}, folder / "model.safetensors")
+    save_file({"w": torch.ones(1)}, folder / "swa.safetensors")
+    assert open_checkpoint(folder / "model.safetensors").step == 70
+    assert open_checkpoint(folder / "swa.safetensors").step is None
+    (folder / "trainer_state.json").write_text('{"global_step": 71}')
+    assert open_checkpoint(folder / "model.safetensors").step == 71

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference.stored import assert_reads, read_all, row_major_bytes
 
-from polyak.checkpoints import open_checkpoint, strided
+from polyak.checkpoints import nested, open_checkpoint, strided
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -345,3 +345,14 @@ def test_storages_above_four_gigabytes(tmp_path):
         last = memoryview(bytearray(b"x" * 8))
         checkpoint.tensors["large"].read_into(5_200_000_000 - 8, last)
         assert bytes(last) == bytes(8)
+
+
+def test_few_bytes_do_not_become_many_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(nested, "MAX_TENSORS", 10_000)
+    names_of_a_gigabyte = {"k" * 1_000_000: [torch.ones(1)] * 1000}
+    ten_million_names = [[[[[[[torch.ones(1)] * 9] * 9] * 9] * 9] * 9] * 9] * 9
+    for root in (names_of_a_gigabyte, ten_million_names):
+        torch.save(root, tmp_path / "x.pt")
+        assert (tmp_path / "x.pt").stat().st_size < 2_000_000
+        with pytest.raises(FormatError, match="more than"):
+            open_checkpoint(tmp_path / "x.pt", key="")
