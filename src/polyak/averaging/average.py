@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging import applying
+from polyak.averaging import applying, interop
 from polyak.averaging.attaching import Attachment
 from polyak.averaging.following import Following, Held, Options
 from polyak.averaging.health import metrics_of
@@ -238,6 +238,20 @@ class Average:
         self._following.refuse_during_loan("load_state_dict()")
         check_state(self._following, self._held, state)
         load_into(self._following, self._held, state)
+
+    def import_state(self, state: Mapping[str, Any], *, updates: int | None = None) -> None:
+        """Go on from another library's average: see `polyak.averaging.interop.import_state`."""
+        interop.import_state(self, state, updates=updates)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        layout: Literal["plain", "averaged_model"] = "plain",
+        overwrite: bool = False,
+    ) -> None:
+        """Write the average for other libraries: see `polyak.averaging.interop.export`."""
+        interop.export(self, path, layout=layout, overwrite=overwrite)
 
     def keep_time_on_device(self) -> None:
         """Keep the time on the weights' device, so that updates can be captured in a CUDA graph."""

@@ -28,7 +28,7 @@ def save(
     refuse_nonfinite_average(following, held, f"Not saved to {path}")
     status = batchnorm_status(following, held)
     if status == "stale":
-        _warn_stale()
+        warn_stale()
     ties = named_tensors(following.roster.model).ties
     tensors = {n: t.contiguous() for n, t in copies(following, held).items() if n not in ties}
     metadata = provenance(following, held) | {"batchnorm": status}
@@ -75,7 +75,8 @@ def batchnorm_status(following: Following, held: Held) -> str:
     return "stale" if stale else "refreshed"
 
 
-def _warn_stale() -> None:
+def warn_stale() -> None:
+    """Say that the BatchNorm statistics belong to other weights than the average."""
     warnings.warn(
         "The BatchNorm statistics of this average are those of the newest weights, not its own. Call "
         "average.update_bn(batches) before saving; the file says that they are stale.",

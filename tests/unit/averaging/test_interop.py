@@ -1,0 +1,275 @@
+"""Coming from other libraries, and going to them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import swa_utils as torchs
+
+import polyak.errors
+from polyak import EMA, SWA, Average, Window
+
+
+def _model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def _step(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+        model(torch.randn(8, 3))
+
+
+def _go_on(average: Average, theirs: object, update: object, n: int = 5) -> None:
+    """From here on the two must agree."""
+    for _ in range(n):
+        _step(average.model)
+        average.update()
+        update(theirs, average.model)
+
+
+def _agree(average: Average, expected: dict[str, Tensor]) -> None:
+    found = average.averaged_tensors()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("profile", "function"),
+    [(SWA(), None), (EMA(decay=0.9, keep_initial=True), torchs.get_ema_multi_avg_fn(0.9))],
+)
+def test_from_torch_and_on_as_if_nothing_had_happened(
+    profile: object, function: object, compiled: bool
+) -> None:
+    model = _model()
+    averaged = torch.compile(model, backend="eager") if compiled else model
+    theirs = torchs.AveragedModel(averaged, multi_avg_fn=function)
+    for _ in range(4):
+        _step(model)
+        theirs.update_parameters(averaged)
+    average = Average(model, profile)
+    average.import_state(copy.deepcopy(theirs.state_dict()))
+    assert average.count == 4
+    inner = theirs.module._orig_mod if compiled else theirs.module
+    _agree(average, inner.state_dict())
+    _go_on(average, theirs, lambda a, _: a.update_parameters(averaged))
+    _agree(average, dict(inner.named_parameters()))
+    whole = Average(model, profile)
+    assert average.metrics()["effective_samples"] > 0
+    assert whole.count == 0
+
+
+def _timm_v3(a: OrderedDict[str, Tensor], model: nn.Module, decay: float = 0.9) -> None:
+    """What timm's ModelEmaV3 does without warm-up: everything in the state dict, by position."""
+    for average, (_, tensor) in zip(a.values(), model.state_dict().items(), strict=True):
+        if average.is_floating_point():
+            average.lerp_(tensor, 1 - decay)
+        else:
+            average.copy_(tensor)
+
+
+@pytest.mark.parametrize("in_a_checkpoint", [False, True])
+def test_from_timm_which_does_not_count(in_a_checkpoint: bool) -> None:
+    model = _model()
+    state = OrderedDict((k, v.clone()) for k, v in model.state_dict().items())
+    for _ in range(6):
+        _step(model)
+        _timm_v3(state, model)
+    if in_a_checkpoint:
+        foreign: dict[str, object] = {"epoch": 3, "state_dict_ema": dict(state), "arch": "net"}
+    else:
+        foreign = {f"module.{k}": v for k, v in state.items()}
+    average = Average(model, EMA(decay=0.9, keep_initial=True))
+    with pytest.raises(polyak.errors.ArgumentError, match="pass updates="):
+        average.import_state(foreign)
+    assert average.count == 0
+    average.import_state(foreign, updates=7)
+    assert (average.count, average.time) == (7, 6)
+    _agree(average, state)
+    _go_on(average, state, lambda a, model: _timm_v3(a, model))
+    _agree(average, {n: state[n] for n, _ in model.named_parameters()})
+
+
+@pytest.mark.parametrize("include_online_model", [False, True])
+def test_from_ema_pytorch(include_online_model: bool) -> None:
+    from ema_pytorch import EMA as TheirEMA
+
+    model = _model()
+    theirs = TheirEMA(
+        model,
+        beta=0.9,
+        min_value=0.9,
+        update_every=1,
+        update_after_step=0,
+        include_online_model=include_online_model,
+    )
+    for _ in range(4):
+        _step(model)
+        theirs.update()
+    average = Average(model, EMA(decay=0.9, keep_initial=True))
+    average.import_state(theirs.state_dict())
+    assert average.count == 4
+    _agree(average, dict(theirs.ema_model.named_parameters()))
+    _go_on(average, theirs, lambda a, _: a.update())
+    _agree(average, dict(theirs.ema_model.named_parameters()))
+
+
+def test_from_diffusers() -> None:
+    from diffusers.training_utils import EMAModel
+
+    model = _model()
+    theirs = EMAModel(model.parameters(), decay=0.9, min_decay=0.9)
+    for _ in range(4):
+        _step(model)
+        theirs.step(model.parameters())
+    average = Average(model, EMA(decay=0.9, keep_initial=True))
+    average.import_state(theirs.state_dict())
+    assert average.count == 4
+    _agree(average, dict(zip(dict(model.named_parameters()), theirs.shadow_params, strict=True)))
+    _go_on(average, theirs, lambda a, model: a.step(model.parameters()))
+    _agree(average, dict(zip(dict(model.named_parameters()), theirs.shadow_params, strict=True)))
+
+
+def test_from_torch_ema_which_lists_only_what_trains() -> None:
+    from torch_ema import ExponentialMovingAverage
+
+    model = _model()
+    model[0].requires_grad_(False)
+    theirs = ExponentialMovingAverage(model.parameters(), decay=0.9, use_num_updates=True)
+    theirs.update()
+    average = Average(model, EMA(decay=0.9))
+    average.import_state(theirs.state_dict())
+    assert average.count == 1
+    average.import_state({**theirs.state_dict(), "num_updates": None}, updates=20)
+    assert average.count == 20
+
+
+def test_a_plain_state_dict_and_a_model_with_an_attribute_named_module() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    average = Average(model, SWA())
+    average.import_state(model.state_dict(), updates=3)
+    _agree(average, model.state_dict())
+    average.import_state(torchs.AveragedModel(model).state_dict(), updates=3)
+    _agree(average, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ([1, 2], polyak.errors.FormatError, "found list"),
+        ({"a": 1}, polyak.errors.FormatError, r"found no tensors.*found the entries \['a'\]"),
+        ({"n_averaged": torch.tensor(2)}, polyak.errors.FormatError, "found no tensors"),
+        (
+            {"0.weight": torch.zeros(4, 3), "head.weight": torch.zeros(1)},
+            polyak.errors.MismatchError,
+            r"missing \(5\): 0.bias, 1.bias, 1.weight, 2.bias, 2.weight\n.*head.weight",
+        ),
+        ({"shadow_params": [torch.zeros(1)]}, polyak.errors.MismatchError, "lists 1 parameters"),
+        (
+            {"shadow_params": [torch.zeros(1)] * 6},
+            polyak.errors.MismatchError,
+            r"0.weight: \(1,\), but this model's is \(4, 3\)",
+        ),
+        (
+            {**_model().state_dict(), "0.weight": torch.zeros(4, 4)},
+            polyak.errors.MismatchError,
+            "0.weight",
+        ),
+        (
+            {**_model().state_dict(), "0.weight": torch.full((4, 3), torch.nan)},
+            polyak.errors.NonFiniteError,
+            "0.weight",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    state: object, error: type[Exception], message: str
+) -> None:
+    model = _model()
+    average = Average(model, SWA())
+    average.update()
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(error, match=message):
+        average.import_state(state, updates=2)
+    after = average.state_dict()
+    assert after["count"] == 1
+    for name, tensor in before["tensors"].items():
+        assert torch.equal(after["tensors"][name], tensor)
+
+
+def test_a_window_cannot_come_from_a_running_average() -> None:
+    with pytest.raises(polyak.errors.ArgumentError, match="streaming profile"):
+        Average(_model(), Window(5)).import_state(_model().state_dict(), updates=2)
+    with pytest.raises(polyak.errors.ArgumentError, match="updates is 0"):
+        Average(_model(), SWA()).import_state(_model().state_dict(), updates=0)
+
+
+def _averaged() -> Average:
+    model = _model()
+    average = Average(model, SWA())
+    for _ in range(3):
+        _step(model)
+        average.update()
+    average.update_bn([torch.randn(16, 3)])
+    return average
+
+
+def test_to_torchs_averaged_model_and_back(tmp_path: Path) -> None:
+    average = _averaged()
+    average.export(tmp_path / "torch.pt", layout="averaged_model")
+    theirs = torchs.AveragedModel(_model(1))
+    theirs.load_state_dict(torch.load(tmp_path / "torch.pt", weights_only=True))
+    assert theirs.n_averaged == 3
+    back = Average(_model(2), SWA())
+    back.import_state(theirs.state_dict())
+    _agree(back, average.averaged_tensors())
+
+
+def test_to_a_plain_state_dict_and_to_safetensors(tmp_path: Path) -> None:
+    average = _averaged()
+    average.export(tmp_path / "plain.pt")
+    average.export(tmp_path / "plain.safetensors")
+    model = _model(1)
+    for state in (
+        torch.load(tmp_path / "plain.pt", weights_only=True),
+        load_file(tmp_path / "plain.safetensors"),
+    ):
+        model.load_state_dict(state)
+        _agree(average, model.state_dict())
+    with pytest.raises(polyak.errors.OutputError, match="exists"):
+        average.export(tmp_path / "plain.pt")
+    average.export(tmp_path / "plain.pt", overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"plain.pt", "plain.safetensors"}
+
+
+def test_export_refuses(tmp_path: Path) -> None:
+    average = _averaged()
+    with pytest.raises(polyak.errors.ArgumentError, match="layout is 'onnx'"):
+        average.export(tmp_path / "a.pt", layout="onnx")
+    with pytest.raises(polyak.errors.ArgumentError, match=r"from \.pt files"):
+        average.export(tmp_path / "a.safetensors", layout="averaged_model")
+    with pytest.raises(polyak.errors.UsageError, match="nothing has been averaged"):
+        Average(_model(), SWA()).export(tmp_path / "a.pt")
+    with torch.no_grad():
+        average.model[0].weight.fill_(torch.nan)
+    average.update()
+    with pytest.raises(polyak.errors.NonFiniteError, match=r"0\.weight"):
+        average.export(tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stale_statistics_are_said(tmp_path: Path) -> None:
+    average = _averaged()
+    _step(average.model)
+    average.update()
+    with pytest.warns(polyak.errors.StaleStatistics):
+        average.export(tmp_path / "a.pt")
