@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from polyak.errors import MissingExtra, PolyakError
+from polyak.errors import MissingExtra
 from polyak.report.page import write_report
-from polyak.report.tables import BASELINE, METRICS, Finals, Row, row_label, spelled
-from polyak.training.loop import plan, train
+from polyak.report.tables import BASELINE, METRICS, Finals, Metric, row_label, spelled
+from polyak.training.loop import Watch, plan, train
 from polyak.training.recipe import Recipe
 from polyak.training.run import Run
 
-_PLAIN_WIDTH = 120  # of tables in a file or a pipe, where nothing says how wide they may be
-_NAMES = {"iterate": "last iterate", "swa": "SWA", "ema": "EMA"}
+_PLAIN_WIDTH = 100  # of tables in a file or a pipe, where nothing says how wide they may be
+_LEGEND = """
+NLL, scaled: with the temperature that is best on the validation images.
+ECE: expected calibration error, 15 bins. Lower is better everywhere.
+"""
+_HEADINGS = {
+    "error": "test error %",
+    "nll": "NLL",
+    "nll_scaled": "NLL, scaled",
+    "ece": "ECE %",
+}
+_NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA"}
 
 
 def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
@@ -28,26 +39,29 @@ def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
-    verb = "Resuming" if resume and (folder / "recipe.toml").exists() else "Running"
+    before = Run(folder).records() if resume and (folder / "recipe.toml").exists() else []
+    verb = "Resuming" if before else "Running"
     console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
     try:
-        with _display(console, recipe) as watch:
+        with _display(console, recipe, before) as watch:
             run = train(recipe, folder, resume=resume, watch=watch)
-    except (KeyboardInterrupt, PolyakError):
-        console.print(f"Stopped. The same command with --resume --output {folder} goes on.")
+    except KeyboardInterrupt:
+        console.print(
+            f"Stopped. The same command with --resume --output {folder} goes on.", highlight=False
+        )
         raise
     _print_results(console, run)
 
 
 @contextmanager
-def _display(console: Console, recipe: Recipe) -> Iterator[Any]:
+def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> Iterator[Watch]:
     left = TimeLeft()
     if not console.is_terminal:
         yield lambda record, done: console.print(
             plain_line(recipe, record, left.spelled(done)), highlight=False, soft_wrap=True
         )
         return
-    table = LiveTable(recipe)
+    table = LiveTable(recipe, before)
     with Live(table.render(""), console=console, refresh_per_second=4) as live:
 
         def watch(record: dict[str, Any], done: float) -> None:
@@ -96,10 +110,12 @@ def plain_line(recipe: Recipe, record: dict[str, Any], left: str) -> str:
 class LiveTable:
     """A row for each arm of each seed, filled in as records come."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, before: Iterable[dict[str, Any]] = ()) -> None:
         self._recipe = recipe
         self._latest: dict[tuple[int, str], dict[str, Any]] = {}
         self._rows = list(dict.fromkeys((unit.seed, unit.arm) for unit in plan(recipe)))
+        for record in before:
+            self.take(record)
 
     def take(self, record: dict[str, Any]) -> None:
         """Show this record in its row."""
@@ -108,10 +124,10 @@ class LiveTable:
 
     def render(self, left: str) -> Table:
         """The table as it stands."""
-        table = Table(title=f"recipe {self._recipe.name}", caption=left or None)
+        title = f"recipe {self._recipe.name}: error % / NLL on the validation images"
+        table = _table(title, left or None)
         for name in ("seed", "arm", "epoch", "rate", "loss", *_NAMES.values()):
             table.add_column(name, justify="left" if name == "arm" else "right")
-        table.columns[5].header = "last iterate\nerror % / NLL"
         for seed, arm in self._rows:
             table.add_row(str(seed), arm, *self._cells(self._latest.get((seed, arm))))
         return table
@@ -125,14 +141,18 @@ class LiveTable:
             f"{record['rate']:.4f}",
             f"{record['train_loss']:.4f}",
             *(
-                f"{worth[kind]['error']:.2f} / {worth[kind]['nll']:.4f}" if kind in worth else "-"
+                f"{worth[kind]['error']:.2f} / {worth[kind]['nll']:.3f}" if kind in worth else "-"
                 for kind in _NAMES
             ),
         ]
 
 
 def _print_results(console: Console, run: Run) -> None:
-    console.print(results_table(Finals(run.finals())))
+    finals = Finals(run.finals())
+    console.print(values_table(finals))
+    if len(finals.rows) > 1:
+        console.print(differences_table(finals))
+    console.print(_LEGEND, style="dim")
     try:
         console.print(f"report          {write_report(run.folder)}", highlight=False)
     except MissingExtra as missing:
@@ -141,27 +161,50 @@ def _print_results(console: Console, run: Run) -> None:
     console.print(f"run folder      {run.folder}", highlight=False)
 
 
-def results_table(finals: Finals) -> Table:
-    """Every metric of every kind of weights, and what error and NLL differ from SGD's."""
-    table = Table(
-        title=f"On the test images, {finals.n_seeds} seed(s): mean ± standard error",
-        caption="differences are paired seed by seed, ± half the 95% interval (Student's t)",
-    )
-    table.add_column("weights")
-    for metric in METRICS:
-        table.add_column(
-            f"{metric.title}{' %' if metric.unit == 'points' else ''}", justify="right"
-        )
-    for metric in METRICS[:2]:
-        table.add_column(f"{metric.title} - SGD's", justify="right")
+def values_table(finals: Finals) -> Table:
+    """Every metric of every kind of weights."""
+    title = f"On the test images: mean ± standard error, {finals.n_seeds} seed(s)"
+    table = _metrics_table(title)
     for row in finals.rows:
-        table.add_row(row_label(row), *_figures(finals, row))
+        means = ((finals.mean(row, metric.key), _digits(metric)) for metric in METRICS)
+        table.add_row(row_label(row), *(spelled(mean, digits) for mean, digits in means))
     return table
 
 
-def _figures(finals: Finals, row: Row) -> list[str]:
-    values = [spelled(finals.mean(row, metric.key), metric.digits) for metric in METRICS]
-    for metric in METRICS[:2]:
-        difference = None if row == BASELINE else finals.difference(row, metric.key)
-        values.append(spelled(difference, metric.digits, signed=True) if difference else "")
-    return values
+def differences_table(finals: Finals) -> Table:
+    """What every kind of weights differs from SGD's last iterate."""
+    table = _metrics_table("Difference to SGD, paired by seed: mean ± half the 95% interval")
+    for row in finals.rows:
+        if row != BASELINE:
+            pairs = ((finals.difference(row, m.key), _digits(m)) for m in METRICS)
+            table.add_row(
+                row_label(row),
+                *(spelled(value, digits, signed=True) if value else "" for value, digits in pairs),
+            )
+    return table
+
+
+def _metrics_table(title: str) -> Table:
+    table = _table(title)
+    table.add_column("weights", no_wrap=True)
+    for metric in METRICS:
+        table.add_column(_HEADINGS[metric.key], justify="right", no_wrap=True)
+    return table
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    """Without edges and with narrow gaps: everything fits a terminal of 80 columns."""
+    return Table(
+        title=f"\n{title}",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0),
+        pad_edge=False,
+    )
+
+
+def _digits(metric: Metric) -> int:
+    return min(3, metric.digits)
