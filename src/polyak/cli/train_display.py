@@ -153,12 +153,17 @@ def _print_results(console: Console, run: Run) -> None:
     if len(finals.rows) > 1:
         console.print(differences_table(finals))
     console.print(_LEGEND, style="dim")
-    try:
-        console.print(f"report          {write_report(run.folder)}", highlight=False)
-    except MissingExtra as missing:
-        console.print(f"report          none: {missing}", highlight=False)
+    _print_report(console, run.folder)
     console.print(f"averaged model  {run.folder / 'swa.safetensors'}", highlight=False)
     console.print(f"run folder      {run.folder}", highlight=False)
+
+
+def _print_report(console: Console, folder: Path) -> None:
+    console.print("Measuring and drawing the report ...", highlight=False)
+    try:
+        console.print(f"report          {write_report(folder)}", highlight=False)
+    except MissingExtra as missing:
+        console.print(f"report          none: {missing}", highlight=False)
 
 
 def values_table(finals: Finals) -> Table:
