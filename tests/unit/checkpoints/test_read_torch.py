@@ -356,3 +356,30 @@ def test_few_bytes_do_not_become_many_names(tmp_path, monkeypatch):
         assert (tmp_path / "x.pt").stat().st_size < 2_000_000
         with pytest.raises(FormatError, match="more than"):
             open_checkpoint(tmp_path / "x.pt", key="")
+
+
+@pytest.mark.parametrize("view", [b"K\x00K\x07\x85", b"K\x01K\x06\x85", b"K\xffK\x06\x85"])
+def test_views_that_leave_their_storage_are_refused(tmp_path, view):
+    torch.save({"w": torch.arange(6.0), "v": torch.ones(9)}, tmp_path / "p.pt")
+
+    def moved(name, data):
+        if not name.endswith("data.pkl"):
+            return data
+        assert data.count(b"K\x00K\x06\x85") == 1  # offset 0, size (6,)
+        return data.replace(b"K\x00K\x06\x85", view)
+
+    lying = rezipped(tmp_path / "p.pt", tmp_path / "l.pt", moved)
+    with pytest.raises(FormatError, match="w: reaches beyond the end of its storage"):
+        open_checkpoint(lying)
+
+
+def test_an_entry_moved_by_its_local_header_is_refused(plain, tmp_path):
+    """The directory and the local header each hold a part of where an entry lies."""
+    data = bytearray(plain.read_bytes())
+    at = data.find(b"/data/0") - len("p") - 30
+    assert data[at : at + 4] == b"PK\x03\x04"
+    extra = int.from_bytes(data[at + 28 : at + 30], "little")
+    data[at + 28 : at + 30] = (extra + 200).to_bytes(2, "little")
+    (tmp_path / "m.pt").write_bytes(data)
+    with pytest.raises(FormatError, match="runs into what follows"):
+        open_checkpoint(tmp_path / "m.pt")
