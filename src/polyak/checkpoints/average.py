@@ -85,7 +85,7 @@ def average_checkpoints(
     settings = Settings.of(options)
     begin = time.perf_counter()
     with prepared(inputs, outputs, settings) as merge:
-        warn_of_stale(merge)
+        warn_of_stale(merge, next(iter(outputs)))
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 
@@ -107,7 +107,7 @@ def averaged_tensors(
     {'w': tensor([150., 150.])}
     """
     with prepared(inputs, {"averaged.safetensors": how}, Settings.of(options)) as merge:
-        warn_of_stale(merge)
+        warn_of_stale(merge, "FILE")
         for tensor in merge.alignment.tensors:
             memory = _Memory(tensor.nbytes)
             strip: Strip[Sink] = Strip()

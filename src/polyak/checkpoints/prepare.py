@@ -160,10 +160,9 @@ def _laid_out(
     )
 
 
-def warn_of_stale(merge: Merge) -> None:
-    """Warn where BatchNorm statistics are the newest input's, not the average's."""
-    if merge.batchnorm == "stale":
-        target = merge.blueprints[0].target if merge.blueprints else "FILE"
+def warn_of_stale(merge: Merge, target: PathLike) -> None:
+    """Warn where averaging leaves BatchNorm statistics that are the newest input's."""
+    if merge.batchnorm == "stale" and len(merge.inputs) > 1:
         warnings.warn(
             "The BatchNorm statistics are those of the newest checkpoint and do not belong to the "
             f"averaged weights. Set them before use: polyak update-bn {target} "

@@ -22,6 +22,11 @@ app.command(
 app.command("polyak.cli.report:report", help="Make the page of a finished run again.")
 app.command("polyak.cli.compare:compare", help="Put finished runs side by side.")
 app.command("polyak.cli.average:average", help="Average checkpoints, or convert one.")
+app.command(
+    "polyak.cli.update_bn:update_bn",
+    name="update-bn",
+    help="Set the BatchNorm statistics of averaged weights in a file.",
+)
 app.command("polyak.cli.inspect:inspect", help="Print what is in checkpoints.")
 app.command("polyak.cli.diff:diff", help="Compare two checkpoints, tensor by tensor.")
 

@@ -82,7 +82,7 @@ def _dry_run(
     from polyak.checkpoints.prepare import prepared, warn_of_stale
 
     with prepared(paths, recipes, Settings.of(options)) as merge:
-        warn_of_stale(merge)
+        warn_of_stale(merge, next(iter(recipes)))
         _print_plan(console, merge)
 
 

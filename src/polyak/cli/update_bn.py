@@ -1,0 +1,44 @@
+"""`polyak update-bn`: the normalisation statistics of averaged weights in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def update_bn(
+    file: Path,
+    *,
+    model: str,
+    data: str,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    limit: int | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Set the BatchNorm statistics in a file of averaged weights to those of the data.
+
+    Args:
+        file: A safetensors file or a torch archive, as polyak average writes them.
+        model: package.module:function that builds the model; called without arguments.
+        data: package.module:function that gives batches: an iterable of tensors, tuples or mappings.
+        output: Where to write; the file itself unless given.
+        limit: Use so many batches.
+        overwrite: Replace the output if it exists.
+
+    """
+    from rich.console import Console
+
+    from polyak.batchnorm.stored import update_bn_file
+    from polyak.training.named import object_at
+
+    build, batches = object_at(model), object_at(data)
+    layers = update_bn_file(
+        file, build(), batches(), output=output, overwrite=overwrite, limit=limit
+    )
+    Console(highlight=False).print(
+        f"{output or file}: the statistics of {len(layers)} layers are those of the data now",
+        soft_wrap=True,
+        markup=False,
+    )

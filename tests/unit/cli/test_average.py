@@ -1,0 +1,142 @@
+"""`polyak average`: which checkpoints, how, and what it says."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from polyak.checkpoints import open_checkpoint
+from polyak.cli.app import run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (500, 1000, 1500, 2000):
+        place = tmp_path / "run" / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        save_file({"w": torch.full((3,), float(step))}, place / "model.safetensors")
+        log = [{"step": s, "eval_loss": abs(s - 1000) / 1000} for s in range(500, step + 1, 500)]
+        state = {"global_step": step, "log_history": log}
+        (place / "trainer_state.json").write_text(json.dumps(state))
+    return tmp_path
+
+
+def value(path):
+    return load_file(path)["w"][0].item()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], 1250.0),
+        (["--last", "2"], 1750.0),
+        (["--steps", "1000:1500"], 1250.0),
+        (["--steps", ":1000"], 750.0),
+        (["--every", "1000"], 1500.0),
+        (["--best", "2", "--metric", "eval_loss"], 750.0),
+        (["--best", "1", "--metric", "max:eval_loss"], 2000.0),
+        (["--method", "window:length=1000"], 1750.0),
+        (["--weights", "0,0,0,1"], 2000.0),
+        (["--weights", "0,0,1,1", "--normalize"], 1750.0),
+        (["--include", "w", "--verify", "--threads", "1", "--max-memory", "64MB"], 1250.0),
+        (["--exclude", "w"], 2000.0),
+    ],
+)
+def test_one_output(folder, flags, expected):
+    assert run(["average", "run", *flags, "-o", "out.safetensors"]) == 0
+    assert value("out.safetensors") == expected
+
+
+def test_several_outputs(folder, capsys):
+    pairs = [
+        "--method",
+        "swa",
+        "-o",
+        "a.safetensors",
+        "--method",
+        "window:length=500",
+        "-o",
+        "b.pt",
+    ]
+    assert run(["average", "run/checkpoint-*", *pairs]) == 0
+    assert value("a.safetensors") == 1250
+    assert torch.load("b.pt", weights_only=True)["w"][0] == 2000
+    out = capsys.readouterr().out
+    assert "a.safetensors: SWA() of 4 checkpoints (4 effective), 1 tensors" in out
+    assert "b.pt: Window(length=500.0) of 1 checkpoints" in out
+
+
+def test_the_converter(folder):
+    assert run(["average", "run/checkpoint-500", "-o", "one.pt", "--dtype", "bfloat16"]) == 0
+    assert torch.load("one.pt", weights_only=True)["w"].dtype == torch.bfloat16
+    assert run(["average", "one.pt", "-o", "back", "--dtype", "float32"]) == 0
+    assert open_checkpoint("back").tensors["w"].dtype == "F32"
+
+
+def test_a_plan_writes_nothing(folder, capsys):
+    before = sorted(folder.rglob("*"))
+    assert (
+        run(
+            [
+                "average",
+                "run",
+                "-o",
+                "out.safetensors",
+                "--method",
+                "ema:half_life=500",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    for part in (
+        "checkpoint-2000",
+        "0.5333",
+        "effective samples",
+        "1 tensors averaged",
+        "48 B to read",
+    ):
+        assert part in out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_second_run_does_not_eat_the_first(folder):
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"step-{step}.safetensors")
+    (folder / "sub").mkdir()
+    for name in ("step-1", "step-2"):
+        (folder / f"{name}.safetensors").rename(folder / "sub" / f"{name}.safetensors")
+    for name in ("first", "second"):
+        assert run(["average", "sub", "-o", f"sub/{name}.safetensors"]) == 0
+        assert value(f"sub/{name}.safetensors") == 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "-o", "a.safetensors", "-o", "b.safetensors"], 2, "1 methods and 2 outputs"),
+        (["run", "-o", "a.safetensors", "--weights", "1,x"], 2, "expected numbers"),
+        (
+            ["run", "-o", "a.safetensors", "--weights", "1", "--method", "swa"],
+            2,
+            "exclude each other",
+        ),
+        (["run", "-o", "a.safetensors", "--steps", "5"], 2, "expected FIRST:LAST"),
+        (["run", "-o", "a.safetensors", "--steps", "5000:"], 2, "No checkpoint is left of 4"),
+        (["run", "-o", "a.safetensors", "--last", "0"], 2, "last is 0"),
+        (["run", "-o", "a.safetensors", "--best", "2"], 2, "go together"),
+        (["run", "-o", "a.safetensors", "--best", "2", "--metric", "zeal"], 2, "Write min:zeal"),
+        (["run", "-o", "a.safetensors", "--best", "2", "--metric", "wer"], 2, "No score 'wer'"),
+        (["runs/*", "-o", "a.safetensors"], 2, "Nothing fits runs/*"),
+        (["-o", "a.safetensors"], 2, "no input"),
+        (["run", "-o", "run"], 1, "exists"),
+        (["run", "-o", "a.safetensors", "--method", "ema:0.9"], 2, "name what you mean"),
+    ],
+)
+def test_refusals(folder, capsys, arguments, code, message):
+    assert run(["average", *arguments]) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "a.safetensors").exists()
