@@ -133,7 +133,7 @@ class Following:
         values = self.roster.adopt(names)
         for held in self.members:
             if held.store is not None:
-                held.store.adopt(values)
+                held.store.adopt(values, held.clock)
 
     def refuse_during_loan(self, what: str) -> None:
         """Raise UsageError while another set of weights is in the model."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.clock import Clock, Number
-from polyak.tensors.blend import Cutter, Move, blank_like
+from polyak.tensors.blend import Cutter, Move, blank_like, paired_parts
 
 SMALLEST_SHARE = 2.0**-10
 BLOCK_UPDATES = 64
@@ -68,11 +68,13 @@ class Running:
         if self.block_updates >= BLOCK_UPDATES:
             self._fold(now)
 
-    def adopt(self, values: Sequence[Tensor]) -> None:
+    def adopt(self, values: Sequence[Tensor], now: Clock) -> None:
         """Average more tensors, which have been constant so far."""
-        self.tensors += _filled(values, self._dtype, self._device)
+        own = _filled(values, self._dtype, self._device)
+        self.tensors += own
         if self.block:
-            self.block += _filled(values, self._dtype, self._device)
+            gathered = float(self._growth(now.read())) - 1 if self.block_is_open else 0.0
+            self.block += [value * gathered for value in own]
 
     def is_plain(self) -> bool:
         """Whether `tensors` are the average as they stand, with no open block beside them."""
@@ -127,11 +129,12 @@ class Running:
 
     def _fold(self, now: Clock) -> None:
         growth = self._growth(now)
-        for average, block in zip(self.tensors, self.block, strict=True):
-            correction = _correction(average, block, growth)
-            folded = average + correction
-            torch.sub(correction, folded - average, out=block)  # what the addition rounded off
-            average.copy_(folded)
+        for whole, whole_block in zip(self.tensors, self.block, strict=True):
+            for average, block in paired_parts(whole, whole_block):
+                correction = _correction(average, block, growth)
+                folded = average + correction
+                torch.sub(correction, folded - average, out=block)  # what that addition rounded off
+                average.copy_(folded)
         self.block_start, self.block_updates = now.time, 0
 
     def _growth(self, now: Clock) -> Number:

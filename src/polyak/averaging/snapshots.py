@@ -42,7 +42,7 @@ class Snapshots:
         """The live tensors were replaced by others of the same names."""
         self._live = live
 
-    def adopt(self, values: Sequence[Tensor]) -> None:
+    def adopt(self, values: Sequence[Tensor], now: Clock) -> None:
         """Average more tensors, which have been constant so far: one copy serves all snapshots."""
         shared = _copies(values, self._device)
         self.kept = [(start, end, tensors + shared) for start, end, tensors in self.kept]

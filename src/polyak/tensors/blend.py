@@ -30,7 +30,7 @@ class _Piece:
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         tensor = _real(tensors[self.index])
-        return tensor if self.start is None else _flat(tensor)[self.start : self.stop]
+        return tensor if self.start is None else _span(tensor, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,16 @@ def ranges(n_values: int, length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + length, n_values)
 
 
+def paired_parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of two tensors of one shape, part by part, small enough for the cache of a CPU."""
+    limit = _GROUP_VALUES.get(a.device.type, _GROUP_VALUES_ELSEWHERE)
+    if a.numel() <= limit or a.stride() != b.stride() or not is_dense(a):
+        yield a, b
+        return
+    for start, stop in ranges(a.numel(), limit):
+        yield _span(a, start, stop), _span(b, start, stop)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the values fill one range of memory, each once, in any order of dimensions."""
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
@@ -201,5 +211,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+def _span(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Values of a dense tensor in the order of memory, whatever the order of its dimensions."""
+    offset = tensor.storage_offset() + start
+    return tensor.detach().as_strided((stop - start,), (1,), offset)

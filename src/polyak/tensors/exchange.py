@@ -19,9 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyak.errors import UsageError
-from polyak.tensors.blend import is_dense, ranges
-
-_SCRATCH_VALUES = 1 << 20
+from polyak.tensors.blend import paired_parts
 
 _lent: dict[int, object] = {}  # id of a live tensor on loan -> who lent to it
 
@@ -139,16 +137,7 @@ def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _exchange(a: Tensor, b: Tensor) -> None:
     """Let two tensors of one shape and dtype change contents."""
     with torch.no_grad():
-        for x, y in _parts(a.detach(), b.detach()):
+        for x, y in paired_parts(a.detach(), b.detach()):
             kept = x.clone()
             x.copy_(y)
             y.copy_(kept)
-
-
-def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    if a.stride() != b.stride() or not is_dense(a):
-        yield a, b
-        return
-    for start, stop in ranges(a.numel(), _SCRATCH_VALUES):
-        size = stop - start
-        yield tuple(t.as_strided((size,), (1,), t.storage_offset() + start) for t in (a, b))  # type: ignore[misc]

@@ -20,6 +20,7 @@ from polyak.tensors.policies import FROZEN, Decision, Kind, Policy, decisions
 
 _requires_grad = attrgetter("requires_grad")
 _shape = attrgetter("shape")
+_address = torch.Tensor.data_ptr
 
 
 class Roster:
@@ -131,13 +132,13 @@ class Roster:
         self._signatures = {n: _signature(named.slots[n].tensor) for n in self._followed()}
         self._structure = _Structure.of(self.model)
         self._shapes = list(map(_shape, self.live))
-        self._addresses = [tensor.data_ptr() for tensor in self.live]
+        self._addresses = list(map(_address, self.live))
         self.generation += 1
 
     def _is_unchanged(self) -> bool:
         return (
             self._structure.holds()
-            and [tensor.data_ptr() for tensor in self.live] == self._addresses
+            and list(map(_address, self.live)) == self._addresses
             and list(map(_shape, self.live)) == self._shapes
             and not any(map(_requires_grad, self._frozen))
         )

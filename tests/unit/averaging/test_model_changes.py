@@ -1,0 +1,417 @@
+"""What happens to each tensor of a model, and what an average makes of a model that changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from polyak import EMA, SWA, Average, Averages, Window
+from polyak.errors import ArgumentError, MismatchError, UsageError
+
+
+def shift(model, by=1.0):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by)
+
+
+def two_updates(average):
+    average.update()
+    shift(average.model)
+    average.update()
+    return average
+
+
+class Odd(nn.Module):
+    """One tensor of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("counter", torch.tensor(7))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("scale", torch.tensor([0.0]))
+        self.register_buffer("scratch", torch.zeros(4), persistent=False)
+        self.tied = self.weight
+
+
+def test_the_plan_says_what_happens_and_why():
+    plan = Average(Odd(), SWA()).plan()
+    kinds = {row.name: row.kind for row in plan.rows}
+    assert kinds == {
+        "weight": "averaged",
+        "frozen": "newest",
+        "norm.weight": "averaged",
+        "norm.bias": "averaged",
+        "norm.running_mean": "statistic",
+        "norm.running_var": "statistic",
+        "norm.num_batches_tracked": "statistic",
+        "counter": "newest",
+        "mask": "newest",
+        "scale": "newest",
+        "scratch": "newest",
+        "tied": "tied",
+    }
+    text = str(plan)
+    assert "costs nothing" in text
+    assert "the same tensor as weight" in text
+    assert plan.nbytes == (3 + 2 + 2) * 4 + 2 * 2 * 4 + 8
+    assert len({line.index("why") for line in text.splitlines()[:1]}) == 1
+
+
+def test_counters_and_masks_are_of_the_newest():
+    model = Odd()
+    average = two_updates(Average(model, SWA()))
+    with torch.no_grad():
+        model.counter.add_(993)
+        model.mask.logical_not_()
+    found = average.averaged_tensors()
+    assert found["counter"] == 1000
+    assert found["mask"].tolist() == [False, True]
+    assert found["weight"].tolist() == [0.5] * 3
+    assert found["tied"].tolist() == [0.5] * 3
+    assert "scratch" not in found
+    assert set(found) == set(model.state_dict())
+    model.load_state_dict(found)
+
+
+def test_buffers_are_averaged_by_name_only():
+    model = Odd()
+    average = Average(model, SWA(), average_buffers="scale")
+    average.update()
+    model.scale.add_(4)
+    average.update()
+    assert average.averaged_tensors()["scale"].item() == 2.0
+
+
+def test_include_and_exclude():
+    model = nn.ModuleDict(
+        {"base": nn.Linear(2, 2), "lora_a": nn.Linear(2, 2), "head": nn.Linear(2, 1)}
+    )
+    model.base.requires_grad_(False)
+    lora = two_updates(Average(model, SWA(), include="lora*"))
+    assert set(lora.state_dict()["tensors"]) == {"lora_a.weight", "lora_a.bias"}
+    headless = two_updates(Average(model, SWA(), exclude=["head.*"]))
+    assert set(headless.state_dict()["tensors"]) == {"lora_a.weight", "lora_a.bias"}
+    frozen_too = two_updates(Average(model, SWA(), include=["base.weight"]))
+    assert set(frozen_too.state_dict()["tensors"]) == {"base.weight"}
+    with lora.applied():
+        assert torch.equal(model.head.weight, frozen_too.averaged_tensors()["head.weight"])
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude", "average_buffers"])
+def test_a_pattern_that_fits_nothing_is_refused(argument):
+    average = Average(Odd(), SWA(), **{argument: "lorra*"})
+    with pytest.raises(ArgumentError, match=rf"{argument}='lorra\*' fits no tensor"):
+        average.update()
+
+
+def test_a_model_with_nothing_to_average_is_refused():
+    with pytest.raises(ArgumentError, match="Nothing to average"):
+        Average(nn.Linear(2, 2).requires_grad_(False), SWA()).update()
+
+
+def test_frozen_parameters_cost_nothing_and_show_the_live_value():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    average = two_updates(Average(model, SWA()))
+    assert set(average.state_dict()["tensors"]) == {"1.weight", "1.bias"}
+    assert torch.equal(average.averaged_tensors()["0.weight"], model[0].weight)
+
+
+def test_freezing_in_mid_run_goes_on_averaging():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    average = two_updates(Average(model, SWA()))
+    model[0].requires_grad_(False)
+    average.update()
+    average.update()
+    torch.testing.assert_close(average.averaged_tensors()["0.weight"], model[0].weight - 0.25)
+
+
+@pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.99999, keep_initial=True), Window(3)])
+def test_thawing_is_noticed_by_the_hook_before_the_first_step(profile):
+    def train(*, include):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        average = Average(model, profile, include=include)
+        average.attach(optimizer)
+        for index in range(6):
+            if index == 3:
+                model[0].requires_grad_(True)
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+        return average
+
+    lazy, eager = train(include=None), train(include="*")
+    torch.testing.assert_close(lazy.averaged_tensors(), eager.averaged_tensors(), rtol=0, atol=1e-7)
+    assert "trains since it was thawed" in str(lazy.plan())
+
+
+def test_thawing_without_a_hook_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    average = two_updates(Average(model, SWA()))
+    model.requires_grad_(True)
+    with pytest.raises(MismatchError, match=r"0\.weight: was frozen when averaging began"):
+        average.update()
+    assert average.count == 2
+
+
+def test_a_lazy_module_is_taken_up_once_it_is_made():
+    model = nn.Sequential(nn.LazyLinear(2), nn.ReLU())
+    average = Average(model, SWA())
+    with pytest.raises(UsageError, match=r"0\.weight, 0\.bias: a lazy module"):
+        average.update()
+    model(torch.ones(1, 3))
+    two_updates(average)
+    assert average.averaged_tensors()["0.weight"].shape == (2, 3)
+
+
+CHANGES = {
+    "a layer added": (lambda m: m.append(nn.Linear(1, 1)), r"unexpected \(2\): 2\.bias, 2\.weight"),
+    "a layer removed": (lambda m: m.__delitem__(1), r"missing \(2\): 1\.bias, 1\.weight"),
+    "a parameter added": (
+        lambda m: m[0].register_parameter("extra", nn.Parameter(torch.ones(1))),
+        r"unexpected \(1\): 0\.extra",
+    ),
+    "a parameter removed": (
+        lambda m: m[0].register_parameter("bias", None),
+        r"missing \(1\): 0\.bias",
+    ),
+    "reshaped": (lambda m: m.__setitem__(1, nn.Linear(2, 5)), r"1\.weight: 5x2 .*was 1x2"),
+    "reshaped in place": (
+        lambda m: setattr(m[1].weight, "data", m[1].weight.data[:, :1]),
+        r"1\.weight: 1x1 .*was 1x2",
+    ),
+    "converted": (lambda m: m.half(), r"0\.weight: 2x3 float16 on cpu, was 2x3 float32 on cpu"),
+    "moved": (lambda m: m.to("meta"), r"0\.weight: 2x3 float32 on meta, was"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_model_is_refused_by_name_before_anything_is_written(change, message):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    averages = Averages(model, {"one": SWA(), "two": EMA(decay=0.5)})
+    averages.update()
+    before = copy.deepcopy(averages.state_dict())
+    change(model)
+    with pytest.raises(MismatchError, match=message):
+        averages.update()
+    after = averages.state_dict()
+    for name in before:
+        assert before[name]["count"] == after[name]["count"]
+        for key, value in before[name]["tensors"].items():
+            assert torch.equal(value, after[name]["tensors"][key])
+
+
+def test_replaced_tensors_of_the_same_name_are_followed():
+    model = nn.Sequential(nn.Linear(3, 2))
+    average = Average(model, SWA())
+    average.update()
+    first = model[0].weight.detach().clone()
+    model[0].weight = nn.Parameter(first + 1)  # as load_state_dict(assign=True) does
+    average.update()
+    model[0].weight.data = first + 2
+    average.update()
+    torch.testing.assert_close(average.averaged_tensors()["0.weight"], first + 1)
+
+
+def test_a_reregistered_buffer_changes_no_order():
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(2))
+    model.register_buffer("b", torch.zeros(2))
+    model.w = nn.Parameter(torch.zeros(1))
+    average = Average(model, SWA(), average_buffers=["a", "b"])
+    average.update()
+    a = model.a + 2
+    del model.a
+    model.register_buffer("a", a)
+    average.update()
+    found = average.averaged_tensors()
+    assert (found["a"].tolist(), found["b"].tolist()) == ([1.0, 1.0], [0.0, 0.0])
+
+
+def test_buffers_may_come_go_and_change_shape():
+    model = Odd()
+    average = two_updates(Average(model, SWA()))
+    model.register_buffer("cache", torch.zeros(5))
+    model.scale = torch.zeros(9)
+    del model.mask
+    average.update()
+    assert average.averaged_tensors()["scale"].shape == (9,)
+
+
+def test_wrappers_prefixes_are_taken_off():
+    inner = nn.Linear(2, 2)
+    for wrapped in (
+        nn.DataParallel(inner),
+        torch.compile(inner, backend="eager"),
+        nn.DataParallel(torch.compile(inner, backend="eager")),
+    ):
+        average = two_updates(Average(wrapped, SWA()))
+        assert set(average.state_dict()["tensors"]) == {"weight", "bias"}
+        average.copy_to(inner)
+    theirs = Average(torch.optim.swa_utils.AveragedModel(inner), SWA())
+    assert set(two_updates(theirs).state_dict()["tensors"]) == {"weight", "bias"}
+    own = nn.ModuleDict({"module": nn.Linear(2, 2)})  # a name of one's own stays
+    assert set(two_updates(Average(own, SWA())).state_dict()["tensors"]) == {
+        "module.weight",
+        "module.bias",
+    }
+
+
+def test_checkpoint_wrappers_are_taken_off():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)))
+    assert set(two_updates(Average(model, SWA())).averaged_tensors()) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_model_that_cannot_be_deepcopied_is_averaged():
+    model = nn.utils.weight_norm(nn.Linear(3, 2))
+    model(torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    two_updates(Average(model, SWA()))
+
+
+def test_a_shared_module_is_averaged_once():
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    average = two_updates(Average(model, SWA()))
+    assert set(average.state_dict()["tensors"]) == {"0.weight", "0.bias"}
+    found = average.averaged_tensors()
+    assert found["2.weight"] is found["0.weight"]
+    model.load_state_dict(found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "kept"),
+    [
+        (torch.bfloat16, None, torch.float32),
+        (torch.float16, torch.float64, torch.float64),
+        (torch.float32, None, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.complex64, None, torch.complex64),
+        (torch.complex64, torch.float64, torch.complex128),
+        (torch.float8_e4m3fn, None, torch.float32),
+    ],
+)
+def test_accumulators_and_results_have_their_dtypes(dtype, asked, kept):
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(4).to(dtype))
+    average = Average(model, SWA(), dtype=asked)
+    average.update()
+    model.w.data = (3 * torch.ones(4)).to(dtype)
+    average.update()
+    assert average.state_dict()["tensors"]["w"].dtype is kept
+    found = average.averaged_tensors()["w"]
+    assert found.dtype is dtype
+    assert found.to(torch.complex64).real.tolist() == [2.0] * 4
+
+
+def test_large_tensors_of_another_dtype_are_converted_in_pieces():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(700, 800).bfloat16())
+    model.v = nn.Parameter(torch.zeros(300, 4).bfloat16().t())
+    average = Average(model, SWA())
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            model.w.fill_(value)
+            model.v.fill_(value)
+        average.update()
+    for tensor in average.state_dict()["tensors"].values():
+        assert tensor.unique().tolist() == [1.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.complex64])
+def test_a_dtype_that_stalls_is_refused(dtype):
+    with pytest.raises(ArgumentError, match=r"expected torch\.float32 or torch\.float64"):
+        Average(Odd(), SWA(), dtype=dtype)
+
+
+def test_what_cannot_be_followed_is_refused():
+    with pytest.raises(ArgumentError, match="average_checkpoints"):
+        Average(Odd(), polyak.Annealed.shaped("cosine"))
+    with pytest.raises(ArgumentError, match="torch module"):
+        Average([nn.Linear(1, 1)], SWA())
+    with pytest.raises(ArgumentError, match="nonfinite"):
+        Average(Odd(), SWA(), nonfinite="warn")
+    with pytest.raises(ArgumentError, match="at least one profile"):
+        Averages(Odd(), {})
+
+
+class TestNonFinite:
+    def poisoned(self, mode):
+        model = nn.Linear(3, 2)
+        average = Average(model, SWA(), nonfinite=mode)
+        average.update()
+        good = {n: t.clone() for n, t in average.averaged_tensors().items()}
+        with torch.no_grad():
+            model.bias[1] = float("inf")
+        return model, average, good
+
+    def test_skip_weighs_nothing(self):
+        _, average, good = self.poisoned("skip")
+        average.update()
+        assert (average.count, average.time) == (1, 1)
+        assert average.metrics()["skipped"] == 1
+        torch.testing.assert_close(average.averaged_tensors(), good, rtol=0, atol=0)
+
+    def test_raise_names_the_tensor(self):
+        _, average, _ = self.poisoned("raise")
+        with pytest.raises(polyak.PolyakError, match=r"NaN or infinity in bias\."):
+            average.update()
+        assert average.count == 1
+
+    def test_large_finite_values_are_finite(self):
+        model = nn.Linear(3, 2)
+        nn.init.constant_(model.weight, 3e38)
+        Average(model, SWA(), nonfinite="raise").update()
+
+
+def test_metrics():
+    model = nn.Linear(1, 1, bias=False)
+    average = Average(model, SWA())
+    assert all(v != v for k, v in average.metrics().items() if k != "skipped")
+    for value in (1.0, 2.0, 6.0):
+        nn.init.constant_(model.weight, value)
+        average.update()
+    found = average.metrics()
+    assert found["distance"] == pytest.approx(3.0)
+    assert found["relative_distance"] == pytest.approx(0.5)
+    assert found["effective_samples"] == pytest.approx(3.0)
+    assert found["mean_age"] == 1.5
+    assert found["next_share"] == 0.25
+
+
+@pytest.mark.parametrize("profile", [EMA(decay=0.9), polyak.PowerEMA(gamma=3), Window(4), SWA()])
+def test_effective_samples_agree_with_the_profile(profile):
+    model = nn.Linear(2, 1)
+    average = Average(model, profile)
+    for _ in range(9):
+        average.update()
+    expected = profile.effective_samples(range(1, 10))
+    assert average.metrics()["effective_samples"] == pytest.approx(expected)
+
+
+def test_updates_in_inference_mode():
+    model = nn.Linear(3, 2)
+    average = Average(model, EMA(decay=0.99999, keep_initial=True))
+    with torch.inference_mode():
+        average.update()
+        average.update()
+    shift(model)
+    average.update()
+    with average.applied(in_place=True):
+        pass
