@@ -14,6 +14,7 @@ from polyak.report.drawing import Picture
 from polyak.report.figures import plot_results
 from polyak.report.page import Cell, Line, Table, environment, write_page
 from polyak.report.sections import Section, history_section, schedule_section, shown
+from polyak.report.sentences import difference
 from polyak.report.tables import METRICS, Finals, Metric, Row, row_label, spelled
 from polyak.training.run import Run
 
@@ -100,21 +101,17 @@ def result_table(finals: dict[str, Finals], metric: Metric) -> Table:
 
 
 def about_results(finals: dict[str, Finals]) -> str:
-    """For each run, whether its average beats its SGD in error, and by how much."""
+    """For each run, its SWA (of the constant-rate arm, or else the cyclic one) against its SGD."""
     parts = []
     for name, run in finals.items():
-        averages = [row for row in run.rows if row[1] != "iterate"]
-        if not averages:
-            parts.append(f"{name} has no average")
+        average = next(
+            (row for row in (("swa", "swa"), ("cyclic", "swa")) if row in run.rows), None
+        )
+        if average is None:
+            parts.append(f"{name} has no SWA")
             continue
-        best = min(averages, key=lambda row: run.mean(row, "error").mean)
-        value = run.difference(best, "error")
-        if value is not None:
-            sign = {-1: "lower than", 0: "not told apart from", 1: "higher than"}[value.sign]
-            parts.append(
-                f"{name}: best average {row_label(best)}, {spelled(value, 2, signed=True)} points "
-                f"against its SGD, {sign} it"
-            )
+        value = run.difference(average, "error")
+        parts.append(f"{name}: in test error {difference('SWA', 'SGD', value, 'points', 2)}")
     return "; ".join(parts) + "."
 
 

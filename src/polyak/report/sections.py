@@ -74,7 +74,6 @@ def schedule_section(run: Run) -> Section:
         "schedule",
         "Learning rate of each arm over the epochs, with the averaged weights marked",
         partial(plot_rates, rates=rates, averaged=averaged),
-        (8.4, 2.8),
     )
     return Section("The schedule", sentences.about_schedule(ends, counts), [picture])
 

@@ -73,6 +73,15 @@ def test_rays_leave_along_unit_directions_shared_by_all_centres(points):
     assert len(set(curvature.round(9))) == 6
 
 
+def test_rays_measure_their_common_centre_once(points):
+    calls = []
+    with Surface(Bowl(), lambda model: {"n": float(len(calls.append(0) or calls))}) as surface:
+        rays = along_rays(surface, points[0], [-1.0, 0.0, 1.0], n_rays=4)
+    assert len(calls) == 4 * 2 + 1
+    assert rays.values["n"][:, 1].tolist() == [1.0] * 4
+    assert sorted(rays.values["n"][:, [0, 2]].ravel()) == list(range(2, 10))
+
+
 def test_rays_leave_the_global_random_state(points):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
