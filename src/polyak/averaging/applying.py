@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.following import Following, Held
+from polyak.averaging.following import Following
+from polyak.averaging.held import Held
 from polyak.averaging.running import Running
 from polyak.errors import EmptyAverage, MismatchError
 from polyak.tensors.exchange import lent, recomputed, refresh

@@ -10,7 +10,8 @@ from torch.nn import Module
 
 from polyak.averaging.attaching import Attachment
 from polyak.averaging.average import Average, update
-from polyak.averaging.following import Following, Options
+from polyak.averaging.following import Following
+from polyak.averaging.held import Options
 from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.state import check_state, load_into, state_of
 from polyak.errors import ArgumentError, MismatchError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.applying import lendable
-from polyak.averaging.following import Following, Held
+from polyak.averaging.following import Following
+from polyak.averaging.held import Held
 from polyak.averaging.snapshots import Snapshots
 
 

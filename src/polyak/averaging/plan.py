@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from polyak.averaging.following import Following, Held
+from polyak.averaging.following import Following
+from polyak.averaging.held import Held
 from polyak.averaging.running import BLOCK_UPDATES, SMALLEST_SHARE
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.policies import Kind

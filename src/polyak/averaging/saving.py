@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import polyak
 from polyak.averaging.applying import copies, refuse_nonfinite_average
-from polyak.averaging.following import Following, Held
+from polyak.averaging.following import Following
+from polyak.averaging.held import Held
 from polyak.checkpoints.files import refuse_existing, replacing
 from polyak.errors import StaleStatistics, UsageError
 from polyak.tensors.names import named_tensors

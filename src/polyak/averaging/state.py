@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import polyak
-from polyak.averaging.following import Following, Held
+from polyak.averaging.following import Following
+from polyak.averaging.held import Held
 from polyak.errors import ArgumentError, FormatError, MismatchError
 from polyak.maths.profiles import Profile
 from polyak.maths.spelling import spell
