@@ -1,5 +1,8 @@
 """What `inspect` says, as a function and on the command line."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -72,5 +75,32 @@ def test_command(file, tmp_path, capsys):
     for piece in ("step 20", "layer.weight", "2×2", "head.weight is tied to layer.weight",
                   "not finite: layer.weight", "profile: SWA()", "every value is finite"):  # fmt: skip
         assert piece in shown
-    assert run(["inspect"]) == 1
-    assert run(["inspect", str(tmp_path / "none.pt")]) == 1
+    assert run(["inspect"]) == 2
+    assert run(["inspect", str(tmp_path / "none.pt")]) == 2
+
+
+GROWTH = """
+import resource, sys
+from polyak.checkpoints.diff import diff_checkpoints
+from polyak.checkpoints.inspect import inspect_checkpoint
+inspect_checkpoint(sys.argv[2], values=True)  # imports and buffers that are there once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = inspect_checkpoint(sys.argv[1], values=True)
+assert found.nbytes >= 80_000_000 and not found.nonfinite
+assert diff_checkpoints(sys.argv[1], sys.argv[1]).same
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_does_not_grow_with_the_tensors(tmp_path, transposed):
+    """80 MB (of holes) inspected and compared with itself, within 40 MB."""
+    large = torch.empty(4_000, 5_000)
+    with torch.serialization.skip_data():
+        torch.save({"w": large.t() if transposed else large}, tmp_path / "large.pt")
+    torch.save({"w": torch.ones(300, 300).t()}, tmp_path / "small.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path / "large.pt"), str(tmp_path / "small.pt")],
+        check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert int(done.stdout) < 40_000  # kB
