@@ -88,7 +88,9 @@ def test_a_recipe_of_ones_own(there):
         (["--data", "few_images:fwe"], 2, "has nothing at fwe"),
         (["--model", "nothing_there:build"], 2, "no module 'nothing_there'"),
         (["--output", "taken"], 1, "taken is not empty"),
-        ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "The training loss became"),
+        (["--output", "/proc/run"], 1, "Cannot write /proc/run"),
+        (["--output", "taken/letter.txt"], 1, "Cannot write taken/letter.txt"),
+        ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "Seed 0, arm swa, epoch 4:"),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(there, capsys, arguments, code, message):

@@ -133,9 +133,8 @@ class Arm:
         step = int((~torch.isfinite(losses)).nonzero()[0])
         rate = self.schedule(epoch * self.steps_per_epoch + step)
         raise NonFiniteError(
-            f"The training loss became {float(losses[step])} in seed {self.seed}, arm {self.name}, "
-            f"epoch {epoch + 1}, batch {step + 1}, at the rate {rate:.3g}. The epochs before it are "
-            "kept. Lower the rate of this arm (--rate, --swa-rate, --cycle-high)."
+            f"the training loss became {float(losses[step])} in batch {step + 1}, at the rate "
+            f"{rate:.3g}."
         )
 
     def _statistics_batches(self) -> Iterator[Tensor]:

@@ -73,7 +73,10 @@ def read_checkpoint(path: Path) -> RunCheckpoint | None:
     """
     if not path.exists():
         return None
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
     if not content.startswith(_MAGIC):
         raise FormatError(
             f"{path} is not a checkpoint of this version of polyak: it begins with "

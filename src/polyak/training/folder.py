@@ -22,7 +22,9 @@ def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
     Raises OutputError where it exists already or cannot be written, UsageError where another run
     is writing to it, or where it holds a run of another recipe.
     """
-    if not resume and folder.exists() and any(folder.iterdir()):
+    with _writable(folder):
+        is_taken = folder.exists() and any(folder.iterdir())
+    if is_taken and not resume:
         raise OutputError(
             f"{folder} is not empty. Add --resume to go on with the run in it, "
             "or choose another --output."

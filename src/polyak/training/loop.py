@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from polyak.errors import NonFiniteError
 from polyak.training.arm import Arm
 from polyak.training.checkpoint import RunCheckpoint, read_checkpoint
 from polyak.training.data import Data, load_data
@@ -102,6 +103,15 @@ class _Loop:
         return checkpoint
 
     def _carry_out(self, unit: Unit) -> None:
+        try:
+            self._commit(self._train(unit))
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"Seed {unit.seed}, arm {unit.arm}, epoch {unit.epoch + 1}: {error} The epochs "
+                "before it are kept. Lower the rate of this arm (--rate, --swa-rate, --cycle-high)."
+            ) from error
+
+    def _train(self, unit: Unit) -> list[dict[str, Any]]:
         arm = self.arm or self._begin(unit)
         loss = arm.train_epoch(unit.epoch)
         records = [self._epoch_record(arm, unit, loss)]
@@ -114,7 +124,7 @@ class _Loop:
             records += self._finals(arm, unit)
             keep_arm(self.folder, arm)
             self.arm = None
-        self._commit(records)
+        return records
 
     def _begin(self, unit: Unit) -> Arm:
         arm = self._new_arm(unit)

@@ -70,7 +70,7 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
     }
     if not recipe.model:
         return Net(**sizes, batchnorm=recipe.batchnorm)
-    model = object_at(recipe.model)(**sizes)
+    model = _called(recipe.model, sizes)
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"--model {recipe.model} gave a {type(model).__name__}; expected a torch.nn.Module."
@@ -79,13 +79,23 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
     return model
 
 
+def _called(spelling: str, sizes: dict[str, int]) -> object:
+    try:
+        return object_at(spelling)(**sizes)
+    except TypeError as error:
+        given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ArgumentError(
+            f"--model {spelling} could not be called with {given}: {error}."
+        ) from error
+
+
 def _check_output(model: nn.Module, spelling: str, data: Data) -> None:
     images = data.train.images[:2]
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
             output = model.eval()(images)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
             f"--model {spelling} does not take images of {tuple(images.shape[1:])}: {error}"
         ) from error

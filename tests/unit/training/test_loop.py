@@ -164,7 +164,7 @@ def test_torchs_random_state_is_given_back(short, tmp_path):
 
 def test_a_loss_that_becomes_nan_keeps_what_was_finished(short, tmp_path):
     recipe = dataclasses.replace(short, swa_rate=1e9, seeds=1)
-    with pytest.raises(NonFiniteError, match=r"seed 0, arm swa, epoch 4, batch \d.*Lower the rate"):
+    with pytest.raises(NonFiniteError, match=r"Seed 0, arm swa, epoch 4: .*Lower the rate"):
         train(recipe, tmp_path / "run")
     run = Run(tmp_path / "run")
     assert [f["weights"] for f in run.finals()] == ["iterate", "ema"]
@@ -238,3 +238,19 @@ def test_arms_do_not_touch_each_other(finished, short, tmp_path):
     )
     assert without_swa.epochs(arm="cyclic") == finished.epochs(arm="cyclic")
     assert without_swa.epochs(arm="sgd") == finished.epochs(arm="sgd")
+
+
+def test_weights_that_diverge_in_the_last_step_are_noticed_too(short, tmp_path, monkeypatch):
+    from polyak.training.arm import Arm
+
+    trained = Arm.train_epoch
+
+    def diverging(self, epoch):
+        loss = trained(self, epoch)
+        with torch.no_grad():
+            next(self.model.parameters()).fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(Arm, "train_epoch", diverging)
+    with pytest.raises(NonFiniteError, match="Seed 0, arm sgd, epoch 1: logits hold NaN"):
+        train(short, tmp_path / "run")

@@ -50,6 +50,8 @@ def good(in_channels, n_outputs, image_size):
         torch.nn.Flatten(), torch.nn.Linear(in_channels * image_size**2, n_outputs))
 def not_a_module(**sizes):
     return 3
+def no_arguments():
+    return good(1, 4, 20)
 def wrong_outputs(**sizes):
     return good(**{**sizes, "n_outputs": 5})
 def wrong_inputs(**sizes):
@@ -74,6 +76,7 @@ def test_a_model_of_ones_own(models, data):
     ("name", "message"),
     [
         ("not_a_module", "gave a int; expected a torch.nn.Module"),
+        ("no_arguments", "could not be called with in_channels=3, n_outputs=4, image_size=20"),
         ("wrong_outputs", r"is \(2, 5\); expected logits \(2, 4\)"),
         ("wrong_inputs", r"does not take images of \(3, 20, 20\)"),
     ],
