@@ -70,37 +70,72 @@ class _StoredChunk(Chunk):
 
 def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
     """Open a DCP folder. key: where its tensors are; None looks in the usual places."""
-    file = folder.inside(".metadata").file()
-    data = file.read(0, min(file.size, MAX_PICKLE_BYTES + 1))
-    root = read_pickle(data, file.path, call_torch)
-    described = _fields(root, "metadata.Metadata", file.path)
-    paths, items = described.get("planner_data"), _items(described.get("storage_data"), file.path)
-    entries = described.get("state_dict_metadata")
-    if not isinstance(entries, dict):
-        raise _damaged(file.path, "it describes no state_dict")
-    tree = _tree(entries, paths if isinstance(paths, dict) else {}, file.path)
-    found = find_tensors(tree, key, folder.path)
-    count = 0
-    files: dict[str, ByteFile] = {}
-    tensors: dict[str, StoredTensor] = {}
-    for name, ref in found.tensors.items():
-        entry = _fields(entries[ref.storage.key], "metadata.TensorStorageMetadata", file.path)
-        boxes = _boxes(entry.get("chunks"), file.path)
-        count += len(boxes)
-        if count > _MAX_CHUNKS:
-            raise _damaged(file.path, f"more than {_MAX_CHUNKS} chunks")
-        chunks = [_chunk(folder, files, (name, ref), box, items) for box in boxes]
-        try:
-            tensors[name] = ChunkedTensor(name, ref.dtype, ref.shape, chunks)
-        except FormatError as error:
-            found.refused[name] = str(error)
-    return Checkpoint(
-        path=folder.path,
-        format="dcp",
-        tensors=tensors,
-        files=(file, *files.values()),
-        refused=found.refused,
-    )
+    described = _Folder(folder)
+    try:
+        found = find_tensors(described.tree, key, folder.path)
+        tensors: dict[str, StoredTensor] = {}
+        for name, ref in found.tensors.items():
+            chunks = described.chunks(name, ref)
+            try:
+                tensors[name] = ChunkedTensor(name, ref.dtype, ref.shape, chunks)
+            except FormatError as error:
+                found.refused[name] = str(error)
+    except BaseException:
+        described.close()
+        raise
+    files = (described.file, *described.files.values())
+    return Checkpoint(folder.path, "dcp", tensors, files, refused=found.refused)
+
+
+class _Folder:
+    """What `.metadata` describes, and the `.distcp` files opened so far."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.file = place.inside(".metadata").file()
+        self.files: dict[str, ByteFile] = {}
+        self.where = self.file.path
+        data = self.file.read(0, min(self.file.size, MAX_PICKLE_BYTES + 1))
+        root = read_pickle(data, self.where, call_torch)
+        described = _fields(root, "metadata.Metadata", self.where)
+        entries, paths = described.get("state_dict_metadata"), described.get("planner_data")
+        if not isinstance(entries, dict):
+            raise _damaged(self.where, "it describes no state_dict")
+        self.entries = entries
+        self.items = _items(described.get("storage_data"), self.where)
+        self.tree = _tree(entries, paths if isinstance(paths, dict) else {}, self.where)
+        self.count = 0
+
+    def chunks(self, name: str, ref: TensorRef) -> list[Chunk]:
+        """The chunks of a tensor, their files opened and long enough."""
+        entry = _fields(self.entries[ref.storage.key], "metadata.TensorStorageMetadata", self.where)
+        boxes = _boxes(entry.get("chunks"), self.where)
+        self.count += len(boxes)
+        if self.count > _MAX_CHUNKS:
+            raise _damaged(self.where, f"more than {_MAX_CHUNKS} chunks")
+        return [
+            _StoredChunk(name, ref.dtype, box, self._part(ref.storage.key, box[0])) for box in boxes
+        ]
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for file in (self.file, *self.files.values()):
+            file.close()
+
+    def _part(self, fqn: str, first: tuple[int, ...]) -> PartFile:
+        """Where the chunk at `first` lies."""
+        item = self.items.get((fqn, first)) or self.items.get((fqn, None))
+        if item is None:
+            raise _damaged(self.where, f"nothing says where the chunk of {fqn!r} at {first} lies")
+        if item.transformed:
+            raise FormatError(
+                f"{self.where}: {fqn!r} was saved through a compressing extension; save without one."
+            )
+        if "/" in item.file or "\\" in item.file or item.file in ("", ".", ".."):
+            raise _damaged(self.where, f"{item.file[:100]!r} is no file name")
+        if item.file not in self.files:
+            self.files[item.file] = self.place.inside(item.file).file()
+        return PartFile(self.files[item.file], item.offset, item.length)
 
 
 def _fields(value: Any, kind: str, where: str) -> dict[Any, Any]:
@@ -178,31 +213,6 @@ def _boxes(chunks: Any, where: str) -> list[tuple[tuple[int, ...], tuple[int, ..
             raise _damaged(where, "a chunk without offsets and sizes")
         found.append((first, size))
     return found
-
-
-def _chunk(
-    folder: Place,
-    files: dict[str, ByteFile],
-    tensor: tuple[str, TensorRef],
-    box: tuple[tuple[int, ...], tuple[int, ...]],
-    items: dict[tuple[str, Any], _Item],
-) -> Chunk:
-    """The chunk of a box, its file opened and long enough."""
-    name, ref = tensor
-    fqn = ref.storage.key
-    item = items.get((fqn, box[0])) or items.get((fqn, None))
-    if item is None:
-        raise _damaged(folder.path, f"nothing says where the chunk of {fqn!r} at {box[0]} lies")
-    if item.transformed:
-        raise FormatError(
-            f"{folder.path}: {fqn!r} was saved through a compressing extension; save without one."
-        )
-    if "/" in item.file or "\\" in item.file or item.file in ("", ".", ".."):
-        raise _damaged(folder.path, f"{item.file[:100]!r} is no file name")
-    if item.file not in files:
-        files[item.file] = folder.inside(item.file).file()
-    part = PartFile(files[item.file], item.offset, item.length)
-    return _StoredChunk(name, ref.dtype, box, part)
 
 
 def _strided(stored: StoredTensor, part: PartFile) -> Strided:

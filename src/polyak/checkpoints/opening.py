@@ -61,17 +61,26 @@ def open_checkpoint(
 
 
 def _open(place: Place, key: str | None) -> Checkpoint:
-    folder = place
     if place.is_folder():
         place = weights_in(place)
     if place.name == ".metadata":
         return read_dcp(place.parent, key)
     if place.name.endswith(".index.json"):
-        folder = place.parent
-        shards = shards_of(place, folder)
-        opened = {name: _open_file(folder.inside(name).file(), key) for name in shards}
-        return join_shards(place.path, shards, opened)
+        return _open_shards(place, key)
     return _open_file(place.file(), key)
+
+
+def _open_shards(index: Place, key: str | None) -> Checkpoint:
+    shards = shards_of(index, index.parent)
+    opened: dict[str, Checkpoint] = {}
+    try:
+        for name in shards:
+            opened[name] = _open_file(index.parent.inside(name).file(), key)
+        return join_shards(index.path, shards, opened)
+    except BaseException:
+        for shard in opened.values():
+            shard.close()
+        raise
 
 
 def _open_file(file: ByteFile, key: str | None) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -41,10 +42,14 @@ class Place:
         """Whether a folder is there; ArgumentError if nothing is."""
         if self.remote:
             return remote_is_folder(self.path)
-        path = Path(self.path)
-        if not path.exists():
-            raise ArgumentError(f"There is no file or folder {self.path}. Check the path.")
-        return path.is_dir()
+        try:
+            return stat.S_ISDIR(Path(self.path).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ArgumentError(
+                f"There is no file or folder {self.path}. Check the path."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise FormatError(f"Could not look at {self.path}: {error}.") from error
 
     def names(self) -> list[str]:
         """What lies in the folder, sorted."""

@@ -32,8 +32,9 @@ def test_what_is_not_there_or_not_a_file(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises((ArgumentError, FormatError)):
         open_checkpoint(tmp_path / "loop")
-    with pytest.raises((ArgumentError, FormatError)):
-        open_checkpoint("with\0nul")
+    for name in ("with\0nul", "x" * 5000, "loop/x", "pipe/x"):
+        with pytest.raises((ArgumentError, FormatError)):
+            open_checkpoint(f"{tmp_path}/{name}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
