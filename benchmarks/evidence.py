@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evidence_answers import answers, in_short
 from evidence_jobs import Job, carry_out, start_worker
-from evidence_tables import summary, write_docs
+from evidence_tables import summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.jsonl"
 DOCS = ROOT / "docs" / "should-i-average.md"
+BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 TUNING_SEED = 100  # tuning seeds count from here, reported ones from 0
 
 
@@ -134,6 +136,19 @@ def run(plan: Plan, parts: list[str], results: Results, processes: int) -> None:
                 print(f"{time.monotonic() - start:6.0f} s  {done:>7}  {job.key}", file=sys.stderr)
 
 
+def page(records: list[dict[str, Any]]) -> str:
+    """Answers, the short table for the README, and all tables, as Markdown."""
+    short = f"**In short**: SWA minus annealed SGD, equal budget.\n\n{in_short(records)}"
+    return "\n\n".join([answers(records), short, summary(records)])
+
+
+def write_docs(records: list[dict[str, Any]]) -> None:
+    """Put the answers and the tables between the markers of the docs page."""
+    before, rest = DOCS.read_text().split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    DOCS.write_text(f"{before}{BEGIN}\n\n{page(records)}\n\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -153,9 +168,9 @@ def main() -> None:
         run(QUICK if given.quick else Plan(), given.parts, results, given.processes)
     if not results.records:
         parser.error(f"{given.output} holds no records yet: run without --summary first")
-    print(summary(results.records))
+    print(page(results.records))
     if given.write_docs:
-        write_docs(results.records, DOCS)
+        write_docs(results.records)
 
 
 if __name__ == "__main__":

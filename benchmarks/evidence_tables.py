@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from polyak.study.paired import Estimate, estimate, paired
@@ -14,7 +13,6 @@ Place = tuple[str, int, str, str]
 
 METRICS = {"error": ("error, points", 2), "nll": ("NLL", 3),
            "nll_scaled": ("NLL, scaled", 3), "ece": ("calibration error, points", 2)}  # fmt: skip
-BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 NAMES = {
     ("sgd", "iterate"): "SGD",
     ("sgd", "ema"): "SGD, EMA",
@@ -68,14 +66,6 @@ def summary(records: list[Record]) -> str:
     ]  # fmt: skip
     parts = [tuned(records), *(question(finals, records) for question in questions)]
     return "\n\n".join(part for part in parts if part)
-
-
-def write_docs(records: list[Record], page: Path) -> None:
-    """Put the tables between the markers of a page."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{summary(records)}\n\n{END}{after}")
 
 
 def tuned(records: list[Record]) -> str:
