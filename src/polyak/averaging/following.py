@@ -31,6 +31,7 @@ class Following:
         self.options = options
         self.members: list[Held] = []
         self.unit: str | None = None
+        self.in_blocks = True  # where shares are small
         self.skipped = 0  # updates skipped because of non-finite weights
         self.pending_steps = 0  # by the hook: steps since the last update, skipped ones included,
         self.pending_real: Number = 0.0  # and those of them that were not skipped
@@ -58,7 +59,7 @@ class Following:
             return
         if any(now.on_device or now.share for now in moments):
             self.prepare()
-            self._enter(moments, capturing=capturing)
+            self._enter(moments)
         for held, now in zip(self.members, moments, strict=True):
             held.clock = now.written_over(held.clock) if capturing else now
 
@@ -103,8 +104,17 @@ class Following:
             )
 
     def keep_time_on_device(self) -> None:
-        """Move every clock to the weights' device, for good."""
+        """Move every clock to the weights' device, for good; and use no blocks.
+
+        The replays of a graph run no host code, which is what opens blocks and folds them.
+        """
+        if not self.roster.bound:
+            raise UsageError("keep_time_on_device() needs a first update(), which binds the model.")
+        self.finish()
+        self.in_blocks = False
         for held in self.members:
+            if isinstance(held.store, Running):
+                held.store.close_block(held.clock)
             held.clock = held.clock.moved(self._device())
 
     def layers_to_refresh(self) -> list[str] | None:
@@ -134,8 +144,8 @@ class Following:
         return True
 
     @torch.no_grad()
-    def _enter(self, moments: Sequence[Clock], *, capturing: bool) -> None:
-        moves = self._moves(moments, capturing=capturing)
+    def _enter(self, moments: Sequence[Clock]) -> None:
+        moves = self._moves(moments)
         if self._staging is not None:
             self._staging.start(self.roster.live, lambda: self._blend(moves, moments))
         else:
@@ -148,9 +158,9 @@ class Following:
                 held.statistics_are_fresh = False
         self._note_modes()
 
-    def _moves(self, moments: Sequence[Clock], *, capturing: bool) -> list[Move]:
+    def _moves(self, moments: Sequence[Clock]) -> list[Move]:
         moves = [
-            held.store.move(held.clock, now, capturing=capturing)
+            held.store.move(held.clock, now, in_blocks=self.in_blocks)
             for held, now in zip(self.members, moments, strict=True)
             if isinstance(held.store, Running)
         ]

@@ -48,14 +48,18 @@ class Running:
         self._groups = cutter.cut(self.tensors)
         self._block_groups = cutter.cut(self.block) if self.block else []
 
-    def move(self, before: Clock, now: Clock, *, capturing: bool = False) -> Move | None:
+    def move(self, before: Clock, now: Clock, *, in_blocks: bool) -> Move | None:
         """How this average moves at `now`; None where nothing enters."""
         if not now.on_device and now.share == 0:
             return None
-        if capturing or not _is_small(before, now):
-            self._close_block(before)
+        if not (in_blocks and _is_small(before, now)):
+            self.close_block(before)
             return Move(self._groups, now.share)
         if not self.block_is_open:
+            # The first weights enter with 1 whatever the profile says: until one has, no block. This
+            # waits for a device that holds the count, but only while no block is open.
+            if float(before.count) == 0:
+                return Move(self._groups, now.share)
             self._open_block(before)
         grown: Any = self._growth(now)
         return Move(self._block_groups, grown * now.share, adds=True)
@@ -116,7 +120,8 @@ class Running:
         torch._foreach_zero_(self.block)
         self.block_start, self.block_updates, self.block_is_open = before.time, 0, True
 
-    def _close_block(self, before: Clock) -> None:
+    def close_block(self, before: Clock) -> None:
+        """Fold what an open block holds, and go on without one."""
         if self.block_is_open:
             self._fold(before)
             self.block_is_open = False  # what the fold rounded off is below the next rounding
@@ -144,7 +149,7 @@ class Running:
 def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
     """`(average + block) / growth - average`, without cancelling the digits of the average."""
     if isinstance(growth, Tensor):
-        growth = growth.to(average.real.dtype)
+        growth = growth.to(average.device, average.real.dtype)
     return (block - average * (growth - 1)) / growth
 
 
@@ -155,9 +160,7 @@ def _is_small(before: Clock, now: Clock) -> bool:
     elapsed = now.latest - before.latest
     if now.latest <= now.profile.start or elapsed <= 0:
         return False
-    small = now.profile.share(now.latest, min(elapsed, now.latest)) < SMALLEST_SHARE
-    # The first weights enter with 1 whatever the profile says: asked until one has entered.
-    return small and bool(before.count > 0)
+    return bool(now.profile.share(now.latest, min(elapsed, now.latest)) < SMALLEST_SHARE)
 
 
 def _filled(

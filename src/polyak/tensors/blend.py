@@ -90,7 +90,7 @@ def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> Non
     """
     if isinstance(weight, Tensor):
         difference = torch._foreach_sub(sources, averages)
-        torch._foreach_mul_(difference, weight.to(averages[0].dtype))
+        torch._foreach_mul_(difference, _beside(weight, averages[0]))
         torch._foreach_add_(averages, difference)
     elif weight == 1:
         torch._foreach_copy_(averages, sources)
@@ -101,9 +101,13 @@ def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> Non
 def add(sums: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
     """`sum += weight * source`, in place."""
     if isinstance(weight, Tensor):
-        torch._foreach_add_(sums, list(torch._foreach_mul(sources, weight.to(sums[0].dtype))))
+        torch._foreach_add_(sums, list(torch._foreach_mul(sources, _beside(weight, sums[0]))))
     else:
         torch._foreach_add_(sums, sources, alpha=weight)
+
+
+def _beside(weight: Tensor, tensor: Tensor) -> Tensor:
+    return weight.to(tensor.device, tensor.dtype)
 
 
 def accumulator_dtype(weights: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

@@ -415,3 +415,61 @@ def test_updates_in_inference_mode():
     average.update()
     with average.applied(in_place=True):
         pass
+
+
+def test_time_kept_on_the_device_counts_the_same():
+    model = nn.Linear(3, 2)
+    profile = EMA(decay=0.9999, keep_initial=True)
+    host, device = Average(model, profile), Average(model, profile)
+    with pytest.raises(UsageError, match="first update"):
+        device.keep_time_on_device()
+    for index in range(6):
+        host.update(2)
+        device.update(2)
+        if index == 2:
+            device.keep_time_on_device()
+        shift(model)
+    assert (device.time, device.count) == (host.time, host.count) == (10, 6)
+    assert device._held.clock.on_device
+    assert device._held.store.is_plain()
+    torch.testing.assert_close(device.averaged_tensors(), host.averaged_tensors())
+    assert device.metrics()["effective_samples"] == pytest.approx(
+        host.metrics()["effective_samples"]
+    )
+
+
+@pytest.mark.parametrize("std", [0.05, 0.10, 0.28])
+@pytest.mark.parametrize("every", [1, 10, 100])
+def test_a_power_average_has_the_width_asked_for_whatever_the_interval(std, every):
+    """Peers that leave the interval out of the formula measure .24 where .05 was asked for."""
+    n_steps = 20_000
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    average = Average(model, polyak.PowerEMA.from_relative_std(std))
+    for step in range(every, n_steps + 1, every):
+        u = step / n_steps
+        with torch.no_grad():
+            model.w.copy_(torch.tensor([u, u * u]))
+        average.update(every)
+    mean, square = average.averaged_tensors()["w"].tolist()
+    assert (square - mean * mean) ** 0.5 == pytest.approx(std, rel=0.01)
+
+
+def test_results_are_plain_tensors():
+    found = two_updates(Average(Odd(), SWA())).averaged_tensors()
+    assert not any(
+        tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in found.values()
+    )
+
+
+def test_a_sharded_model_is_refused_clearly():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = fully_shard(nn.Linear(4, 4), mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ArgumentError, match="sharded"):
+            Average(model, SWA()).update()
+    finally:
+        dist.destroy_process_group()
