@@ -158,3 +158,17 @@ def test_safetensors_written_by_dcp(tmp_path):
     for path in (parts, *parts.iterdir()):
         with pytest.raises(FormatError, match="does not say how many ranks"):
             open_checkpoint(path)
+
+
+def test_a_chunk_of_another_tensor_is_noticed(single, tmp_path):
+    def swap(metadata):
+        where = {index.fqn: index for index in metadata.storage_data}
+        first, second = where["model.rows"], where["model.transposed"]
+        data = metadata.storage_data
+        data[first], data[second] = data[second], data[first]
+
+    with open_checkpoint(edited(single, tmp_path, swap)) as checkpoint:
+        read_all(checkpoint.tensors["bias"])
+        for name in ("rows", "transposed"):
+            with pytest.raises(FormatError, match=rf"should hold F32 .* of '{name}'"):
+                read_all(checkpoint.tensors[name])
