@@ -139,16 +139,19 @@ def test_from_diffusers() -> None:
     _agree(average, dict(zip(dict(model.named_parameters()), theirs.shadow_params, strict=True)))
 
 
-def test_from_torch_ema_which_lists_only_what_trains() -> None:
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_from_torch_ema_which_lists_what_it_was_given(only_trained: bool) -> None:
     from torch_ema import ExponentialMovingAverage
 
     model = _model()
     model[0].requires_grad_(False)
-    theirs = ExponentialMovingAverage(model.parameters(), decay=0.9, use_num_updates=True)
+    given = [p for p in model.parameters() if p.requires_grad or not only_trained]
+    theirs = ExponentialMovingAverage(given, decay=0.9, use_num_updates=True)
     theirs.update()
     average = Average(model, EMA(decay=0.9))
     average.import_state(theirs.state_dict())
     assert average.count == 1
+    _agree(average, {"2.weight": theirs.shadow_params[-2]})
     average.import_state({**theirs.state_dict(), "num_updates": None}, updates=20)
     assert average.count == 20
 

@@ -1,0 +1,108 @@
+"""Thin adapters: how each library is used, as its own documentation says, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class NotOffered(Exception):  # noqa: N818 - an answer, not an error
+    """The library does not claim to do this; it is not judged on it."""
+
+
+class Running:
+    """One running average of a model, in some library."""
+
+    model: nn.Module
+
+    def update(self) -> None:
+        """Let the present weights enter."""
+        raise NotOffered
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged parameters by the model's names."""
+        raise NotOffered
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong to the average."""
+        raise NotOffered
+
+    def evaluate(self, function: Callable[[nn.Module], Any]) -> Any:
+        """Run a function on the averaged model, by the library's one documented call for it."""
+        raise NotOffered
+
+    def state(self) -> dict[str, Any]:
+        """What one saves."""
+        raise NotOffered
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        raise NotOffered
+
+    def names(self) -> list[str]:
+        """The names under which weights are saved."""
+        raise NotOffered
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that the average keeps beside the model."""
+        raise NotOffered
+
+
+class Peer:
+    """A library. What it does not override, it does not offer."""
+
+    name = ""
+
+    def ema(self, model: nn.Module, decay: float) -> Running:
+        """A plain EMA of constant decay, updated by hand, beginning at the first update."""
+        raise NotOffered
+
+    def mean(self, model: nn.Module) -> Running:
+        """An equal mean of all updates."""
+        raise NotOffered
+
+    def early(self, model: nn.Module, decay: float) -> Running:
+        """An EMA with whatever the library has against the weight of its first samples."""
+        raise NotOffered
+
+    def every(self, model: nn.Module, decay: float, k: int) -> Running:
+        """An EMA whose `update`, called after each step, averages only every k-th."""
+        raise NotOffered
+
+    def hooked(self, model: nn.Module, decay: float, optimizer: Any) -> Running:
+        """An EMA updated by a hook on the optimizer."""
+        raise NotOffered
+
+    def guarded(self, model: nn.Module, decay: float) -> Running:
+        """An EMA that keeps non-finite weights out."""
+        raise NotOffered
+
+    def partial(self, model: nn.Module, decay: float) -> Running:
+        """An EMA of the parameters that train."""
+        raise NotOffered
+
+    def with_buffers(self, model: nn.Module, decay: float) -> Running:
+        """An EMA that looks after buffers too, floating ones averaged where that is offered."""
+        raise NotOffered
+
+    def update_bn(self, model: nn.Module, batches: Any) -> None:
+        """Recompute normalisation statistics."""
+        raise NotOffered
+
+    def trains(self, check: str) -> float:
+        """For frameworks that own the loop: run it their way, and give the figure of that check."""
+        raise NotOffered
+
+
+def all_peers() -> list[Peer]:
+    """Ours first, then the others; each needs its library installed."""
+    from peers.diffusers_ema import Diffusers
+    from peers.ema_pytorch_ema import EmaPytorch
+    from peers.lightning_callback import Lightning
+    from peers.polyak_average import Polyak
+    from peers.torch_ema_ema import TorchEma
+    from peers.torch_swa_utils import Torch
+
+    return [Polyak(), Torch(), EmaPytorch(), TorchEma(), Diffusers(), Lightning()]
