@@ -65,15 +65,14 @@ def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
         strips = [one.strips(merge.plan) for one in staged]
         try:
             _merge(merge, strips, journal, chunks)
-            for checkpoint in merge.all_inputs:
-                checkpoint.check_unchanged()
+            _check_inputs(merge)
         except BaseException:
             if hashes:
                 hashes.stop()
             raise
         if not _others_are_done(merge, staged[0], chunks):
             return False
-        return _complete(staged, hashes or _hashes(merge))
+        return _complete(merge, staged, hashes or _hashes(merge))
     finally:
         journal.close()
 
@@ -103,14 +102,26 @@ def _merge(
         check_written(merge.plan, written, journal, chunks)
 
 
-def _complete(staged: Sequence[Staged], hashes: Hashes | None) -> bool:
+def _complete(merge: Merge, staged: Sequence[Staged], hashes: Hashes | None) -> bool:
     """Write what is known only now, then move everything into place."""
     found = hashes.result() if hashes else {}
-    for one in staged:
-        one.finish(with_hashes(one.blueprint.metadata, found))
-    with writing_errors(staged[0].room):
-        (staged[0].room / _DONE).touch()
-    return _publish(staged)
+    _check_inputs(merge)
+    try:
+        for one in staged:
+            one.finish(with_hashes(one.blueprint.metadata, found))
+        with writing_errors(staged[0].room):
+            (staged[0].room / _DONE).touch()
+        return _publish(staged)
+    except OutputError:
+        # Another part that was done at the same moment may have published everything already.
+        if all(one.blueprint.target.exists() and not one.room.exists() for one in staged):
+            return True
+        raise
+
+
+def _check_inputs(merge: Merge) -> None:
+    for checkpoint in merge.all_inputs:
+        checkpoint.check_unchanged()
 
 
 def _publish(staged: Sequence[Staged]) -> bool:
@@ -174,16 +185,15 @@ def _is_published(merge: Merge) -> bool:
     """Whether a resumed merge was already whole: its outputs stand there with the same recipe."""
     if not merge.settings.resume or merge.settings.overwrite:
         return False
-    return all(
-        one.target.exists() and _without_hashes(_written_metadata(one.target)) == dict(one.metadata)
-        for one in merge.blueprints
-    )
+    expected: dict[str, object] = {t.name: (t.dtype, t.shape) for t in merge.alignment.tensors}
+    return all(_holds(one.target, expected, dict(one.metadata)) for one in merge.blueprints)
 
 
-def _written_metadata(target: Path) -> dict[str, str]:
+def _holds(target: Path, tensors: dict[str, object], metadata: dict[str, str]) -> bool:
     with suppress(PolyakError), open_checkpoint(target) as written:
-        return dict(written.metadata)
-    return {}
+        found = {name: (t.dtype, t.shape) for name, t in written.tensors.items()}
+        return found == tensors and _without_hashes(dict(written.metadata)) == metadata
+    return False
 
 
 def _without_hashes(metadata: dict[str, str]) -> dict[str, str]:

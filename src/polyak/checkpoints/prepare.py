@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from polyak.checkpoints.adapters import check_adapters
@@ -51,7 +53,7 @@ class Merge:
     settings: Settings
     batchnorm: str
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Twelve hex digits of everything that the bytes of the outputs depend on."""
         everything = {
@@ -77,7 +79,7 @@ class Merge:
     def coefficients(self) -> list[list[float]]:
         """[output][input]; the base's is what the weights leave of 1: avg = base + sum c (x - base)."""
         rows = [list(recipe.weights) for recipe in self.recipes]
-        return rows if self.base is None else [[1 - sum(row), *row] for row in rows]
+        return rows if self.base is None else [[_remainder(row), *row] for row in rows]
 
     @property
     def threads(self) -> int:
@@ -208,6 +210,12 @@ def _stamp(path: str, size: int) -> tuple[str, int, int]:
         return path, size, Path(path).stat().st_mtime_ns
     except OSError:
         return path, size, 0
+
+
+def _remainder(weights: Sequence[float]) -> float:
+    """What the weights leave of 1; exactly 0 where that is only rounding."""
+    rest = 1 - math.fsum(weights)
+    return rest if abs(rest) > 1e-12 else 0.0
 
 
 class _Nowhere:

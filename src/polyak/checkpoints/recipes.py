@@ -110,6 +110,9 @@ def metadata_of(
     }
     if settings.base is not None:
         made["base"] = settings.base
+    for what, patterns in (("include", settings.include), ("exclude", settings.exclude)):
+        if patterns:
+            made[what] = json.dumps(patterns)
     if recipe.unit != "steps" and steps[-1] is not None:
         made["step"] = str(steps[-1])
     return {"format": "pt", **_carried(inputs[-1]), **made, **marks}

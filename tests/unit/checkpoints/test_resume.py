@@ -209,3 +209,11 @@ def test_verify_notices_a_disk_that_lies(tmp_path, paths, monkeypatch):
     with pytest.raises(OutputError, match="does not hold what was written"):
         average_checkpoints(paths, {tmp_path / "out.safetensors": "swa"}, verify=True)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_whole_output_of_another_dtype_is_not_taken_for_ours(tmp_path, paths):
+    target = tmp_path / "out.safetensors"
+    average_checkpoints(paths, {target: "swa"})
+    for options in ({"dtype": "float16"}, {"exclude": ["a"]}):
+        with pytest.raises(OutputError, match="exists"):
+            average_checkpoints(paths, {target: "swa"}, resume=True, **options)
