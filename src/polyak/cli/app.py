@@ -28,7 +28,7 @@ app.command(
     help="Set the BatchNorm statistics of averaged weights in a file.",
 )
 app.command("polyak.cli.inspect:inspect", help="Print what is in checkpoints.")
-app.command("polyak.cli.diff:diff", help="Compare two checkpoints, tensor by tensor.")
+app.command("polyak.cli.diff:diff", help="Compare two checkpoints; exits like diff.")
 
 
 def run(arguments: Sequence[str]) -> int:

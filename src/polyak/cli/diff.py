@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def diff(
     a: str,
     b: str,
+    /,
     *,
     key_a: str | None = None,
     key_b: str | None = None,

@@ -270,3 +270,38 @@ def test_the_step_of_a_file_in_a_checkpoint_folder(tmp_path):
     assert open_checkpoint(folder / "swa.safetensors").step is None
     (folder / "trainer_state.json").write_text('{"global_step": 71}')
     assert open_checkpoint(folder / "model.safetensors").step == 71
+
+
+@libraries
+def test_a_checkpoint_of_the_trainer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = tiny_llama()
+    tokens = torch.arange(8) % 64
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path), max_steps=2, save_steps=2, per_device_train_batch_size=1,
+            report_to=[], disable_tqdm=True, use_cpu=True,
+        ),
+        train_dataset=[{"input_ids": tokens, "labels": tokens}] * 4,
+    )  # fmt: skip
+    trainer.train()
+    with open_checkpoint(tmp_path / "checkpoint-2") as checkpoint:
+        assert_reads(checkpoint, dict(model.state_dict()))
+        assert checkpoint.step == 2
+    with open_checkpoint(tmp_path / "checkpoint-2" / "optimizer.pt", key="state") as checkpoint:
+        assert "0.exp_avg" in checkpoint.tensors
+
+
+@libraries
+def test_the_folder_that_accelerate_writes_under_fsdp(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    state = {"w": torch.randn(3, 4)}
+    folder = tmp_path / "checkpoint-9"
+    dcp.save({"model": state}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    (folder / "optimizer_0").mkdir()
+    with open_checkpoint(folder) as checkpoint:
+        assert_reads(checkpoint, state)
+        assert checkpoint.step == 9

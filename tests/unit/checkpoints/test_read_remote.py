@@ -1,5 +1,9 @@
 """Remote files by ranges: `memory://` stands for s3, gs and https."""
 
+import http.server
+import re
+import threading
+
 import fsspec
 import pytest
 import torch
@@ -78,3 +82,63 @@ def test_what_is_missing_changed_or_unknown(store):
     store.pipe("/x.safetensors", save({"w": torch.zeros(4)}))
     with pytest.raises(FormatError, match="was changed"):
         checkpoint.check_unchanged()
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """A web server of one file, which knows ranges if it is told to."""
+
+    data = b""
+    ranges = True
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        data = self.data
+        if asked and self.ranges:
+            first, last = map(int, asked.groups())
+            data = data[first : last + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.data)}")
+        else:
+            self.send_response(200)
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web():
+    pytest.importorskip("aiohttp")
+    handler = type("Handler", (Files,), {"data": save({"w": torch.ones(1_200_000)})})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield handler, f"http://127.0.0.1:{server.server_port}/step-8.safetensors"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_https_by_ranges(web):
+    _, address = web
+    with open_checkpoint(address) as checkpoint:
+        assert_reads(checkpoint, {"w": torch.ones(1_200_000)}, piece=1_000_000)
+        assert checkpoint.step == 8
+
+
+def test_a_server_without_ranges_is_refused(web):
+    handler, address = web
+    handler.ranges = False
+    with pytest.raises(FormatError, match=r"knows no ranges|size is known"):
+        open_checkpoint(address)
