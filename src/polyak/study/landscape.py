@@ -47,10 +47,12 @@ class Segments:
     values: dict[str, Floats]  # each (S, T)
 
     def barriers(self, name: str) -> Floats:
-        """Height of the barrier on each segment, (S,): 0 where the segment never rises.
+        r"""Height of the barrier on each segment, (S,): 0 where the segment never rises.
 
-        max over t of f(t) - ((1 - t) f(0) + t f(1)), the most by which the segment lies above the
-        straight line between the values at its ends (Frankle et al. 2020, arXiv 1912.05671).
+        $$\max_t \; f(t) - ((1 - t) f(0) + t f(1))$$
+
+        The most by which the segment lies above the straight line between the values $f$ at its
+        ends. Source: Frankle et al. 2020, arXiv 1912.05671.
         """
         values = self.values[name]
         chord = values[:, :1] * (1 - self.positions) + values[:, -1:] * self.positions
@@ -59,10 +61,13 @@ class Segments:
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane through three points w1, w2, w3, with an orthonormal basis u, v.
+    r"""The plane through three points $w_1, w_2, w_3$, with an orthonormal basis $u, v$.
 
-    u = (w2 - w1) / |w2 - w1|;  v = w3 - w1 - <w3 - w1, u> u, divided by its length;
-    P(x, y) = w1 + x u + y v.
+    $$u = \frac{w_2 - w_1}{|w_2 - w_1|}, \quad
+    v = \frac{\hat v}{|\hat v|}, \; \hat v = w_3 - w_1 - \langle w_3 - w_1, u \rangle u, \quad
+    P(x, y) = w_1 + x u + y v$$
+
+    Source: Izmailov et al. 2018, arXiv 1803.05407, and the authors' code.
     """
 
     origin: Tensor  # (P,)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.batchnorm import norm_layers, update_bn
-from polyak.errors import ArgumentError, MismatchError, NonFiniteError
+from polyak.errors import ArgumentError, MismatchError, NonFiniteError, UsageError
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
@@ -107,10 +107,15 @@ class Surface:
         return torch.cat(parts)
 
     def at(self, point: Tensor) -> dict[str, float]:
-        """Measure the model at `point` (P,); enter the context first.
+        """Measure the model at `point` (P,).
 
-        Raises NonFiniteError where a value is NaN: a picture with holes helps nobody.
+        Raises UsageError outside the context, which gives the model back, and NonFiniteError where
+        a value is NaN: a picture with holes helps nobody.
         """
+        if not self._modes:
+            raise UsageError(
+                "A surface is measured inside `with surface:`, which borrows the model."
+            )
         self._write(point)
         if self.refresh is not None:
             self._restore_modes()  # layers that do not train are told by their modes

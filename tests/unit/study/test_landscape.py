@@ -8,7 +8,7 @@ import torch
 from reference import landscape as slow
 from torch import nn
 
-from polyak.errors import ArgumentError, MismatchError, NonFiniteError
+from polyak.errors import ArgumentError, MismatchError, NonFiniteError, UsageError
 from polyak.study.landscape import Plane, along_line, along_rays, along_segments, on_plane
 from polyak.study.surface import Surface
 
@@ -202,6 +202,14 @@ def test_the_model_comes_back(fails):
         run()
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_outside_its_context_nothing_is_touched(points):
+    model = Bowl()
+    before = model.a.detach().clone()
+    with pytest.raises(UsageError, match="with surface"):
+        Surface(model, measure_bowl).at(points[0])
+    assert torch.equal(model.a, before)
 
 
 def test_weights_of_another_model_are_named():
