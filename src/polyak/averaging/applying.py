@@ -29,10 +29,10 @@ def lendable(following: Following, held: Held) -> list[Tensor]:
 def copies(following: Following, held: Held) -> dict[str, Tensor]:
     """Everything a state dict of the averaged model holds: by name, ties under all their names."""
     roster = following.roster
-    named, _ = roster.look()
+    named, kinds = roster.look()
     values = {n: s.tensor for n, s in named.slots.items() if s.persistent}
     values |= dict(zip(roster.statistic_names, held.statistics, strict=True))
-    values = {n: t.detach() for n, t in values.items() if roster.kinds[n].kind is not Kind.AVERAGED}
+    values = {n: t.detach() for n, t in values.items() if kinds[n].kind is not Kind.AVERAGED}
     values |= dict(zip(roster.names, lendable(following, held), strict=True))
     unshared = {n: values[n].clone() for n in named.slots if n in values}
     return unshared | {alias: unshared[n] for alias, n in named.ties.items() if n in unshared}

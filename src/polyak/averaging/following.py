@@ -75,6 +75,19 @@ class Following:
         if self._cut_at != self.roster.generation:
             self._cut()
 
+    def ready_to_read(self) -> None:
+        """Complete what is under way, and check that the model is still the one that is followed."""
+        self.finish()
+        if not self.roster.bound or self.owner_of_loan() is not None:
+            return
+        if self.attachment is not None:  # whatever is thawed has not been stepped yet
+            self.adopt_thawed()
+        self.roster.refresh()
+
+    def owner_of_loan(self) -> object | None:
+        """Whose average is in the model now; None while it holds its own weights."""
+        return owner_of_loan(self.roster.live)
+
     def finish(self) -> None:
         """Complete an update whose weights were still on their way to another device."""
         if self._staging is not None:
@@ -97,7 +110,7 @@ class Following:
 
     def refuse_during_loan(self, what: str) -> None:
         """Raise UsageError while another set of weights is in the model."""
-        if (owner := owner_of_loan(self.roster.live)) is not None:
+        if (owner := self.owner_of_loan()) is not None:
             raise UsageError(
                 f"{what} inside applied(): the model holds the weights of {owner!r}, not those "
                 "that train. Leave the `with` block first."

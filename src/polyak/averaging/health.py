@@ -26,7 +26,8 @@ def metrics_of(following: Following, held: Held) -> dict[str, float]:
 
     Before the first update all but `skipped` are NaN.
     """
-    following.finish()
+    following.refuse_during_loan("metrics()")
+    following.ready_to_read()
     skipped = float(following.skipped)
     if held.is_empty():
         names = ("distance", "relative_distance", "effective_samples", "mean_age", "next_share")

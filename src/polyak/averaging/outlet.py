@@ -49,8 +49,7 @@ class Outlet:
             yield self.model
             return
         following.refuse_during_loan("applied()")
-        following.finish()
-        following.roster.refresh()
+        following.ready_to_read()
         if check:
             applying.refuse_nonfinite_average(following, held, "applied()")
         with applying.loan(following, held, owner=self, in_place=in_place):
@@ -65,7 +64,7 @@ class Outlet:
         if self._is_empty("nothing was copied"):
             return
         self._following.refuse_during_loan("copy_to()")
-        self._following.finish()
+        self._following.ready_to_read()
         applying.refuse_nonfinite_average(self._following, self._held, "copy_to()")
         applying.copy_into(model, applying.copies(self._following, self._held))
 
@@ -88,7 +87,7 @@ class Outlet:
 
         Names are without the prefixes that wrappers add; tied weights appear under all their names.
         """
-        self._following.finish()
+        self._following.ready_to_read()
         if self._held.is_empty():
             raise UsageError("There are no averaged tensors: nothing has been averaged yet.")
         return applying.copies(self._following, self._held)

@@ -23,7 +23,7 @@ def save(
 ) -> None:
     """Write the averaged model's tensors, each tied one once, and where they come from."""
     refuse_existing(Path(path), overwrite=overwrite)
-    following.finish()
+    following.ready_to_read()
     if held.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")
     refuse_nonfinite_average(following, held, f"Not saved to {path}")

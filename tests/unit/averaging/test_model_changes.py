@@ -473,3 +473,30 @@ def test_a_sharded_model_is_refused_clearly():
             Average(model, SWA()).update()
     finally:
         dist.destroy_process_group()
+
+
+def test_reading_notices_a_changed_model_too():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    average = two_updates(Average(model, SWA()))
+    del model[1]
+    for read in (average.averaged_tensors, average.metrics, average.applied().__enter__):
+        with pytest.raises(MismatchError, match=r"missing \(2\)"):
+            read()
+    model.append(nn.Linear(2, 1))
+    model.register_buffer("late", torch.zeros(1))
+    assert "late" in average.averaged_tensors()
+
+
+def test_reading_between_thawing_and_the_first_step():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = Average(model, SWA())
+    average.attach(optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    model.requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    with average.applied():
+        assert torch.equal(model[0].weight, before)
+    assert "0.weight" in average.state_dict()["tensors"]
