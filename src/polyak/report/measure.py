@@ -70,8 +70,9 @@ def detail_for(run: Run) -> Detail:
 
 
 def averaging_arm(run: Run) -> str | None:
-    """The arm whose average is looked at: swa, else cyclic, or None where SGD ran alone."""
-    return next((arm for arm in ("swa", "cyclic") if arm in run.recipe.arms), None)
+    """The arm whose average is looked at: swa, else cyclic; None where neither has finished."""
+    done = {record["arm"] for record in run.finals() if record["seed"] == 0}
+    return next((arm for arm in ("swa", "cyclic") if arm in done), None)
 
 
 def measure(run: Run, arm: str, detail: Detail) -> Landscape:

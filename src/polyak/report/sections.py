@@ -82,7 +82,7 @@ def history_section(run: Run) -> Section:
     """Validation error and loss over time, a picture for each arm."""
     pictures, said = [], []
     for key, what, unit, digits in (("error", "error", "%", 1), ("nll", "NLL", " nats", 3)):
-        curves = {arm: _history(run, arm, key) for arm in run.recipe.arms}
+        curves = {arm: found for arm in run.recipe.arms if (found := _history(run, arm, key))}
         last = {
             (arm, weights): float(y[-1])
             for arm, series in curves.items()

@@ -86,6 +86,15 @@ def test_a_run_of_sgd_alone_has_no_surface(tmp_path):
     assert "&lt;b&gt;alone" in page
 
 
+def test_a_run_that_was_stopped_shows_what_it_has(tmp_path):
+    folder = make_run(tmp_path / "stopped")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"sgd"' in line))
+    page = write_report(folder).read_text()
+    assert headings(page) == HEADINGS[:4]
+    assert "No average beat annealed SGD" not in page  # none was tried
+
+
 def test_the_cyclic_arm_stands_in_for_swa(tmp_path):
     page = write_report(make_run(tmp_path / "note", arms=("sgd", "cyclic"))).read_text()
     assert headings(page) == HEADINGS
