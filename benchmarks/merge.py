@@ -172,12 +172,16 @@ def run_arm(name: str, folder: Path) -> None:
         begin = time.perf_counter()
         ARMS[name](folder, Path(out))
         seconds = time.perf_counter() - begin
-    who = resource.RUSAGE_CHILDREN if name == "mergekit" else resource.RUSAGE_SELF
-    print(json.dumps({"seconds": seconds, "peak_mb": peak(who), "imported_mb": imported}))
+    most = peak()
+    if name == "mergekit":
+        most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "peak_mb": most, "imported_mb": imported}))
 
 
-def peak(who: int = resource.RUSAGE_SELF) -> float:
-    return resource.getrusage(who).ru_maxrss / 1024
+def peak() -> float:
+    """Megabytes at the peak of this program (ru_maxrss would count what started it)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measured(name: str, folder: Path) -> dict[str, float]:
