@@ -11,11 +11,11 @@ from polyak.errors import NonFiniteError
 
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that hold a NaN or an infinity."""
-    floating = [(n, t.detach()) for n, t in tensors if t.is_floating_point() or t.is_complex()]
+    """The names of the tensors that hold a NaN or an infinity; one read of each device if none does."""
+    floating = {n: t.detach() for n, t in tensors if t.is_floating_point() or t.is_complex()}
     # A NaN or an infinity always makes the sum NaN or infinite; large finite values may as well.
-    suspects = [(n, t) for n, t in floating if not _is_finite(_sum(t))]
-    return [name for name, tensor in suspects if not _is_finite(tensor)]
+    suspects = {name for name, is_finite in _finite_sums(floating).items() if not is_finite}
+    return [name for name in floating if name in suspects and not _is_finite(floating[name])]
 
 
 def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str, advice: str) -> None:
@@ -25,8 +25,20 @@ def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str, advice: s
         raise NonFiniteError(f"{what}: NaN or infinity in {shown}. {advice}")
 
 
+def _finite_sums(tensors: dict[str, Tensor]) -> dict[str, bool]:
+    names_on: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_on.setdefault(tensor.device, []).append(name)
+    result: dict[str, bool] = {}
+    for names in names_on.values():
+        sums = torch.stack([_sum(tensors[name]) for name in names])
+        result |= zip(names, torch.isfinite(sums).tolist(), strict=True)
+    return result
+
+
 def _sum(tensor: Tensor) -> Tensor:
-    return tensor.sum(dtype=None if tensor.is_complex() else torch.float32)
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.sum(dtype=torch.float32)
 
 
 def _is_finite(tensor: Tensor) -> bool:
