@@ -222,3 +222,39 @@ def test_scores_from_tables(tmp_path):
         scores_for(checkpoints, "accuracy", tmp_path / "bad.csv")
     with pytest.raises(ArgumentError, match="Could not read scores"):
         scores_for(checkpoints, "accuracy", tmp_path / "none.csv")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_peft_wrote(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def run(seed, name):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)),
+            peft.LoraConfig(r=4, target_modules=["0", "1"]),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in (1, 2, 3):
+            model(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+            model.save_pretrained(tmp_path / name / f"checkpoint-{step}")
+        return model
+
+    run(0, "one")
+    run(1, "two")
+    average_checkpoints((tmp_path / "one").iterdir(), {tmp_path / "out": "swa"})
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out").state_dict()
+    states = [
+        load_file(tmp_path / "one" / f"checkpoint-{i}" / "adapter_model.safetensors")
+        for i in (1, 2, 3)
+    ]
+    for name in states[0]:
+        mean = sum(state[name] for state in states) / 3
+        key = name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+        torch.testing.assert_close(loaded[key], mean, atol=1e-6, rtol=1e-6)
+    with pytest.raises(MismatchError, match="separate runs"):
+        average_checkpoints(
+            [tmp_path / "one/checkpoint-3", tmp_path / "two/checkpoint-3"], {tmp_path / "x": "swa"}
+        )
