@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,21 +24,23 @@ class Moments:
     spread: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor) -> Moments:
+    def empty(cls, like: Tensor) -> Self:
         """Nothing seen yet; float64 wherever the device has it, else float32."""
-        dtype = torch.float32 if like.device.type == "mps" else torch.float64
-        zeros = torch.zeros_like(like, dtype=dtype)
+        zeros = torch.zeros_like(like, dtype=_wide(like))
         return cls(0.0, zeros, zeros.clone())
 
-    def add(self, counts: list[int], means: Tensor, variances: Tensor) -> None:
-        """Take in K batches: their values per channel, means and *unbiased* variances (K, C)."""
-        n = self._column(counts)
-        means, variances = means.to(n), variances.to(n)
-        total = float(sum(counts))
+    @classmethod
+    def of(cls, counts: list[int], means: Tensor, variances: Tensor) -> Self:
+        """The moments of K batches: values per channel, means and *unbiased* variances (K, C)."""
+        n, total = _column(counts, means), float(sum(counts))
+        means = means.to(n.dtype)
         mean = (n * means).sum(0) / total
-        within = (n - 1) * variances
-        between = n * (means - mean) ** 2
-        self.merge(total, mean, (within + between).sum(0))
+        spread = (n - 1) * variances.to(n.dtype) + n * (means - mean) ** 2
+        return cls(total, mean, spread.sum(0))
+
+    def add(self, other: Self) -> None:
+        """Take in the moments of other values."""
+        self.merge(other.count, other.mean, other.spread)
 
     def merge(self, count: float, mean: Tensor, spread: Tensor) -> None:
         """Take in the moments of other values."""
@@ -61,10 +64,6 @@ class Moments:
         """Whether nothing but finite values was seen, and nothing overflowed."""
         return bool((self.mean + self.spread).isfinite().all())
 
-    def _column(self, counts: list[int]) -> Tensor:
-        column = torch.tensor(counts, dtype=self.mean.dtype)
-        return column.to(self.mean.device, non_blocking=True).unsqueeze(1)
-
 
 class InstanceMoments(Moments):
     """What InstanceNorm keeps: means over instances of each instance's mean and variance.
@@ -73,12 +72,12 @@ class InstanceMoments(Moments):
     instances is no part of its definition.
     """
 
-    def add(self, counts: list[int], means: Tensor, variances: Tensor) -> None:
-        """Take in K batches: their instances, the means of the instances' moments (K, C)."""
-        n = self._column(counts)
-        total = float(sum(counts))
-        mean = (n * means.to(n)).sum(0) / total
-        self.merge(total, mean, (n * variances.to(n)).sum(0))
+    @classmethod
+    def of(cls, counts: list[int], means: Tensor, variances: Tensor) -> Self:
+        """The moments of K batches: their instances, the means of the instances' moments (K, C)."""
+        n, total = _column(counts, means), float(sum(counts))
+        mean = (n * means.to(n.dtype)).sum(0) / total
+        return cls(total, mean, (n * variances.to(n.dtype)).sum(0))
 
     def merge(self, count: float, mean: Tensor, spread: Tensor) -> None:
         """Take in the moments of other instances."""
@@ -96,3 +95,12 @@ class InstanceMoments(Moments):
     def is_enough(self) -> bool:
         """One instance is enough: each has a variance of its own."""
         return self.count > 0
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def _column(counts: list[int], like: Tensor) -> Tensor:
+    column = torch.tensor(counts, dtype=_wide(like))
+    return column.to(like.device, non_blocking=True).unsqueeze(1)

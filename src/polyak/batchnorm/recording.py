@@ -68,7 +68,7 @@ class Recorder:
         if self._leaves_exact(x, count):
             return self._leaving_a_row(x, count, *args, **kwargs)
         seen = self._measured(x, count)
-        self.moments.merge(seen.count, seen.mean, seen.spread)
+        self.moments.add(seen)
         if not self._training or self._synchronised:
             return self._forward(*args, **kwargs)
         if count == 1 and not self._instances:
@@ -77,13 +77,14 @@ class Recorder:
             seen = self.moments
         elif self._is_low_precision:
             return self._forward(*args, **kwargs)
-        return self._normalised_by(seen, *args, **kwargs)
+        return self._normalised_by(seen, x, *args, **kwargs)
 
     def flush(self) -> None:
         """Merge what was gathered since the last time."""
         n_calls = len(self._counts)
         if n_calls:
-            self.moments.add(self._counts, self._means[:n_calls], self._variances[:n_calls])
+            seen = self._kind.of(self._counts, self._means[:n_calls], self._variances[:n_calls])
+            self.moments.add(seen)
             self._counts = []
 
     def _make_rows(self, n_rows: int) -> None:
@@ -146,18 +147,20 @@ class Recorder:
     def _measured(self, x: Tensor, count: int) -> Moments:
         dtype = torch.float32 if self._is_low_precision else self._dtype
         with torch.autocast(x.device.type, enabled=False):
-            seen = self._kind.empty(self.moments.mean)
             if self._instances:
-                seen.add([count], *measuring.of_instances(self.layer, x.to(dtype)))
-            else:
-                seen.add(*measuring.of_values(x, dtype))
-        return seen
+                return self._kind.of([count], *measuring.of_instances(self.layer, x.to(dtype)))
+            return self._kind.of(*measuring.of_values(x, dtype))
 
-    def _normalised_by(self, moments: Moments, *args: Any, **kwargs: Any) -> Tensor:
+    def _normalised_by(self, moments: Moments, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer with these statistics, as it would with those of its batch."""
         layer = self.layer
-        layer._buffers["running_mean"] = moments.mean.to(self._dtype)
-        layer._buffers["running_var"] = moments.variance(unbiased=False).to(self._dtype)
+        mean, variance = (
+            moments.mean.to(self._dtype),
+            moments.variance(unbiased=False).to(self._dtype),
+        )
+        if self._is_plain:
+            return F.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
+        layer._buffers.update(running_mean=mean, running_var=variance)
         layer.training = False
         try:
             return self._forward(*args, **kwargs)

@@ -137,6 +137,20 @@ def test_a_forward_of_ones_own_on_the_layer_comes_back() -> None:
     assert _is_right(layer)
 
 
+@pytest.mark.parametrize("n_values", [10, 1, 5000])
+def test_a_derived_layer_that_takes_more_than_the_input(n_values: int) -> None:
+    class Conditional(nn.BatchNorm1d):
+        def forward(self, x: Tensor, scale: float, *, shift: float) -> Tensor:
+            return super().forward(x) * scale + shift
+
+    layer = Conditional(3)
+    batches = [DATA, torch.randn(n_values, 3, generator=torch.Generator().manual_seed(1))]
+    update_bn(layer, batches, forward=lambda m, x: m(x, 2.0, shift=1.0))
+    mean, variance = channel_statistics(torch.cat(batches))
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_batches_follow_the_model() -> None:

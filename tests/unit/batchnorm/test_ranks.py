@@ -33,10 +33,8 @@ def test_instance_statistics_merge_by_instances() -> None:
     parts = []
     for piece in (whole[:17], whole[17:]):
         mean, variance = instance_statistics(piece)
-        moments = InstanceMoments.empty(mean)
-        moments.add([len(piece)], mean[None], variance[None])
-        parts.append(moments)
-    parts[0].merge(parts[1].count, parts[1].mean, parts[1].spread)
+        parts.append(InstanceMoments.of([len(piece)], mean[None], variance[None]))
+    parts[0].add(parts[1])
     mean, variance = instance_statistics(whole)
     torch.testing.assert_close(parts[0].mean, mean)
     torch.testing.assert_close(parts[0].variance(), variance)
