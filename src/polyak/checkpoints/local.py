@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import threading
 from collections import OrderedDict
@@ -161,6 +160,10 @@ class DescriptorPool:
 
 def _limit() -> int:
     """Half of what this process may open, leaving the rest to everybody else."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(8, min(512, soft // 2)) if soft > 0 else 512
 

@@ -136,7 +136,7 @@ class RemoteFile(ByteFile):
 def remote_is_folder(path: str) -> bool:
     """Whether the address is a folder; ArgumentError if nothing is there."""
     store, inner = _remote(path)
-    return bool(_asked(path, lambda: store.info(inner))["type"] == "directory")
+    return bool(_asked(path, lambda: store.info(inner)).get("type") == "directory")
 
 
 def remote_names(path: str) -> list[str]:

@@ -37,10 +37,18 @@ def test_what_is_not_there_or_not_a_file(tmp_path):
             open_checkpoint(f"{tmp_path}/{name}")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(file):
-    file.chmod(0)
-    with pytest.raises(FormatError, match="Permission denied"):
+def test_what_the_system_refuses_is_one_of_our_errors(file, monkeypatch):
+    """Simulated, since root may read everything."""
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    checkpoint = open_checkpoint(file)
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(FormatError, match=r"Could not read .*: Permission denied"):
+        read_all(checkpoint.tensors["w"])
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(FormatError, match=r"Could not open .*: Permission denied"):
         open_checkpoint(file)
 
 
