@@ -19,8 +19,6 @@ from torch import nn
 
 import polyak
 
-SLOW = 4096 * 4  # so many updates that the shares of the slow averages are small
-
 
 def parameters(count: int, size: int) -> nn.ParameterList:
     return nn.ParameterList(torch.randn(size) for _ in range(count))
@@ -158,6 +156,20 @@ def measure_several(name: str, model: nn.Module, options: argparse.Namespace) ->
         figure("K averages / 1", model=name, K=k, ratio=ratio, of_bound=ratio / ((2 * k + 1) / 3))
 
 
+def measure_bandwidth(device: str) -> None:
+    """A billion float32 values on a GPU: what share of the copy bandwidth an update reaches."""
+    model = nn.ParameterList(torch.zeros(50_000_000) for _ in range(20)).to(device)
+    source = torch.zeros(1_000_000_000, device=device)
+    target = torch.empty_like(source)
+    average = warmed(polyak.Average(model, polyak.SWA()))
+    candidates = {"copy_": lambda: target.copy_(source), "polyak": average.update}
+    times = interleaved(candidates, rounds=20, device=device)
+    copied, moved = 2 * 4e9 / times.median("copy_"), 3 * 4e9 / times.median("polyak")
+    figure(
+        "share of copy bandwidth", model="1G float32", share=moved / copied, copy_GBps=copied / 1e9
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
@@ -166,6 +178,8 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.device.startswith("cuda"):
+        measure_bandwidth(options.device)
     for name, model in models(100 if options.small else 1000).items():
         measure(name, model.to(options.device), options)
         if name != "1000 x 4k":
