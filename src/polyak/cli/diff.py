@@ -38,8 +38,9 @@ def diff(
     from rich.console import Console
 
     from polyak.checkpoints.diff import diff_checkpoints
+    from polyak.cli.inspect import wide_console
 
-    console = Console(highlight=False)
+    console = wide_console()
     try:
         found = diff_checkpoints(a, b, key_a=key_a, key_b=key_b)
     except PolyakError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from polyak.checkpoints.inspect import Inspection
@@ -26,18 +26,24 @@ def inspect(
         values: Also read every value: count NaNs and infinities, and take norms.
 
     """
-    from rich.console import Console
-
     from polyak.checkpoints.inspect import inspect_checkpoint
 
     if not files:
         from polyak.errors import ArgumentError
 
         raise ArgumentError("No file was named: polyak inspect FILE...")
-    console = Console(highlight=False)
+    console = wide_console()
     for file in files:
         for part in _shown(inspect_checkpoint(file, key=key, values=values), values=values):
             console.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+
+def wide_console() -> Console:
+    """A console that folds long names on a terminal only: a pipe gets one line a tensor."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=10_000)
 
 
 def _shown(found: Inspection, *, values: bool) -> list[RenderableType]:

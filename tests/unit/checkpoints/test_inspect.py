@@ -79,6 +79,14 @@ def test_command(file, tmp_path, capsys):
     assert run(["inspect", str(tmp_path / "none.pt")]) == 2
 
 
+def test_a_pipe_gets_one_line_a_tensor(tmp_path, capsys):
+    name = ".".join(["a_long_name_of_a_layer"] * 10)
+    torch.save({name: torch.ones(3)}, tmp_path / "x.pt")
+    assert run(["inspect", str(tmp_path / "x.pt")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if name in line)
+    assert line.split() == [name, "F32", "3", "12", "B"]
+
+
 GROWTH = """
 import resource, sys
 from polyak.checkpoints.diff import diff_checkpoints
