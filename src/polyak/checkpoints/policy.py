@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from polyak.checkpoints.dtypes import COMPLEX_PARTS, FLOATS, NARROW_FLOATS
 from polyak.checkpoints.layout import Checkpoint, StoredTensor, bytes_of
@@ -35,7 +36,7 @@ class MergedTensor:
     mean: bool
     sources: tuple[StoredTensor | None, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes as written."""
         return bytes_of(self.dtype, self.shape)
