@@ -1,52 +1,72 @@
-"""Train a little, keep checkpoints, and average them afterwards in three ways at once.
+"""Train the reference network on its images, keep a checkpoint per epoch, and average them afterwards.
 
-python examples/average_checkpoints.py        # works in a temporary folder
+python examples/average_checkpoints.py [EPOCHS]        # 6 unless given; works in a temporary folder
 """
 
+import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
 import polyak
+from polyak.batchnorm.stored import update_bn_file
+from polyak.errors import StaleStatistics
+from polyak.training.data import Data, embedded_data
+from polyak.training.models import Net
+
+BATCH = 60
 
 
-def train(folder: Path) -> torch.nn.Module:
-    """Noisy steps around the solution of a regression; a checkpoint every 50."""
+def train(folder: Path, data: Data, epochs: int) -> None:
+    """SGD at a constant, high rate: each checkpoint is one noisy point around the solution."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(10, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(1, 501):
-        inputs = torch.randn(16, 10)
-        targets = inputs.sum(1, keepdim=True) + torch.randn(16, 1)
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(inputs), targets).backward()
-        optimizer.step()
-        if step % 50 == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, folder / f"checkpoint-{step}.pt")
-    return model
+    model = Net(batchnorm=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(1, epochs + 1):
+        for picked in torch.randperm(len(data.train)).split(BATCH):
+            loss = cross_entropy(model(data.train.images[picked]), data.train.labels[picked])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        step = epoch * len(data.train) // BATCH
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, folder / f"checkpoint-{step}.pt")
 
 
-def main() -> None:
+def test_error(state: dict[str, torch.Tensor], data: Data) -> float:
+    """Percent of the test images."""
+    model = Net(batchnorm=True).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        wrong = model(data.test.images).argmax(1) != data.test.labels
+    return 100 * float(wrong.float().mean())
+
+
+def main(epochs: int) -> None:
+    data = embedded_data()
+    methods = {
+        "all": "swa",
+        "later half": f"window:length={epochs * len(data.train) // BATCH // 2}",
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = train(folder)
-        methods = {
-            "swa": "swa:start=100",
-            "ema": "ema:half_life=100",
-            "last_200": "window:length=200",
-        }
+        train(folder, data, epochs)
         outputs = {folder / f"{name}.safetensors": how for name, how in methods.items()}
-        done = polyak.average_checkpoints(folder.glob("checkpoint-*.pt"), outputs)
-        print(f"last weights: error {float((model.weight.detach() - 1).norm()):.3f}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StaleStatistics)  # update_bn_file follows
+            done = polyak.average_checkpoints(folder.glob("checkpoint-*.pt"), outputs)
+        newest = torch.load(done.inputs[-1], weights_only=True)["model"]
+        print(f"newest checkpoint: test error {test_error(newest, data):.1f} %")
         for path, recipe in zip(done.outputs, done.recipes, strict=True):
-            error = float((load_file(path)["weight"] - 1).norm())
-            print(
-                f"{path.stem}: error {error:.3f}, {recipe.effective_samples:.1f} effective samples"
-            )
+            update_bn_file(path, Net(batchnorm=True), data.train.batches(500))
+            error = test_error(load_file(path), data)
+            count = recipe.effective_samples
+            print(f"{path.stem}, {count:.0f} effective samples: test error {error:.1f} %")
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 6)
