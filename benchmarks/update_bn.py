@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
-    measure("tiny", tiny(), [torch.randn(64, 8) for _ in range(50)], rounds)
+    measure("tiny", tiny(), [torch.randn(64, 8) for _ in range(200)], rounds)
     measure("small images", small_images(), [torch.randn(64, 1, 28, 28) for _ in range(20)], rounds)
     images = [torch.randn(32, 3, 32, 32) for _ in range(6)]
     measure("deep", deep(), images, rounds)

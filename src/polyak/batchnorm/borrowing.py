@@ -72,7 +72,8 @@ def lent_forwards(recorders: Mapping[str, Recorder]) -> Iterator[None]:
 @contextmanager
 def lent_randomness(model: Module) -> Iterator[None]:
     """The pass (a shuffling loader, say) leaves torch's generators where they were."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    on_gpu = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = {p.device for p in on_gpu if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         yield
 

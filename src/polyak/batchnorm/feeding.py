@@ -6,7 +6,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -87,6 +87,8 @@ def _so_far(done: int, total: int | None, seconds: float) -> str:
 
 def _default_forward(model: Module, batch: Any) -> object:
     """A tensor goes in as it is, of a tuple or list the first entry, a mapping as keywords."""
+    if isinstance(batch, Tensor):
+        return model(batch)
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise ArgumentError("update_bn: an empty batch: expected (inputs, ...)")
@@ -121,9 +123,8 @@ def _unwrapped(model: Module) -> Module:
 
 
 def _device_of(model: Module) -> torch.device | None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device
 
 
 def moved(batch: Any, device: torch.device | None) -> Any:

@@ -46,6 +46,9 @@ class Moments:
         """Take in the moments of other values."""
         if count == 0:
             return
+        if self.count == 0:
+            self.count, self.mean, self.spread = count, mean, spread
+            return
         total = self.count + count
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / total)

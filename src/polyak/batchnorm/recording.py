@@ -146,10 +146,9 @@ class Recorder:
 
     def _measured(self, x: Tensor, count: int) -> Moments:
         dtype = torch.float32 if self._is_low_precision else self._dtype
-        with torch.autocast(x.device.type, enabled=False):
-            if self._instances:
-                return self._kind.of([count], *measuring.of_instances(self.layer, x.to(dtype)))
-            return self._kind.of(*measuring.of_values(x, dtype))
+        if self._instances:
+            return self._kind.of([count], *measuring.of_instances(self.layer, x.to(dtype)))
+        return self._kind.of(*measuring.of_values(x, dtype))
 
     def _normalised_by(self, moments: Moments, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer with these statistics, as it would with those of its batch."""
