@@ -33,6 +33,10 @@ class Roster:
     def __init__(self, model: Module, policy: Policy) -> None:
         self.model = model
         self.policy = policy
+        self.generation = 0  # grows whenever `live` holds other tensors or memory than before
+        self._release()
+
+    def _release(self) -> None:
         self.bound = False
         self.kinds: dict[str, Decision] = {}
         self.names: list[str] = []
@@ -40,7 +44,6 @@ class Roster:
         self.statistic_names: list[str] = []
         self.statistics: list[Tensor] = []
         self._shared_at = -1
-        self.generation = 0  # grows whenever `live` holds other tensors or memory than before
 
     def look(self) -> tuple[Named, dict[str, Decision]]:
         """The model's tensors as they are now; bound ones keep the fate they were given."""
@@ -72,7 +75,7 @@ class Roster:
             yield
         except BaseException:
             if not was_bound:
-                self.__init__(self.model, self.policy)  # type: ignore[misc]
+                self._release()
             raise
 
     def refresh(self) -> None:
