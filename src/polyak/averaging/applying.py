@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from polyak.errors import EmptyAverage, MismatchError
 from polyak.tensors.exchange import lent, recomputed, refresh
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
-from polyak.tensors.policies import Kind
 
 
 def lendable(following: Following, held: Held) -> list[Tensor]:
@@ -26,16 +26,23 @@ def lendable(following: Following, held: Held) -> list[Tensor]:
 
 
 @torch.no_grad()
-def copies(following: Following, held: Held) -> dict[str, Tensor]:
+def copies(
+    following: Following, held: Held, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """Everything a state dict of the averaged model holds: by name, ties under all their names."""
     roster = following.roster
-    named, kinds = roster.look()
-    values = {n: s.tensor for n, s in named.slots.items() if s.persistent}
-    values |= dict(zip(roster.statistic_names, held.statistics, strict=True))
-    values = {n: t.detach() for n, t in values.items() if kinds[n].kind is not Kind.AVERAGED}
-    values |= dict(zip(roster.names, lendable(following, held), strict=True))
-    unshared = {n: values[n].clone() for n in named.slots if n in values}
-    return unshared | {alias: unshared[n] for alias, n in named.ties.items() if n in unshared}
+    named, _ = roster.look()
+    index_of = {name: index for index, name in enumerate(roster.names)}
+    statistics = dict(zip(roster.statistic_names, held.statistics, strict=True))
+    result: dict[str, Tensor] = {}
+    for name, slot in named.slots.items():
+        if name in index_of:
+            value = _lendable(held, index_of[name], slot.tensor)
+        else:
+            value = statistics.get(name, slot.tensor).detach()
+        if slot.persistent:
+            result[name] = value.to(device or value.device, copy=True)
+    return result | {alias: result[n] for alias, n in named.ties.items() if n in result}
 
 
 @contextmanager
@@ -90,13 +97,11 @@ def warn_empty(owner: object, consequence: str, depth: int) -> None:
 
 def refuse_nonfinite_average(following: Following, held: Held, what: str) -> None:
     """Raise NonFiniteError that names the averaged tensors and statistics with NaN or infinity."""
-    roster = following.roster
-    tensors = [
-        *zip(roster.names, lendable(following, held), strict=True),
-        *zip(roster.statistic_names, held.statistics, strict=True),
-    ]
+    names, store = following.roster.names, held.store
+    kept = [] if store is None else [zip(names, g, strict=True) for g in store.groups()]
+    statistics = zip(following.roster.statistic_names, held.statistics, strict=True)
     refuse_nonfinite(
-        tensors,
+        [*chain.from_iterable(kept), *statistics],
         what,
         "One bad update spoils an average for good: load an earlier state, and construct it with "
         "nonfinite='skip' or 'raise' to keep such weights out.",

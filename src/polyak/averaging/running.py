@@ -80,6 +80,10 @@ class Running:
             gathered = float(self._growth(now.read())) - 1 if self.block_is_open else 0.0
             self.block += [value * gathered for value in own]
 
+    def groups(self) -> list[list[Tensor]]:
+        """All that is kept, in lists of one tensor per weight."""
+        return [self.tensors, self.block] if self.block_is_open else [self.tensors]
+
     def is_plain(self) -> bool:
         """Whether `tensors` are the average as they stand, with no open block beside them."""
         return not self.block_is_open

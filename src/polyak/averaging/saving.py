@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 import polyak
@@ -16,6 +17,8 @@ from polyak.averaging.held import Held
 from polyak.checkpoints.files import refuse_existing, replacing
 from polyak.errors import StaleStatistics, UsageError
 from polyak.tensors.names import named_tensors
+
+_HOST = torch.device("cpu")
 
 
 def save(
@@ -31,7 +34,9 @@ def save(
     if status == "stale":
         warn_stale()
     ties = named_tensors(following.roster.model).ties
-    tensors = {n: t.contiguous() for n, t in copies(following, held).items() if n not in ties}
+    tensors = {
+        n: t.contiguous() for n, t in copies(following, held, _HOST).items() if n not in ties
+    }
     metadata = provenance(following, held) | {"batchnorm": status}
     if ties:
         metadata["ties"] = json.dumps(ties, sort_keys=True)

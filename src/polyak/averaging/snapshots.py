@@ -47,6 +47,10 @@ class Snapshots:
         shared = _copies(values, self._device)
         self.kept = [(start, end, tensors + shared) for start, end, tensors in self.kept]
 
+    def groups(self) -> list[list[Tensor]]:
+        """All that is kept, in lists of one tensor per weight."""
+        return [tensors for _, _, tensors in self.kept]
+
     def is_plain(self) -> bool:
         """No tensor that is kept is the average itself."""
         return False

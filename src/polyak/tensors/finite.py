@@ -11,11 +11,18 @@ from polyak.errors import NonFiniteError
 
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that hold a NaN or an infinity; one read of each device if none does."""
-    floating = {n: t.detach() for n, t in tensors if t.is_floating_point() or t.is_complex()}
+    """The names of the tensors that hold a NaN or an infinity; one read of each device if none does.
+
+    A name may come with several tensors.
+    """
+    floating = [(n, t.detach()) for n, t in tensors if t.is_floating_point() or t.is_complex()]
     # A NaN or an infinity always makes the sum NaN or infinite; large finite values may as well.
-    suspects = {name for name, is_finite in _finite_sums(floating).items() if not is_finite}
-    return [name for name in floating if name in suspects and not _is_finite(floating[name])]
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in floating:
+        by_device.setdefault(tensor.device, []).append((name, tensor))
+    suspects = [suspect for named in by_device.values() for suspect in _suspects(named)]
+    bad = {name for name, tensor in suspects if not _is_finite(tensor)}
+    return list(dict.fromkeys(name for name, _ in floating if name in bad))
 
 
 def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str, advice: str) -> None:
@@ -25,15 +32,10 @@ def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str, advice: s
         raise NonFiniteError(f"{what}: NaN or infinity in {shown}. {advice}")
 
 
-def _finite_sums(tensors: dict[str, Tensor]) -> dict[str, bool]:
-    names_on: dict[torch.device, list[str]] = {}
-    for name, tensor in tensors.items():
-        names_on.setdefault(tensor.device, []).append(name)
-    result: dict[str, bool] = {}
-    for names in names_on.values():
-        sums = torch.stack([_sum(tensors[name]) for name in names])
-        result |= zip(names, torch.isfinite(sums).tolist(), strict=True)
-    return result
+def _suspects(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    sums = torch.stack([_sum(tensor) for _, tensor in named])
+    finite = torch.isfinite(sums).tolist()
+    return [pair for pair, is_finite in zip(named, finite, strict=True) if not is_finite]
 
 
 def _sum(tensor: Tensor) -> Tensor:
