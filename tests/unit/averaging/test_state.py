@@ -192,6 +192,13 @@ class TestSave:
         average.save(tmp_path / "fresh.safetensors")
         assert metadata_of(tmp_path / "fresh.safetensors")[0]["batchnorm"] == "refreshed"
 
+    def test_an_update_makes_fresh_statistics_stale(self, tmp_path):
+        average = updated(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+        average.update_bn(torch.randn(32, 3).split(8))
+        average.update()
+        with pytest.warns(StaleStatistics):
+            average.save(tmp_path / "stale.safetensors")
+
     def test_frozen_statistics_are_never_stale(self, tmp_path):
         model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         model[1].eval()
