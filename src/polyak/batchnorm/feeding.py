@@ -56,14 +56,15 @@ def _is_count(value: object) -> bool:
 
 
 def one_pass(batches: Iterable[Any], *, limit: int | None, title: str | None) -> Iterator[Any]:
-    """The batches of one pass, no more than `limit` fetched, with a line of progress if titled."""
-    limited = islice(batches, limit)
-    if title is None:
-        return limited
+    """The batches of one pass, no more than `limit` fetched, with a line of progress if titled.
+
+    A generator: nothing is asked of `batches`, not even an iterator, before the pass begins.
+    """
     total = len(batches) if isinstance(batches, Sized) else None
     if limit is not None:
         total = limit if total is None else min(limit, total)
-    return _reported(limited, total, title)
+    limited = islice(batches, limit)
+    yield from limited if title is None else _reported(limited, total, title)
 
 
 def _reported(batches: Iterable[Any], total: int | None, title: str) -> Iterator[Any]:

@@ -85,29 +85,41 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
 
     """
     batches = checked(batches, limit=limit, passes=passes)
-    if estimator == "torch":
-        _as_torch_does(model, batches, forward=forward, limit=limit)
-        return
-    if estimator != "pooled":
+    if estimator not in ("pooled", "torch"):
         raise ArgumentError(f"update_bn: estimator is 'pooled' or 'torch', found {estimator!r}")
-    chosen = chosen_layers(model, layers)
-    if not chosen:
-        return
+    if estimator == "torch" and (passes > 1 or layers is not None):
+        raise ArgumentError(
+            "update_bn: estimator='torch' makes one pass over all BatchNorm layers, as torch does;"
+            " leave out passes= and layers="
+        )
+    titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
+    feeds = [one_pass(batches, limit=limit, title=title if progress else None) for title in titles]
+    if estimator == "torch":
+        _as_torch_does(model, feeds[0], forward)
+    elif chosen := chosen_layers(model, layers):
+        _pool(model, chosen, feeds, forward)
+
+
+def _pool(
+    model: Module,
+    chosen: Mapping[str, _NormBase],
+    feeds: Iterable[Iterator[Any]],
+    forward: Forward | None,
+) -> None:
+    """One pass in training mode, the others with the statistics of the pass before."""
+    found: dict[_NormBase, Buffers] = {}
     with _lent(model, chosen.values()):
-        for number in range(1, passes + 1):
-            recorders = _recorders(model, chosen, training=number == 1)
-            title = f"update_bn, pass {number} of {passes}" if progress else None
+        for number, batches in enumerate(feeds):
+            recorders = _recorders(model, chosen, training=number == 0)
             with borrowing.lent_forwards(recorders):
-                n_batches = run(model, one_pass(batches, limit=limit, title=title), forward)
+                n_batches = run(model, batches, forward)
             found = _statistics(recorders, n_batches)
             for layer, statistics in found.items():
                 layer._buffers.update(statistics)
     _store(found)
 
 
-def _as_torch_does(
-    model: Module, batches: Iterable[Any], *, forward: Forward | None, limit: int | None
-) -> None:
+def _as_torch_does(model: Module, batches: Iterable[Any], forward: Forward | None) -> None:
     """Torch's estimate, bit for bit: momentum None, the whole model in training mode."""
     chosen: list[_NormBase] = [
         layer for layer in norm_layers(model).values() if isinstance(layer, _BatchNorm)
@@ -119,7 +131,7 @@ def _as_torch_does(
         for layer in chosen:
             layer.reset_running_stats()
             layer.momentum = None
-        if run(model, one_pass(batches, limit=limit, title=None), forward) == 0:
+        if run(model, batches, forward) == 0:
             raise ArgumentError(_NO_BATCHES)
         found = {layer: {name: layer._buffers[name] for name in BUFFERS} for layer in chosen}
     _store(found)

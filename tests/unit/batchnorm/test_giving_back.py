@@ -251,6 +251,8 @@ def test_limit_fetches_no_batch_too_many() -> None:
         ({"limit": True}, "limit must be"),
         ({"passes": 0}, "passes must be a whole number from 1, found 0"),
         ({"passes": None}, "passes must be"),
+        ({"estimator": "torch", "passes": 2}, "leave out passes= and layers="),
+        ({"estimator": "torch", "layers": ["1"]}, "leave out passes= and layers="),
         ({"estimator": "best"}, "estimator is 'pooled' or 'torch', found 'best'"),
     ],
 )
