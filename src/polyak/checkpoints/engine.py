@@ -115,21 +115,23 @@ class Worker:
 
     def _accumulate(self, segment: Segment, chunk: Chunk, rows: Sequence[Row]) -> None:
         """Add up every input that counts in some row, in order."""
-        padded = _padded(chunk)
-        sums = [s.as_tensor(accumulator(segment.read_as), padded) for s in self._sums[: len(rows)]]
-        begun = [False] * len(rows)
+        padded, dtype = _padded(chunk), accumulator(segment.read_as)
+        begin = chunk.begin * segment.bytes_in
+        buffer = self._raw.bytes[: chunk.end * segment.bytes_in - begin]
+        raw = self._raw.as_tensor(TORCH_DTYPES[segment.read_as], padded)
+        wide = raw if raw.dtype == dtype else self._wide.as_tensor(dtype, padded)
+        sums = [s.as_tensor(dtype, padded) for s in self._sums[: len(rows)]]
+        begun: set[int] = set()
         for index, strip in enumerate(segment.inputs):
             counting = [k for k, row in enumerate(rows) if row.weights[index]]
             if not counting:
                 continue
-            length = (chunk.end - chunk.begin) * segment.bytes_in
-            _read(strip, chunk.begin * segment.bytes_in, self._raw.bytes[:length])
-            values = self._raw.as_tensor(TORCH_DTYPES[segment.read_as], padded)
-            if values.dtype != sums[0].dtype and any(begun[k] for k in counting):
-                values = self._wide.as_tensor(sums[0].dtype, padded).copy_(values)
+            _read(strip, begin, buffer)
+            if wide is not raw and begun:
+                wide.copy_(raw)
             for k in counting:
-                rows[k].enter(sums[k], values, index, first=not begun[k])
-                begun[k] = True
+                rows[k].enter(sums[k], wide if begun else raw, index, first=k not in begun)
+            begun.update(counting)
 
     def _cast(self, segment: Segment, chunk: Chunk, rows: int, checksums: bool) -> list[int]:
         count = chunk.end - chunk.begin
@@ -231,6 +233,9 @@ class _Crew:
 
 
 def _read(strip: Strip[Reader], begin: int, buffer: memoryview) -> None:
+    if (whole := strip.locate(begin, begin + len(buffer))) is not None:
+        whole[0].read_into(whole[1], buffer)
+        return
     for source, offset, start, end in strip.pieces(begin, begin + len(buffer)):
         source.read_into(offset, buffer[start - begin : end - begin])
 

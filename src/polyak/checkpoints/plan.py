@@ -57,6 +57,14 @@ class Strip(Generic[Source]):
             yield source, offset + begin - start, begin, stop
             begin, at = stop, at + 1
 
+    def locate(self, begin: int, end: int) -> tuple[Source, int] | None:
+        """The source and the offset in it, if the row's bytes `begin` to `end` are one piece."""
+        at = bisect_right(self._starts, begin) - 1
+        if at + 1 < len(self._starts) and self._starts[at + 1] < end:
+            return None
+        source, offset = self._places[at]
+        return source, offset + begin - self._starts[at]
+
     @property
     def sources(self) -> list[Source]:
         """What the pieces lie in, in their order."""
