@@ -21,6 +21,7 @@ from polyak.tensors.policies import FROZEN, Decision, Kind, Policy, decisions
 _requires_grad = attrgetter("requires_grad")
 _shape = attrgetter("shape")
 _address = torch.Tensor.data_ptr
+_length = torch.Tensor.numel
 
 
 class Roster:
@@ -134,7 +135,11 @@ class Roster:
         ]
         self._signatures = {n: _signature(named.slots[n].tensor) for n in self._followed()}
         self._structure = _Structure.of(self.model)
-        self._shapes = list(map(_shape, self.live))
+        # The number of values says all about the shape of a vector, and is faster to ask for.
+        self._vectors = [tensor for tensor in self.live if tensor.dim() == 1]
+        self._others = [tensor for tensor in self.live if tensor.dim() != 1]
+        self._lengths = list(map(_length, self._vectors))
+        self._shapes = list(map(_shape, self._others))
         self._addresses = list(map(_address, self.live))
         self.generation += 1
 
@@ -142,7 +147,8 @@ class Roster:
         return (
             self._structure.holds()
             and list(map(_address, self.live)) == self._addresses
-            and list(map(_shape, self.live)) == self._shapes
+            and list(map(_length, self._vectors)) == self._lengths
+            and list(map(_shape, self._others)) == self._shapes
             and not any(map(_requires_grad, self._frozen))
         )
 
