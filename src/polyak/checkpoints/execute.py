@@ -96,7 +96,8 @@ def _merge(
 
     todo = (index for index in chunks if not journal.is_done(index))
     run(merge.job(strips), todo, merge.threads, done, checksums=merge.settings.verify)
-    journal.sync(files)
+    if merge.settings.verify or merge.settings.part[1] > 1:  # else finishing syncs the files
+        journal.sync(files)
     if merge.settings.verify:
         written = cast("Sequence[Sequence[Strip[OutputFile]]]", strips)
         check_written(merge.plan, written, journal, chunks)
