@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from merge_inputs import MODEL_CONFIG, holes, make_inputs
+from merge_inputs import MODEL_CONFIG, holes, make_inputs, remove_inputs
 from timing import figure
 
 FOUR = {"a": "swa", "b": "ema:half_life=2", "c": "power:gamma=2", "d": "window:length=5"}
@@ -158,6 +158,13 @@ ARMS = {
 }
 
 
+GROUPS = {
+    "safetensors": ["plain", "ours", "plain_four", "ours_four", "load_file_loop", "mergekit"],
+    "pt": ["plain", "ours", "ours_torch", "torch_load_loop"],
+    "dcp": ["plain", "ours", "ours_dcp"],
+}
+
+
 def run_arm(name: str, folder: Path) -> None:
     """In a process of its own: import, do it once, say seconds and peak memory."""
     import safetensors.torch
@@ -248,7 +255,12 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=0.125, help="of each input")
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arms", nargs="*", default=[name for name in ARMS if name != "mergekit"])
+    parser.add_argument(
+        "--arms",
+        nargs="*",
+        default=[name for name in ARMS if name != "mergekit"],
+        help="always with plain and ours",
+    )
     parser.add_argument(
         "--holes-gb", type=float, default=1.0, help="of each input of holes; 0 leaves it out"
     )
@@ -259,17 +271,28 @@ def main() -> None:
     if given.arm:
         run_arm(given.arm, given.folder)
         return
+    given.arms += ["plain", "ours"]
+    if "ours_four" in given.arms:
+        given.arms.append("plain_four")
     if given.mergekit:
         os.environ["MERGEKIT"] = given.mergekit
         given.arms.append("mergekit")
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         folder = Path(scratch)
+        layers = make_inputs(folder, given.files, given.gb, "safetensors")
         (folder / "config.json").write_text(
-            json.dumps(
-                MODEL_CONFIG | {"num_hidden_layers": make_inputs(folder, given.files, given.gb)}
-            )
+            json.dumps(MODEL_CONFIG | {"num_hidden_layers": layers})
         )
-        report(rounds_of(given.arms, folder, given.rounds), given.gb)
+        for kind, arms in GROUPS.items():
+            chosen = [name for name in arms if name in given.arms]
+            if not set(chosen) - {"plain", "ours"} and kind != "safetensors":
+                continue
+            if (
+                kind != "safetensors"
+            ):  # one format at a time beside it: all must stay in the page cache
+                make_inputs(folder, given.files, given.gb, kind)
+            report(rounds_of(chosen, folder, given.rounds), given.gb)
+            remove_inputs(folder, kind)
         if given.holes_gb:
             memory(folder, given.holes_gb / 8, given.holes_gb)
 

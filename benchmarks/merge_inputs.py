@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make_inputs(folder: Path, count: int, gigabytes: float) -> int:
-    """`step-<n>` in three formats; how many layers come closest to the size."""
+def make_inputs(folder: Path, count: int, gigabytes: float, kind: str) -> int:
+    """`step-<n>` as `safetensors`, `pt` or `dcp`; how many layers come closest to the size."""
     per_layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
     layers = max(1, round((gigabytes * 1e9 - 4 * WORDS * HIDDEN) / per_layer))
     for step in range(1, count + 1):
@@ -49,14 +50,27 @@ def make_inputs(folder: Path, count: int, gigabytes: float) -> int:
             name: (torch.randn(shape, generator=generator) * 0.02).bfloat16()
             for name, shape in shapes(layers).items()
         }
-        save_file(state, folder / f"step-{step}.safetensors", {"format": "pt"})
-        torch.save(state, folder / f"step-{step}.pt")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch.distributed.checkpoint as dcp
-
-            dcp.save(state, checkpoint_id=str(folder / f"step-{step}-dcp"), no_dist=True)
+        if kind == "safetensors":
+            save_file(state, folder / f"step-{step}.safetensors", {"format": "pt"})
+        elif kind == "pt":
+            torch.save(state, folder / f"step-{step}.pt")
+        else:
+            _save_dcp(state, folder / f"step-{step}-dcp")
     return layers
+
+
+def _save_dcp(state: dict[str, torch.Tensor], folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+
+
+def remove_inputs(folder: Path, kind: str) -> None:
+    """Remove what `make_inputs` made, except the safetensors files that all are compared with."""
+    for path in folder.glob({"pt": "step-*.pt", "dcp": "step-*-dcp"}.get(kind, "none")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def holes(folder: Path, count: int, gigabytes: float) -> Path:
