@@ -87,7 +87,7 @@ def ours_dcp(folder: Path, out: Path) -> None:
 
 
 def merge(inputs: list[Path], outputs: dict[Path, str]) -> None:
-    from polyak.checkpoints.average import average_checkpoints
+    from polyak.checkpoints.merging.average import average_checkpoints
 
     average_checkpoints(inputs, outputs, threads=THREADS)  # type: ignore[arg-type]
 
@@ -170,9 +170,9 @@ def run_arm(name: str, folder: Path) -> None:
     import safetensors.torch
     import torch
 
-    import polyak.checkpoints.average
+    import polyak.checkpoints.merging.average
 
-    assert safetensors.torch, polyak.checkpoints.average
+    assert safetensors.torch, polyak.checkpoints.merging.average
     torch.set_num_threads(THREADS)
     imported = peak()
     with tempfile.TemporaryDirectory(dir=folder) as out:

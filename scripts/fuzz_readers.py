@@ -79,7 +79,7 @@ def run(folder: Path, options: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["polyak"]):
-        import polyak.checkpoints.opening  # noqa: F401
+        import polyak.checkpoints.reading.opening  # noqa: F401
 
     readers = targets(
         pickle.loads((folder.parent / f"{folder.name}.items").read_bytes())

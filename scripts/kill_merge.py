@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 MERGE = """
 import sys
-from polyak.checkpoints.average import average_checkpoints
+from polyak.checkpoints.merging.average import average_checkpoints
 folder, out, *flags = sys.argv[1:]
 paths = [f"{folder}/step-{i}.safetensors" for i in range(1, 5)]
 print("ready", flush=True)

@@ -28,8 +28,8 @@ _HOME_OF = {
     "Sawtooth": "polyak.maths.schedules",
     "Triangular": "polyak.maths.schedules",
     "Warmup": "polyak.maths.schedules",
-    "average_checkpoints": "polyak.checkpoints.average",
-    "averaged_tensors": "polyak.checkpoints.average",
+    "average_checkpoints": "polyak.checkpoints.merging.average",
+    "averaged_tensors": "polyak.checkpoints.merging.average",
     "chain": "polyak.maths.schedules",
     "plot_schedule": "polyak.report.schedule",
     "update_bn": "polyak.batchnorm",
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from polyak.averaging.averages import Averages as Averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.batchnorm import update_bn as update_bn
-    from polyak.checkpoints.average import average_checkpoints as average_checkpoints
-    from polyak.checkpoints.average import averaged_tensors as averaged_tensors
+    from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints
+    from polyak.checkpoints.merging.average import averaged_tensors as averaged_tensors
     from polyak.errors import PolyakError as PolyakError
     from polyak.maths.profiles import EMA as EMA
     from polyak.maths.profiles import SWA as SWA

@@ -5,9 +5,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from polyak.checkpoints.dcp import read_dcp
-from polyak.checkpoints.layout import ByteFile
-from polyak.checkpoints.opening import read_file
+from polyak.checkpoints.reading.dcp import read_dcp
+from polyak.checkpoints.reading.layout import ByteFile
+from polyak.checkpoints.reading.opening import read_file
 from polyak.errors import PolyakError
 
 

@@ -15,9 +15,9 @@ from torch.nn import Module
 
 from polyak.batchnorm.layers import norm_layers
 from polyak.batchnorm.update import update_bn
-from polyak.checkpoints.average import averaged_tensors
 from polyak.checkpoints.files import refuse_existing, replacing
-from polyak.checkpoints.opening import open_checkpoint
+from polyak.checkpoints.merging.average import averaged_tensors
+from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, MismatchError
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -1,3 +1,3 @@
 """Files of weights: one lazy reader per format, one atomic streaming writer."""
 
-from polyak.checkpoints.opening import open_checkpoint as open_checkpoint
+from polyak.checkpoints.reading.opening import open_checkpoint as open_checkpoint

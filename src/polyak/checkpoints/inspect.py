@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from polyak.checkpoints.dtypes import TORCH_DTYPES
-from polyak.checkpoints.layout import StoredTensor
-from polyak.checkpoints.opening import open_checkpoint
-from polyak.checkpoints.values import pieces
+from polyak.checkpoints.reading.dtypes import TORCH_DTYPES
+from polyak.checkpoints.reading.layout import StoredTensor
+from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.reading.values import pieces
 
 
 @dataclass(frozen=True, slots=True)

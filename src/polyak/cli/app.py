@@ -38,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
     except PolyakError as error:
         from rich.console import Console
 
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        Console(stderr=True).print(
+            str(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return 2 if isinstance(error, ArgumentError) else 1
     return result if isinstance(result, int) else 0

@@ -12,10 +12,10 @@ from polyak.cli.average_options import Inputs, Outputs, Tensors, Work
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from polyak.checkpoints.average import Averaged
-    from polyak.checkpoints.options import Options
-    from polyak.checkpoints.prepare import Merge, PathLike
-    from polyak.checkpoints.recipes import How
+    from polyak.checkpoints.merging.average import Averaged
+    from polyak.checkpoints.merging.options import Options
+    from polyak.checkpoints.merging.prepare import Merge, PathLike
+    from polyak.checkpoints.merging.recipes import How
 
 _INPUTS, _TENSORS, _WORK = Inputs(), Tensors(), Work()
 
@@ -40,8 +40,8 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.average import average_checkpoints
-    from polyak.checkpoints.selection import select_checkpoints
+    from polyak.checkpoints.merging.average import average_checkpoints
+    from polyak.checkpoints.merging.selection import select_checkpoints
 
     console = Console(highlight=False)
     recipes = outputs.recipes()
@@ -78,8 +78,8 @@ def _options(outputs: Outputs, tensors: Tensors, work: Work) -> Options:
 def _dry_run(
     console: Console, paths: list[str], recipes: dict[PathLike, How], options: Options
 ) -> None:
-    from polyak.checkpoints.options import Settings
-    from polyak.checkpoints.prepare import prepared, warn_of_stale
+    from polyak.checkpoints.merging.options import Settings
+    from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
 
     with prepared(paths, recipes, Settings.of(options)) as merge:
         warn_of_stale(merge, next(iter(recipes)))

@@ -11,9 +11,9 @@ from cyclopts import Parameter
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from polyak.checkpoints.prepare import PathLike
-    from polyak.checkpoints.recipes import How
-    from polyak.checkpoints.selection import Selection
+    from polyak.checkpoints.merging.prepare import PathLike
+    from polyak.checkpoints.merging.recipes import How
+    from polyak.checkpoints.merging.selection import Selection
 
 _Flag = Parameter(negative="")
 _Many = Parameter(negative="", consume_multiple=False)
@@ -44,7 +44,7 @@ class Inputs:
 
     def selection(self) -> Selection:
         """As the library takes it."""
-        from polyak.checkpoints.selection import Selection
+        from polyak.checkpoints.merging.selection import Selection
 
         return Selection(
             steps=_range(self.steps),

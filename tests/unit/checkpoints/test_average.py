@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import polyak
-from polyak.checkpoints.average import average_checkpoints, averaged_tensors
-from polyak.checkpoints.opening import open_checkpoint
+from polyak.checkpoints.merging.average import average_checkpoints, averaged_tensors
+from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, FormatError, MismatchError, StaleStatistics
 from polyak.maths.profiles import EMA, Window
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from reference.merging import stored_checkpoints, within_bound
 from safetensors.torch import load_file
 
-from polyak.checkpoints import plan as planning
-from polyak.checkpoints import prepare
-from polyak.checkpoints.average import average_checkpoints
+from polyak.checkpoints.merging import plan as planning
+from polyak.checkpoints.merging import prepare
+from polyak.checkpoints.merging.average import average_checkpoints
 from polyak.errors import FormatError, NonFiniteError
 
 ANY = torch.Generator().manual_seed(1)
@@ -121,7 +121,7 @@ def test_an_input_that_changes_meanwhile(tmp_path):
 
 SPARSE = """
 import json, sys
-from polyak.checkpoints.average import average_checkpoints
+from polyak.checkpoints.merging.average import average_checkpoints
 folder, size = sys.argv[1], int(sys.argv[2])
 header = json.dumps({"w": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
 paths = [f"{folder}/step-{i}-{size}.safetensors" for i in range(4)]

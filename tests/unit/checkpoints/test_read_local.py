@@ -12,8 +12,9 @@ import torch
 from reference.stored import assert_reads, read_all
 from safetensors.torch import save_file
 
-from polyak.checkpoints import local, open_checkpoint
-from polyak.checkpoints.layout import ByteFile, Span, SpanTensor
+from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.reading import local
+from polyak.checkpoints.reading.layout import ByteFile, Span, SpanTensor
 from polyak.errors import ArgumentError, FormatError
 
 

@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as dcp
 from reference.stored import assert_reads
 from safetensors.torch import save, save_file
 
-from polyak.checkpoints import open_checkpoint, places
+from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.reading import places
 from polyak.errors import ArgumentError, FormatError
 
 

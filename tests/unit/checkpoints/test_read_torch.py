@@ -11,7 +11,8 @@ import pytest
 import torch
 from reference.stored import assert_reads, read_all, row_major_bytes
 
-from polyak.checkpoints import nested, open_checkpoint, strided
+from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.reading import nested, strided
 from polyak.errors import ArgumentError, FormatError
 
 

@@ -10,10 +10,10 @@ import torch
 from reference.merging import stored_checkpoints
 from safetensors import safe_open
 
-from polyak.checkpoints import plan as planning
-from polyak.checkpoints import prepare, resume
-from polyak.checkpoints.average import average_checkpoints
-from polyak.checkpoints.parts import part_of
+from polyak.checkpoints.merging import plan as planning
+from polyak.checkpoints.merging import prepare, resume
+from polyak.checkpoints.merging.average import average_checkpoints
+from polyak.checkpoints.merging.parts import part_of
 from polyak.errors import OutputError, UsageError
 
 ANY = torch.Generator().manual_seed(2)

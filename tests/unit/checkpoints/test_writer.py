@@ -9,11 +9,11 @@ import torch
 from reference.merging import stored_checkpoints
 from safetensors.torch import load_file, save_file
 
-from polyak.checkpoints import writer_torch
-from polyak.checkpoints.average import average_checkpoints
-from polyak.checkpoints.opening import open_checkpoint
-from polyak.checkpoints.policy import MergedTensor
-from polyak.checkpoints.writer_torch import TorchLayout
+from polyak.checkpoints.merging import writer_torch
+from polyak.checkpoints.merging.average import average_checkpoints
+from polyak.checkpoints.merging.policy import MergedTensor
+from polyak.checkpoints.merging.writer_torch import TorchLayout
+from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import FormatError, OutputError
 
 EVERY_DTYPE = [
@@ -156,7 +156,7 @@ def test_transformers_loads_a_merged_folder(tmp_path):
 
 
 def test_a_header_beyond_the_limit(monkeypatch, tmp_path, state):
-    monkeypatch.setattr("polyak.checkpoints.writer.MAX_HEADER", 1000)
+    monkeypatch.setattr("polyak.checkpoints.merging.writer.MAX_HEADER", 1000)
     with pytest.raises(FormatError, match="safetensors allows 1000"):
         converted(state, tmp_path, "out.safetensors")
 

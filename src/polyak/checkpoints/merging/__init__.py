@@ -1,0 +1,1 @@
+"""Averages across files: what is asked, the plan, the loop, the streaming writers, resuming."""

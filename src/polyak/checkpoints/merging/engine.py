@@ -1,0 +1,248 @@
+"""The loop of a merge: read a chunk of every input, accumulate, cast, write at the final offset.
+
+Every byte of the inputs is read once, for however many outputs. A thread owns one set of buffers and
+nothing else; inputs are added in their order with elementwise operations only, so results depend
+neither on the number of threads nor on where chunks end (a matrix product's would).
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from polyak.checkpoints.merging.nonfinite import explained, fits
+from polyak.checkpoints.merging.plan import VECTOR, Chunk, Plan, Reader, Segment, Strip
+from polyak.checkpoints.reading.dtypes import TORCH_DTYPES, accumulator
+
+
+class Sink(Protocol):
+    """What takes the bytes of an output."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge: coefficients[k][i] of input i in output k; outputs[k][s]: where segment s goes."""
+
+    plan: Plan
+    coefficients: Sequence[Sequence[float]]
+    outputs: Sequence[Sequence[Strip[Sink]]]
+    paths: Sequence[str]
+
+
+class Row:
+    """The weights of one output, and how an input enters its sum.
+
+    Without negative weights the sum is a running mean, `y += share (x - y)`, for the price of a plain
+    sum: what is equal in all inputs (a frozen layer) comes out bitwise as it was.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = weights
+        self._shares: list[float] | None = None
+        if min(weights) >= 0:
+            totals = itertools.accumulate(weights)
+            self._shares = [w / t if t else 0.0 for w, t in zip(weights, totals, strict=True)]
+
+    def enter(self, total: Tensor, values: Tensor, index: int, *, first: bool) -> None:
+        """Let the values of input `index` enter; the first come in any dtype."""
+        if first:
+            total.copy_(values)
+            if self._shares is None:
+                total.mul_(self.weights[index])
+        elif self._shares is None:
+            total.add_(values, alpha=self.weights[index])
+        else:
+            total.lerp_(values, self._shares[index])
+
+
+class Buffer:
+    """Page-aligned memory that files read into and torch computes on."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = mmap.mmap(-1, max(size, 1))
+        self.bytes = memoryview(self._memory)
+        self._views: dict[torch.dtype, Tensor] = {}
+
+    def as_tensor(self, dtype: torch.dtype, values: int) -> Tensor:
+        """The first values of the buffer as a tensor."""
+        if dtype not in self._views:
+            count = len(self.bytes) // dtype.itemsize
+            self._views[dtype] = torch.frombuffer(self._memory, dtype=dtype, count=count)
+        return self._views[dtype][:values]
+
+
+class Worker:
+    """One thread's buffers, and what it does with them."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._rows = [Row(weights) for weights in job.coefficients]
+        arithmetic = [s for s in job.plan.segments if s.numbers]
+        sizes = [(s, s.chunk_values(job.plan.chunk_bytes)) for s in job.plan.segments]
+        self._raw = Buffer(max((n * s.bytes_in for s, n in sizes), default=0))
+        self._out = Buffer(max((n * s.bytes_out for s, n in sizes if s.numbers), default=0))
+        wide = max((n * accumulator(s.read_as).itemsize for s, n in sizes if s.numbers), default=0)
+        self._wide = Buffer(wide)
+        count = len(job.outputs) if arithmetic else 0
+        self._sums = [Buffer(wide) for _ in range(count)]
+
+    def merge(self, chunk: Chunk, *, checksums: bool) -> list[int]:
+        """Do one chunk; CRC-32 of what each output was given (zeros unless asked for).
+
+        Raises NonFiniteError naming the tensor and the input.
+        """
+        segment = self._job.plan.segments[chunk.segment]
+        if segment.numbers is None:
+            length = chunk.end - chunk.begin
+            _read(segment.inputs[-1], chunk.begin, self._raw.bytes[:length])
+            return self._write(
+                chunk, [self._raw.bytes[:length]] * len(self._job.outputs), checksums
+            )
+        rows = self._rows if segment.mean else [_newest_only(segment)]
+        self._accumulate(segment, chunk, rows)
+        return self._cast(segment, chunk, len(rows), checksums)
+
+    def _accumulate(self, segment: Segment, chunk: Chunk, rows: Sequence[Row]) -> None:
+        """Add up every input that counts in some row, in order."""
+        padded, dtype = _padded(chunk), accumulator(segment.read_as)
+        begin = chunk.begin * segment.bytes_in
+        buffer = self._raw.bytes[: chunk.end * segment.bytes_in - begin]
+        raw = self._raw.as_tensor(TORCH_DTYPES[segment.read_as], padded)
+        wide = raw if raw.dtype == dtype else self._wide.as_tensor(dtype, padded)
+        sums = [s.as_tensor(dtype, padded) for s in self._sums[: len(rows)]]
+        begun: set[int] = set()
+        for index, strip in enumerate(segment.inputs):
+            counting = [k for k, row in enumerate(rows) if row.weights[index]]
+            if not counting:
+                continue
+            _read(strip, begin, buffer)
+            if wide is not raw and begun:
+                wide.copy_(raw)
+            for k in counting:
+                rows[k].enter(sums[k], wide if begun else raw, index, first=k not in begun)
+            begun.update(counting)
+
+    def _cast(self, segment: Segment, chunk: Chunk, rows: int, checksums: bool) -> list[int]:
+        count = chunk.end - chunk.begin
+        padded = _padded(chunk)
+        target = TORCH_DTYPES[segment.written_as]
+        crcs: list[int] = []
+        for k in range(rows):
+            total = self._sums[k].as_tensor(accumulator(segment.read_as), padded)
+            if not fits(total[:count], segment.written_as):
+                raise explained(self._job.paths, segment, chunk, total)
+            buffer = self._sums[k]
+            if target != total.dtype:
+                buffer = self._out
+                buffer.as_tensor(target, padded).copy_(total)
+            data = buffer.bytes[: count * segment.bytes_out]
+            which = [k] if segment.mean else range(len(self._job.outputs))
+            crcs += self._write_to(which, chunk, data, checksums)
+        return crcs
+
+    def _write(self, chunk: Chunk, data: Sequence[memoryview], checksums: bool) -> list[int]:
+        return self._write_to(range(len(data)), chunk, data[0], checksums)
+
+    def _write_to(
+        self,
+        outputs: Iterable[int],
+        chunk: Chunk,
+        data: memoryview,
+        checksums: bool,
+    ) -> list[int]:
+        start = chunk.begin * self._job.plan.segments[chunk.segment].bytes_out
+        which = list(outputs)
+        for k in which:
+            strip = self._job.outputs[k][chunk.segment]
+            for sink, offset, begin, end in strip.pieces(start, start + len(data)):
+                sink.write(offset, data[begin - start : end - start])
+        return [zlib.crc32(data) if checksums else 0] * len(which)
+
+
+def run(
+    job: Job,
+    chunks: Iterator[int],
+    threads: int,
+    done: Callable[[int, Sequence[int]], None],
+    *,
+    checksums: bool = False,
+) -> None:
+    """Merge the chunks in threads of one torch thread each; `done(chunk, checksums)` after each.
+
+    The first error of any thread stops all and is raised here.
+    """
+    crew = _Crew(job, chunks, done, checksums=checksums)
+    before = torch.get_num_threads()
+    workers = [threading.Thread(target=crew.work, daemon=True) for _ in range(threads)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        crew.stop.set()  # also after Ctrl-C: nobody writes once this function has ended
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+        torch.set_num_threads(before)  # a worker's 1 would be what later threads begin with
+    if crew.error is not None:
+        raise crew.error
+
+
+class _Crew:
+    """What the threads share: the chunks still to do, and the first error."""
+
+    def __init__(
+        self,
+        job: Job,
+        chunks: Iterator[int],
+        done: Callable[[int, Sequence[int]], None],
+        *,
+        checksums: bool,
+    ) -> None:
+        self._job, self._chunks, self._done, self._checksums = job, chunks, done, checksums
+        self._lock = threading.Lock()
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+
+    def work(self) -> None:
+        try:
+            torch.set_num_threads(1)
+            worker = Worker(self._job)
+            while (index := self._next()) is not None:
+                self._done(index, worker.merge(self._job.plan[index], checksums=self._checksums))
+        except BaseException as error:  # handed to the caller's thread, not swallowed
+            with self._lock:
+                self.error = self.error or error
+            self.stop.set()
+
+    def _next(self) -> int | None:
+        with self._lock:
+            return None if self.stop.is_set() else next(self._chunks, None)
+
+
+def _read(strip: Strip[Reader], begin: int, buffer: memoryview) -> None:
+    if (whole := strip.locate(begin, begin + len(buffer))) is not None:
+        whole[0].read_into(whole[1], buffer)
+        return
+    for source, offset, start, end in strip.pieces(begin, begin + len(buffer)):
+        source.read_into(offset, buffer[start - begin : end - begin])
+
+
+def _newest_only(segment: Segment) -> Row:
+    return Row([0.0] * (len(segment.inputs) - 1) + [1.0])
+
+
+def _padded(chunk: Chunk) -> int:
+    return -(-(chunk.end - chunk.begin) // VECTOR) * VECTOR

@@ -1,0 +1,212 @@
+"""Carrying a merge out: stage, continue what was interrupted, check, publish."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from polyak.checkpoints.files import refuse_existing
+from polyak.checkpoints.merging.engine import Sink, run
+from polyak.checkpoints.merging.outputs import Staged, check_room, leftovers
+from polyak.checkpoints.merging.parts import part_of
+from polyak.checkpoints.merging.plan import Strip
+from polyak.checkpoints.merging.prepare import Merge
+from polyak.checkpoints.merging.recipes import UNHASHED, with_hashes
+from polyak.checkpoints.merging.resume import Journal, is_complete
+from polyak.checkpoints.merging.verify import Hashes, check_written
+from polyak.checkpoints.merging.writer import OutputFile, writing_errors
+from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.errors import OutputError, PolyakError, UsageError
+
+_DONE = "whole"  # a mark in the staging folder: everything is on the disk and may be published
+
+
+def execute(merge: Merge) -> bool:
+    """Do the merge, or this process's part of it; whether the outputs are published now.
+
+    What was staged stays for `resume` if the machine or the disk gave out, and goes if an input was
+    at fault.
+    """
+    staged = [Staged(one, merge.identity) for one in merge.blueprints]
+    if _is_published(merge):
+        return True
+    _check_targets(merge, staged)
+    if (staged[0].room / _DONE).exists():
+        return _publish(staged)
+    check_room(merge.blueprints, merge.identity)
+    try:
+        return _stage(merge, staged)
+    except PolyakError as error:
+        if not isinstance(error, OutputError) and merge.settings.part[1] == 1:
+            for one in staged:
+                one.discard()
+        raise
+    finally:
+        for one in staged:
+            one.close()
+
+
+def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
+    keep = merge.settings.resume and all(one.exists for one in staged)
+    for one in staged:
+        one.open()
+    index, count = merge.settings.part
+    chunks = part_of(merge.plan, index, count)
+    path = staged[0].room / f"journal-{index + 1}of{count}"
+    journal = Journal(path, len(merge.plan), len(staged), keep=keep)
+    try:
+        hashes = _hashes(merge) if count == 1 else None
+        strips = [one.strips(merge.plan) for one in staged]
+        try:
+            _merge(merge, strips, journal, chunks)
+            _check_inputs(merge)
+        except BaseException:
+            if hashes:
+                hashes.stop()
+            raise
+        if not _others_are_done(merge, staged[0], chunks):
+            return False
+        return _complete(merge, staged, hashes or _hashes(merge))
+    finally:
+        journal.close()
+
+
+def _merge(
+    merge: Merge, strips: Sequence[Sequence[Strip[Sink]]], journal: Journal, chunks: range
+) -> None:
+    """Run the engine over the chunks that are still to do, keeping the journal."""
+    files = _files(strips)
+    progress, lock = merge.settings.progress, threading.Lock()
+    finished = sum(journal.is_done(index) for index in chunks)
+
+    def done(index: int, checksums: Sequence[int]) -> None:
+        nonlocal finished
+        journal.mark(index, checksums)
+        journal.sync_if_due(files)
+        if progress is not None:
+            with lock:
+                finished += 1
+                progress(finished, len(chunks))
+
+    todo = (index for index in chunks if not journal.is_done(index))
+    run(merge.job(strips), todo, merge.threads, done, checksums=merge.settings.verify)
+    if merge.settings.verify or merge.settings.part[1] > 1:  # else finishing syncs the files
+        journal.sync(files)
+    if merge.settings.verify:
+        written = cast("Sequence[Sequence[Strip[OutputFile]]]", strips)
+        check_written(merge.plan, written, journal, chunks)
+
+
+def _complete(merge: Merge, staged: Sequence[Staged], hashes: Hashes | None) -> bool:
+    """Write what is known only now, then move everything into place."""
+    found = hashes.result() if hashes else {}
+    _check_inputs(merge)
+    try:
+        for one in staged:
+            one.finish(with_hashes(one.blueprint.metadata, found))
+        with writing_errors(staged[0].room):
+            (staged[0].room / _DONE).touch()
+        return _publish(staged)
+    except OutputError:
+        # Another part that was done at the same moment may have published everything already.
+        if all(one.blueprint.target.exists() and not one.room.exists() for one in staged):
+            return True
+        raise
+
+
+def _check_inputs(merge: Merge) -> None:
+    for checkpoint in merge.all_inputs:
+        checkpoint.check_unchanged()
+
+
+def _publish(staged: Sequence[Staged]) -> bool:
+    for one in staged:
+        one.publish()
+    for one in reversed(
+        staged
+    ):  # the first holds the mark by which an interrupted publishing goes on
+        one.discard()
+    return True
+
+
+def _hashes(merge: Merge) -> Hashes | None:
+    if not merge.settings.verify:
+        return None
+    return Hashes([file for one in merge.inputs for file in one.files])
+
+
+def _others_are_done(merge: Merge, first: Staged, mine: range) -> bool:
+    """Whether all other parts have all their chunks on the disk."""
+    _, count = merge.settings.part
+    parts = {i: part_of(merge.plan, i, count) for i in range(count)}
+    return all(
+        chunks == mine
+        or is_complete(first.room / f"journal-{i + 1}of{count}", chunks, len(merge.blueprints))
+        for i, chunks in parts.items()
+    )
+
+
+def _check_targets(merge: Merge, staged: Sequence[Staged]) -> None:
+    """Refuse what exists; deal with what other merges into the same places have left."""
+    continuing = any(one.room.exists() for one in staged)
+    for one in staged:
+        if not (continuing and (staged[0].room / _DONE).exists()):
+            refuse_existing(one.blueprint.target, overwrite=merge.settings.overwrite)
+        foreign = [room for room in leftovers(one.blueprint.target) if room != one.room]
+        if foreign and merge.settings.resume and not continuing:
+            raise UsageError(
+                f"{foreign[0]} was left by another merge: the inputs, the recipe or polyak's version "
+                "have changed since, so it cannot be continued. Run without resume to start anew."
+            )
+        if merge.settings.part[1] == 1:
+            for room in foreign if merge.settings.resume else leftovers(one.blueprint.target):
+                _remove_unless_held(room)
+
+
+def _remove_unless_held(room: Path) -> None:
+    """Remove a leftover; OutputError where a running process holds its journal."""
+    for journal in room.glob("journal-*"):
+        with journal.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"Another process is writing this output (it holds {journal}). Wait for it."
+                ) from None
+    shutil.rmtree(room, ignore_errors=True)
+
+
+def _is_published(merge: Merge) -> bool:
+    """Whether a resumed merge was already whole: its outputs stand there with the same recipe."""
+    if not merge.settings.resume or merge.settings.overwrite:
+        return False
+    expected: dict[str, object] = {t.name: (t.dtype, t.shape) for t in merge.alignment.tensors}
+    return all(_holds(one.target, expected, dict(one.metadata)) for one in merge.blueprints)
+
+
+def _holds(target: Path, tensors: dict[str, object], metadata: dict[str, str]) -> bool:
+    with suppress(PolyakError), open_checkpoint(target) as written:
+        found = {name: (t.dtype, t.shape) for name, t in written.tensors.items()}
+        return found == tensors and _without_hashes(dict(written.metadata)) == metadata
+    return False
+
+
+def _without_hashes(metadata: dict[str, str]) -> dict[str, str]:
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        inputs = json.loads(metadata["inputs"])
+        for one in inputs:
+            for path in one.get("sha256", {}):
+                one["sha256"][path] = UNHASHED
+        return {**metadata, "inputs": json.dumps(inputs)}
+    return metadata
+
+
+def _files(strips: Sequence[Sequence[Strip[Sink]]]) -> list[OutputFile]:
+    found = {id(sink): sink for row in strips for strip in row for sink in strip.sources}
+    return [sink for sink in found.values() if isinstance(sink, OutputFile)]

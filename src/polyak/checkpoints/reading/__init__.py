@@ -1,0 +1,1 @@
+"""One lazy reader per format, each giving named tensors as byte spans; no pickle is ever run."""

@@ -1,0 +1,235 @@
+"""Folders of `torch.distributed.checkpoint`: `.metadata` says which chunk lies where.
+
+`.metadata` is a pickle of dataclasses, read without running it; the `.distcp` files hold one small
+torch archive a chunk, read in place when the chunk is asked for. Any number of ranks may have written
+them, FSDP2 and tensor parallelism included, and no process group is needed.
+Source: torch/distributed/checkpoint/{metadata,filesystem}.py of torch 2.13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from polyak.checkpoints.reading.byteorder import SwappedTensor
+from polyak.checkpoints.reading.chunks import Chunk, ChunkedTensor, itemsize_of, row_major
+from polyak.checkpoints.reading.gather import Strided
+from polyak.checkpoints.reading.inert import Global, Stub
+from polyak.checkpoints.reading.layout import (
+    DTYPE_BITS,
+    MAX_DIMENSIONS,
+    MAX_SIZE,
+    ByteFile,
+    Checkpoint,
+    StoredTensor,
+)
+from polyak.checkpoints.reading.nested import find_tensors
+from polyak.checkpoints.reading.pickles import MAX_PICKLE_BYTES, read_pickle
+from polyak.checkpoints.reading.places import Place
+from polyak.checkpoints.reading.strided import StridedTensor
+from polyak.checkpoints.reading.torch_archive import TorchArchive
+from polyak.checkpoints.reading.torch_objects import DTYPES, StorageRef, TensorRef, call_torch
+from polyak.checkpoints.reading.zips import PartFile
+from polyak.errors import FormatError
+
+_MAX_CHUNKS = 4_000_000
+_HOME = "torch.distributed.checkpoint."
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Where one chunk lies."""
+
+    file: str
+    offset: int
+    length: int
+    transformed: bool
+
+
+class _StoredChunk(Chunk):
+    """A chunk that is a small torch archive inside a `.distcp` file."""
+
+    def __init__(self, name: str, dtype: str, box: tuple[Any, Any], part: PartFile) -> None:
+        super().__init__(*box)
+        self.name, self.dtype, self.part = name, dtype, part
+        self._source: Strided | None = None
+
+    def source(self) -> Strided:
+        """Where the values lie, read from the archive at first, and checked."""
+        if self._source is None:
+            archive = TorchArchive(self.part)
+            ref = archive.root
+            if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (self.dtype, self.shape):
+                raise FormatError(
+                    f"{self.part.path} should hold {self.dtype} {list(self.shape)} of {self.name!r}, "
+                    "and holds something else. The files are of different saves, or damaged."
+                )
+            self._source = _strided(archive.tensor(self.name, ref), self.part)
+        return self._source
+
+
+def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
+    """Open a DCP folder. key: where its tensors are; None looks in the usual places."""
+    described = _Folder(folder)
+    try:
+        found = find_tensors(described.tree, key, folder.path)
+        tensors: dict[str, StoredTensor] = {}
+        for name, ref in found.tensors.items():
+            chunks = described.chunks(name, ref)
+            try:
+                tensors[name] = ChunkedTensor(name, ref.dtype, ref.shape, chunks)
+            except FormatError as error:
+                found.refused[name] = str(error)
+    except BaseException:
+        described.close()
+        raise
+    files = (described.file, *described.files.values())
+    return Checkpoint(folder.path, "dcp", tensors, files, refused=found.refused)
+
+
+class _Folder:
+    """What `.metadata` describes, and the `.distcp` files opened so far."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.file = place.inside(".metadata").file()
+        self.files: dict[str, ByteFile] = {}
+        self.where = self.file.path
+        data = self.file.read(0, min(self.file.size, MAX_PICKLE_BYTES + 1))
+        root = read_pickle(data, self.where, call_torch)
+        described = _fields(root, "metadata.Metadata", self.where)
+        entries, paths = described.get("state_dict_metadata"), described.get("planner_data")
+        if not isinstance(entries, dict):
+            raise _damaged(self.where, "it describes no state_dict")
+        self.entries = entries
+        self.items = _items(described.get("storage_data"), self.where)
+        self.tree = _tree(entries, paths if isinstance(paths, dict) else {}, self.where)
+        self.count = 0
+
+    def chunks(self, name: str, ref: TensorRef) -> list[Chunk]:
+        """The chunks of a tensor, their files opened and long enough."""
+        entry = _fields(self.entries[ref.storage.key], "metadata.TensorStorageMetadata", self.where)
+        boxes = _boxes(entry.get("chunks"), self.where)
+        self.count += len(boxes)
+        if self.count > _MAX_CHUNKS:
+            raise _damaged(self.where, f"more than {_MAX_CHUNKS} chunks")
+        return [
+            _StoredChunk(name, ref.dtype, box, self._part(ref.storage.key, box[0])) for box in boxes
+        ]
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for file in (self.file, *self.files.values()):
+            file.close()
+
+    def _part(self, fqn: str, first: tuple[int, ...]) -> PartFile:
+        """Where the chunk at `first` lies."""
+        item = self.items.get((fqn, first)) or self.items.get((fqn, None))
+        if item is None:
+            raise _damaged(self.where, f"nothing says where the chunk of {fqn!r} at {first} lies")
+        if item.transformed:
+            raise FormatError(
+                f"{self.where}: {fqn!r} was saved through a compressing extension; save without one."
+            )
+        if "/" in item.file or "\\" in item.file or item.file in ("", ".", ".."):
+            raise _damaged(self.where, f"{item.file[:100]!r} is no file name")
+        if item.file not in self.files:
+            self.files[item.file] = self.place.inside(item.file).file()
+        return PartFile(self.files[item.file], item.offset, item.length)
+
+
+def _fields(value: Any, kind: str, where: str) -> dict[Any, Any]:
+    """The attributes of a dataclass of DCP."""
+    if isinstance(value, Stub) and value.name == _HOME + kind and isinstance(value.state, dict):
+        return value.state
+    found = value.name if isinstance(value, Stub) else type(value).__name__
+    raise _damaged(where, f"expected a {kind}, found a {found}")
+
+
+def _damaged(where: str, problem: str) -> FormatError:
+    return FormatError(
+        f"{where}: {problem}. It is not the .metadata of a DCP checkpoint, or damaged."
+    )
+
+
+def _items(storage_data: Any, where: str) -> dict[tuple[str, Any], _Item]:
+    """(name, offset of the chunk) -> where it lies."""
+    if not isinstance(storage_data, dict):
+        raise _damaged(where, "it does not say where the chunks lie")
+    items = {}
+    for index, info in storage_data.items():
+        at = _fields(index, "metadata.MetadataIndex", where)
+        match _fields(info, "filesystem._StorageInfo", where):
+            case {"relative_path": str(path), "offset": int(offset), "length": int(length), **rest}:
+                transformed = bool(rest.get("transform_descriptors"))
+            case _:
+                raise _damaged(where, "a chunk without file, offset and length")
+        fqn, first = at.get("fqn"), at.get("offset")
+        if not isinstance(fqn, str) or not (first is None or _are_sizes(first)):
+            raise _damaged(where, "a chunk without a name")
+        items[fqn, first] = _Item(path, offset, length, transformed)
+    return items
+
+
+def _tree(entries: dict[Any, Any], paths: dict[Any, Any], where: str) -> dict[Any, Any]:
+    """The saved containers again, a `TensorRef` (with the flat name as key) for every tensor."""
+    root: dict[Any, Any] = {}
+    for fqn, entry in entries.items():
+        if isinstance(entry, Stub) and entry.name.endswith(".BytesStorageMetadata"):
+            continue
+        ref = _ref(fqn, _fields(entry, "metadata.TensorStorageMetadata", where), where)
+        path = paths.get(fqn, (fqn,))
+        if not isinstance(path, tuple) or not path or len(path) > 50:
+            raise _damaged(where, f"{fqn!r} has no path")
+        inner: Any = root
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or path[-1] in inner:
+            raise _damaged(where, f"two entries at the path of {fqn!r}")
+        inner[path[-1]] = ref
+    return root
+
+
+def _ref(fqn: Any, fields: dict[Any, Any], where: str) -> TensorRef:
+    properties, shape = fields.get("properties"), fields.get("size")
+    state = properties.state if isinstance(properties, Stub) else None
+    match state:
+        case (Global(name=kind), *_) if isinstance(fqn, str) and _are_sizes(shape):
+            dtype = DTYPES.get(kind.removeprefix("torch."), "")
+            if DTYPE_BITS.get(dtype, 1) % 8:
+                raise _damaged(where, f"{fqn!r} has the dtype {kind}, which polyak does not know")
+            return TensorRef(StorageRef(fqn, dtype, 0), dtype, 0, shape or (), ())
+    raise _damaged(where, f"{str(fqn)[:200]!r} has no dtype and shape")
+
+
+def _boxes(chunks: Any, where: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    if not isinstance(chunks, list):
+        raise _damaged(where, "a tensor without chunks")
+    found = []
+    for chunk in chunks:
+        fields = _fields(chunk, "metadata.ChunkStorageMetadata", where)
+        first, size = fields.get("offsets"), fields.get("sizes")
+        if first is None or size is None or not (_are_sizes(first) and _are_sizes(size)):
+            raise _damaged(where, "a chunk without offsets and sizes")
+        found.append((first, size))
+    return found
+
+
+def _strided(stored: StoredTensor, part: PartFile) -> Strided:
+    itemsize = itemsize_of(stored.dtype)
+    if isinstance(stored, StridedTensor):
+        return stored.source
+    if isinstance(stored, SwappedTensor) or not stored.spans:
+        raise FormatError(
+            f"{part.path} is big-endian; DCP checkpoints are read little-endian only."
+        )
+    span = stored.spans[0]
+    return Strided(span.file, span.offset, row_major(stored.shape), itemsize)
+
+
+def _are_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < MAX_SIZE for size in value)
+    )

@@ -1,0 +1,231 @@
+"""The opcodes of pickle protocols 2 to 5 that checkpoints hold, as functions of the machine."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from polyak.checkpoints.reading.inert import Global, Stub
+
+if TYPE_CHECKING:
+    from polyak.checkpoints.reading.pickles import Machine
+
+MAX_MARKS = 100_000
+"""Containers that are open at once."""
+
+Operation = Callable[["Machine"], None]
+
+
+def _number(layout: str) -> Operation:
+    form = struct.Struct(layout)
+
+    def push(machine: Machine) -> None:
+        machine.stack.append(form.unpack(machine.take(form.size))[0])
+
+    return push
+
+
+def _blob(layout: str, convert: Callable[[Machine, bytes], Any]) -> Operation:
+    form = struct.Struct(layout)
+
+    def push(machine: Machine) -> None:
+        length = form.unpack(machine.take(form.size))[0]
+        machine.stack.append(convert(machine, machine.take(length)))
+
+    return push
+
+
+def _long(machine: Machine, raw: bytes) -> int:
+    if len(raw) > 16:  # keys and sizes; also keeps the hashes of integers apart
+        raise machine.error(f"an integer of {len(raw)} bytes")
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def _put(index: Callable[[Machine], int]) -> Operation:
+    def put(machine: Machine) -> None:
+        machine.memo[index(machine)] = machine.stack[-1]
+
+    return put
+
+
+def _get(size: int) -> Operation:
+    def get(machine: Machine) -> None:
+        index = int.from_bytes(machine.take(size), "little")
+        if index not in machine.memo:
+            raise machine.error(f"memo entry {index} was never written")
+        machine.stack.append(machine.memo[index])
+
+    return get
+
+
+def _tuple(length: int) -> Operation:
+    def build(machine: Machine) -> None:
+        stack = machine.stack
+        if len(stack) < length:
+            raise IndexError
+        stack[-length:] = [tuple(stack[-length:])]
+
+    return build
+
+
+def _global(machine: Machine) -> None:
+    module = machine.line()
+    machine.stack.append(Global(f"{module}.{machine.line()}"))
+
+
+def _stack_global(machine: Machine) -> None:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    if not (isinstance(name, str) and isinstance(module, str) and len(name) + len(module) < 1000):
+        raise machine.error("a global whose name is not text")
+    machine.stack.append(Global(f"{module}.{name}"))
+
+
+def _reduce(machine: Machine) -> None:
+    args, function = machine.stack.pop(), machine.stack.pop()
+    if not isinstance(args, tuple):
+        raise machine.error("a call whose arguments are not a tuple")
+    machine.stack.append(machine.call(function, args))
+
+
+def _new_with_keywords(machine: Machine) -> None:
+    keywords = machine.stack.pop()
+    _reduce(machine)
+    if isinstance(machine.stack[-1], Stub):
+        machine.stack[-1].contents.append(keywords)
+
+
+def _build(machine: Machine) -> None:
+    state = machine.stack.pop()
+    if isinstance(machine.stack[-1], Stub):  # attributes of containers and tensors are not needed
+        machine.stack[-1].state = state
+
+
+def _extend(machine: Machine, items: list[Any]) -> None:
+    target = machine.stack[-1]
+    if isinstance(target, Stub):
+        target = target.contents
+    if not isinstance(target, list):
+        raise machine.error(f"items for a {type(target).__name__}")
+    target.extend(items)
+
+
+def _set_items(machine: Machine, items: list[Any]) -> None:
+    target = machine.stack[-1]
+    if len(items) % 2:
+        raise machine.error("a key without a value")
+    if isinstance(target, Stub):
+        target.contents.extend(items)
+    elif isinstance(target, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[machine.key(key)] = value
+    else:
+        raise machine.error(f"keys for a {type(target).__name__}")
+
+
+def _two(machine: Machine) -> list[Any]:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    return [key, value]
+
+
+def _persistent(machine: Machine) -> None:
+    if machine.persistent is None:
+        raise machine.error("a persistent id, where none is expected")
+    machine.stack.append(machine.persistent(machine.stack.pop()))
+
+
+def _protocol(machine: Machine) -> None:
+    if machine.take(1)[0] > 5:
+        raise machine.error("a protocol after 5")
+
+
+def _mark(machine: Machine) -> None:
+    machine.marks.append(len(machine.stack))
+    if len(machine.marks) > MAX_MARKS:
+        raise machine.error(f"more than {MAX_MARKS} containers are open")
+
+
+def _frame(machine: Machine) -> None:
+    machine.take(8)  # its length; its bytes simply follow
+
+
+def _pop(machine: Machine) -> None:
+    machine.stack.pop()
+
+
+def _pop_mark(machine: Machine) -> None:
+    machine.since_mark()
+
+
+def _text(machine: Machine, raw: bytes) -> str:
+    return machine.decode(raw)
+
+
+def _latin(machine: Machine, raw: bytes) -> str:
+    del machine
+    return raw.decode("latin-1")
+
+
+def _bytes(machine: Machine, raw: bytes) -> bytes:
+    del machine
+    return raw
+
+
+STOP = ord(".")
+
+OPERATIONS: dict[int, Operation] = {
+    code[0]: operation
+    for code, operation in {
+        b"\x80": _protocol,
+        b"\x95": _frame,
+        b"N": lambda machine: machine.stack.append(None),
+        b"\x88": lambda machine: machine.stack.append(True),
+        b"\x89": lambda machine: machine.stack.append(False),
+        b"]": lambda machine: machine.stack.append([]),
+        b"}": lambda machine: machine.stack.append({}),
+        b")": lambda machine: machine.stack.append(()),
+        b"\x8f": lambda machine: machine.stack.append([]),  # a set; its order is all that is lost
+        b"J": _number("<i"),
+        b"K": _number("<B"),
+        b"M": _number("<H"),
+        b"G": _number(">d"),
+        b"\x8a": _blob("<B", _long),
+        b"\x8b": _blob("<I", _long),
+        b"X": _blob("<I", _text),
+        b"\x8c": _blob("<B", _text),
+        b"\x8d": _blob("<Q", _text),
+        b"U": _blob("<B", _latin),
+        b"T": _blob("<I", _latin),
+        b"B": _blob("<I", _bytes),
+        b"C": _blob("<B", _bytes),
+        b"\x8e": _blob("<Q", _bytes),
+        b"\x96": _blob("<Q", _bytes),
+        b"q": _put(lambda machine: machine.take(1)[0]),
+        b"r": _put(lambda machine: int.from_bytes(machine.take(4), "little")),
+        b"\x94": _put(lambda machine: len(machine.memo)),
+        b"h": _get(1),
+        b"j": _get(4),
+        b"(": _mark,
+        b"0": _pop,
+        b"1": _pop_mark,
+        b"2": lambda machine: machine.stack.append(machine.stack[-1]),
+        b"\x85": _tuple(1),
+        b"\x86": _tuple(2),
+        b"\x87": _tuple(3),
+        b"t": lambda machine: machine.stack.append(tuple(machine.since_mark())),
+        b"l": lambda machine: machine.stack.append(machine.since_mark()),
+        b"\x91": lambda machine: machine.stack.append(machine.since_mark()),
+        b"a": lambda machine: _extend(machine, [machine.stack.pop()]),
+        b"e": lambda machine: _extend(machine, machine.since_mark()),
+        b"\x90": lambda machine: _extend(machine, machine.since_mark()),
+        b"s": lambda machine: _set_items(machine, _two(machine)),
+        b"u": lambda machine: _set_items(machine, machine.since_mark()),
+        b"c": _global,
+        b"\x93": _stack_global,
+        b"R": _reduce,
+        b"\x81": _reduce,
+        b"\x92": _new_with_keywords,
+        b"b": _build,
+        b"Q": _persistent,
+    }.items()
+}
