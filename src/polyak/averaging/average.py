@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 
-from polyak.averaging import interop
+from polyak.averaging import interop, loading
 from polyak.averaging.attaching import Attachment
 from polyak.averaging.following import Following
 from polyak.averaging.health import metrics_of
@@ -158,6 +158,19 @@ class Average(Outlet):
         self._following.refuse_during_loan("load_state_dict()")
         check_state(self._following, self._held, state)
         load_into(self._following, self._held, state)
+
+    def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
+        """Go on from a file: a saved `state_dict()`, bitwise, or the average of another library.
+
+        `torch.save(average.state_dict(), path)` writes the first. All else is read as by
+        `import_state`, with its `updates`: `torch.save` files of the states it knows, and safetensors,
+        those that `save` writes included (they hold the rounded result, so that needs `updates=`).
+
+        Raises ArgumentError if there is no such file, FormatError if it cannot be read without
+        running code from it, and what `load_state_dict` and `import_state` raise; the average stays
+        as it was.
+        """
+        loading.load(self, path, updates=updates)
 
     def import_state(self, state: Mapping[str, Any], *, updates: int | None = None) -> None:
         """Go on from another library's average: see `polyak.averaging.interop.import_state`."""

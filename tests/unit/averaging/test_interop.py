@@ -276,3 +276,68 @@ def test_stale_statistics_are_said(tmp_path: Path) -> None:
     average.update()
     with pytest.warns(polyak.errors.StaleStatistics):
         average.export(tmp_path / "a.pt")
+
+
+class TestLoad:
+    """`Average.load`: ours or another library's, from a file."""
+
+    @pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.999), Window(length=3)])
+    def test_a_state_of_ours_goes_on_bitwise(self, tmp_path: Path, profile: object) -> None:
+        model = _model()
+        average, again = Average(model, profile), Average(model, profile)
+        for _ in range(5):
+            _step(model)
+            average.update()
+        torch.save(average.state_dict(), tmp_path / "a.pt")
+        again.load(tmp_path / "a.pt")
+        for _ in range(5):
+            _step(model)
+            average.update()
+            again.update()
+        assert (again.time, again.count) == (10, 10)
+        for name, tensor in average.averaged_tensors().items():
+            assert torch.equal(again.averaged_tensors()[name], tensor)
+
+    def test_torchs_average(self, tmp_path: Path) -> None:
+        model = _model()
+        theirs = torchs.AveragedModel(model)
+        for _ in range(3):
+            _step(model)
+            theirs.update_parameters(model)
+        torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+        average = Average(model, SWA())
+        average.load(tmp_path / "theirs.pt")
+        assert average.count == 3
+        _go_on(average, theirs, torchs.AveragedModel.update_parameters)
+        _agree(average, dict(theirs.module.named_parameters()))
+
+    def test_the_saved_result_needs_to_be_told_how_many_updates(self, tmp_path: Path) -> None:
+        model = nn.Linear(2, 1)
+        average, again = Average(model, SWA()), Average(model, SWA())
+        average.update()
+        average.save(tmp_path / "a.safetensors")
+        with pytest.raises(polyak.errors.ArgumentError, match="pass updates="):
+            again.load(tmp_path / "a.safetensors")
+        again.load(tmp_path / "a.safetensors", updates=1)
+        assert torch.equal(again.averaged_tensors()["weight"], model.weight)
+
+    def test_what_cannot_be_read_changes_nothing(self, tmp_path: Path) -> None:
+        model = nn.Linear(2, 1)
+        average = Average(model, SWA())
+        average.update()
+        path = tmp_path / "a.pt"
+        torch.save(average.state_dict(), path)
+        with pytest.raises(polyak.errors.ArgumentError, match="leave out updates="):
+            average.load(path, updates=3)
+        whole = path.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"no state at all"):
+            for bad in (tmp_path / "bad.pt", tmp_path / "bad.safetensors"):
+                bad.write_bytes(content)
+                with pytest.raises(polyak.errors.FormatError, match=bad.name):
+                    average.load(bad)
+        torch.save(model, path)  # a pickled class: never run
+        with pytest.raises(polyak.errors.FormatError, match="import_state"):
+            average.load(path)
+        with pytest.raises(polyak.errors.ArgumentError, match="no such file"):
+            average.load(tmp_path / "none.pt")
+        assert average.count == 1
