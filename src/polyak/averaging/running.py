@@ -105,7 +105,7 @@ class Running:
     def load(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Take the values of a checked state."""
         _copy(self.tensors, state["tensors"], names)
-        block = state["block"]
+        block = state.get("block")
         self.block_is_open = block is not None
         if block is not None:
             self.block_updates, self.block_start = block["updates"], block["start"]

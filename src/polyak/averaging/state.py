@@ -27,7 +27,9 @@ from polyak.maths.spelling import spell
 from polyak.tensors.blend import accumulator_dtype
 
 VERSION = 1
-_NEEDED = {"version", "profile", "unit", "time", "count", "squares", "latest", "tensors", "pending"}
+_NUMBERS = ("time", "count", "squares", "latest")
+_NEEDED = {*_NUMBERS, "version", "profile", "unit", "tensors", "statistics", "pending"}
+_NEEDED |= {"statistics_are_fresh", "layer_modes"}
 
 
 def spelled(profile: Profile) -> str:
@@ -73,6 +75,10 @@ def check_state(following: Following, held: Held, state: Any) -> None:
         raise FormatError(
             f"The state has version {state['version']!r}; this polyak reads version {VERSION}."
         )
+    if damaged := _damaged(state):
+        raise FormatError(
+            f"The state is damaged: {', '.join(damaged)} cannot be what was saved. Nothing was loaded."
+        )
     changed = {
         what: f"{have!r}, but this average has {expected!r}"
         for what, have, expected in (
@@ -106,6 +112,33 @@ def load_into(following: Following, held: Held, state: Mapping[str, Any]) -> Non
     following.unit = state["unit"] or following.unit
     following.layer_modes = state["layer_modes"]
     following.pending_steps, following.pending_real = state["pending"]
+
+
+def _damaged(state: Mapping[str, Any]) -> list[str]:
+    """The entries that no average has written."""
+    bad = [n for n in _NUMBERS if not _is_number(state[n]) or not 0 <= state[n] < float("inf")]
+    groups = {"tensors": state["tensors"], "statistics": state["statistics"]}
+    block, snapshots = state.get("block"), state.get("snapshots", ())
+    try:
+        if block is not None:
+            groups["block"] = block["tensors"]
+            float(block["start"] + block["updates"])
+        groups |= {f"snapshots[{i}]": s["tensors"] for i, s in enumerate(snapshots)}
+        sum(s["to"] - s["from"] for s in snapshots)
+        steps, real = state["pending"]
+        float(steps + real)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        bad.append("block, snapshots or pending")
+    bad += [n for n, g in groups.items() if not _holds_tensors(g)]
+    return bad or ["tensors"] * (state["count"] > 0 and not (state["tensors"] or snapshots))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _holds_tensors(group: Any) -> bool:
+    return isinstance(group, Mapping) and all(isinstance(t, Tensor) for t in group.values())
 
 
 def _check_tensors(

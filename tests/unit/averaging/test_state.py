@@ -247,3 +247,30 @@ def test_repr_shows_the_unit():
     average = updated(nn.Linear(3, 2), EMA(decay=0.9), unit="captures")
     assert repr(average) == "Average(Linear, ema:decay=0.9, time=3 captures, count=3)"
     assert "a: Average" in repr(Averages(nn.Linear(3, 2), {"a": SWA()}))
+
+
+DAMAGES = {
+    "no statistics": lambda s: s.pop("statistics"),
+    "time is text": lambda s: s.update(time="x"),
+    "time runs backwards": lambda s: s.update(time=-1.0),
+    "not a number": lambda s: s.update(squares=float("nan")),
+    "tensors are gone": lambda s: s.update(tensors={}),
+    "tensors are none": lambda s: s.update(tensors=None),
+    "a tensor is a number": lambda s: s["tensors"].update(weight=1),
+    "pending is none": lambda s: s.update(pending=None),
+    "block is a number": lambda s: s.update(block=3),
+    "no modes": lambda s: s.pop("layer_modes"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_changes_nothing(damage):
+    state = updated(nn.Linear(2, 1)).state_dict()
+    damage(state)
+    average = updated(nn.Linear(2, 1))
+    before = {n: t.clone() for n, t in average.averaged_tensors().items()}
+    with pytest.raises(FormatError):
+        average.load_state_dict(state)
+    assert (average.time, average.count) == (3.0, 3)
+    for name, tensor in average.averaged_tensors().items():
+        assert torch.equal(tensor, before[name])
