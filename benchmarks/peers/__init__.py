@@ -68,7 +68,10 @@ class Peer:
         raise NotOffered
 
     def every(self, model: nn.Module, decay: float, k: int) -> Running:
-        """An EMA whose `update`, called after each step, averages only every k-th."""
+        """An EMA whose `update`, called after each step, averages only every k-th, at the same horizon.
+
+        An option to update less often that promises nothing about the horizon is not this.
+        """
         raise NotOffered
 
     def hooked(self, model: nn.Module, decay: float, optimizer: Any) -> Running:

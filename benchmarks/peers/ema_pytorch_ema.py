@@ -49,9 +49,6 @@ class EmaPytorch(Peer):
     def early(self, model: nn.Module, decay: float) -> Running:
         return _Ema(model, decay, min_value=0.0)  # its warm-up
 
-    def every(self, model: nn.Module, decay: float, k: int) -> Running:
-        return _Ema(model, decay, update_every=k)
-
     def hooked(self, model: nn.Module, decay: float, optimizer: Any) -> Running:
         running = _Ema(model, decay)
         running.average.add_to_optimizer_post_step_hook(optimizer)

@@ -72,16 +72,6 @@ class Lightning(Peer):
             module = _Counting()
             _run(module, late, 4, validates=False)
             return module.weight.item()
-        if check == "every k steps":
-            ends = []
-            for k in (1, 10):
-                module = _Counting(grows=True)
-                callback = EMAWeightAveraging(
-                    decay=0.99, update_every_n_steps=k, update_starting_at_step=0
-                )
-                _run(module, callback, 100, validates=False)
-                ends.append(module.weight.item())
-            return ends[1] / ends[0]
         if check == "an evaluation that fails":
             module = _Counting(fails=True, grows=True)
             try:
