@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from polyak.checkpoints.merging.average import Averaged
     from polyak.checkpoints.merging.options import Options
-    from polyak.checkpoints.merging.prepare import Merge, PathLike
+    from polyak.checkpoints.merging.paths import PathLike
+    from polyak.checkpoints.merging.prepare import Merge
     from polyak.checkpoints.merging.recipes import How
 
 _INPUTS, _TENSORS, _WORK = Inputs(), Tensors(), Work()

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from polyak.checkpoints.merging.prepare import PathLike
+    from polyak.checkpoints.merging.paths import PathLike
     from polyak.checkpoints.merging.recipes import How
     from polyak.checkpoints.merging.selection import Selection
 

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 import polyak
 from polyak.checkpoints.merging.average import average_checkpoints, averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.errors import ArgumentError, FormatError, MismatchError, StaleStatistics
+from polyak.errors import (
+    ArgumentError,
+    FormatError,
+    MismatchError,
+    OutputError,
+    PolyakError,
+    StaleStatistics,
+)
 from polyak.maths.profiles import EMA, Window
 
 ANY = torch.Generator().manual_seed(0)
@@ -288,7 +295,12 @@ def test_wrong_calls(tmp_path):
         (lambda: average_checkpoints([], {out: "swa"}), "no input"),
         (lambda: average_checkpoints(paths, {}), "no output"),
         (lambda: average_checkpoints([*paths, paths[0]], {out: "swa"}), "Given twice"),
-        (lambda: average_checkpoints(paths, {paths[0]: "swa"}), "Both input and output"),
+        (lambda: average_checkpoints(paths, {paths[0]: "swa"}), "is an input"),
+        (lambda: average_checkpoints(str(paths[0]), {out: "swa"}), "inputs is one path"),
+        (lambda: average_checkpoints(paths[0], {out: "swa"}), "inputs is one path"),
+        (lambda: dict(averaged_tensors(str(paths[0]), "swa")), "inputs is one path"),
+        (lambda: average_checkpoints(paths, str(out)), "expected a mapping of path to method"),
+        (lambda: average_checkpoints(paths, {".": "swa"}), "no name of its own"),
         (lambda: average_checkpoints(paths, {tmp_path / "x.gguf": "swa"}), "suffix"),
         (lambda: average_checkpoints(paths, {out: "mean"}), "Unknown method"),
         (
@@ -303,6 +315,38 @@ def test_wrong_calls(tmp_path):
         with pytest.raises(ArgumentError, match=message):
             call()
     assert not out.exists()
+
+
+def test_no_output_takes_the_place_of_an_input(tmp_path):
+    paths = stored_checkpoints(tmp_path, [random_state() for _ in range(2)])
+    folder = tmp_path / "run"
+    (folder / "inner").mkdir(parents=True)
+    inside = [path.rename(folder / "inner" / path.name) for path in paths]
+    before = sorted(folder.rglob("*"))
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for inputs, target in [
+        (inside, folder),
+        (inside, folder / "inner"),
+        ([link / "inner" / path.name for path in inside], folder),
+        ([folder / "inner"], inside[0]),
+    ]:
+        with pytest.raises(PolyakError):
+            average_checkpoints(inputs, {target: "swa"}, overwrite=True)
+    with pytest.raises(ArgumentError, match="or holds one"):
+        average_checkpoints(inside[:1], {inside[1]: [1.0]}, base=inside[1], overwrite=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_only_a_folder_that_a_merge_wrote_is_replaced(tmp_path):
+    paths = stored_checkpoints(tmp_path, [random_state() for _ in range(2)])
+    target = tmp_path / "averaged"
+    average_checkpoints(paths, {target: "swa"})
+    average_checkpoints(paths, {target: [0.25, 0.75]}, overwrite=True)
+    (target / "notes.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.md"):
+        average_checkpoints(paths, {target: "swa"}, overwrite=True)
+    assert (target / "notes.md").read_text() == "mine"
 
 
 def test_tensors_one_by_one(tmp_path):

@@ -13,8 +13,9 @@ import torch
 from polyak.checkpoints.merging.engine import Job, Sink, Worker
 from polyak.checkpoints.merging.execute import execute
 from polyak.checkpoints.merging.options import Options, Settings
+from polyak.checkpoints.merging.paths import PathLike
 from polyak.checkpoints.merging.plan import Plan, Strip
-from polyak.checkpoints.merging.prepare import Merge, PathLike, prepared, warn_of_stale
+from polyak.checkpoints.merging.prepare import Merge, prepared, warn_of_stale
 from polyak.checkpoints.merging.recipes import How, Recipe
 from polyak.checkpoints.reading.dtypes import TORCH_DTYPES
 
@@ -106,7 +107,7 @@ def averaged_tensors(
     >>> dict(averaged_tensors(folder.glob("*.safetensors"), "swa"))
     {'w': tensor([150., 150.])}
     """
-    with prepared(inputs, {"averaged.safetensors": how}, Settings.of(options)) as merge:
+    with prepared(inputs, {"memory://averaged.safetensors": how}, Settings.of(options)) as merge:
         warn_of_stale(merge, "FILE")
         for tensor in merge.alignment.tensors:
             memory = _Memory(tensor.nbytes)

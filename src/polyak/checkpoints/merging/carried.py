@@ -9,7 +9,7 @@ from pathlib import Path
 from polyak.checkpoints.merging.policy import MergedTensor
 from polyak.checkpoints.reading.layout import Checkpoint
 
-_CARRIED = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe"}
+CARRIED = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe"}
 _OF_THE_RUN = {"trainer_state.json", "training_args.json", "scheduler.json"}
 _MAX_CARRIED = 64 * 1024**2
 
@@ -26,7 +26,7 @@ def carried_files(newest: Checkpoint) -> dict[str, bytes]:
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
         if path.is_file()
-        and path.suffix in _CARRIED
+        and path.suffix in CARRIED
         and path.name not in _OF_THE_RUN
         and not path.name.endswith(".index.json")
         and not path.name.startswith(".")

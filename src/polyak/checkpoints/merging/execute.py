@@ -13,7 +13,7 @@ from typing import cast
 
 from polyak.checkpoints.files import refuse_existing
 from polyak.checkpoints.merging.engine import Sink, run
-from polyak.checkpoints.merging.outputs import Staged, check_room, leftovers
+from polyak.checkpoints.merging.outputs import Staged, check_room, leftovers, refuse_foreign
 from polyak.checkpoints.merging.parts import part_of
 from polyak.checkpoints.merging.plan import Strip
 from polyak.checkpoints.merging.prepare import Merge
@@ -158,6 +158,7 @@ def _check_targets(merge: Merge, staged: Sequence[Staged]) -> None:
     for one in staged:
         if not (continuing and (staged[0].room / _DONE).exists()):
             refuse_existing(one.blueprint.target, overwrite=merge.settings.overwrite)
+            refuse_foreign(one.blueprint.target)
         foreign = [room for room in leftovers(one.blueprint.target) if room != one.room]
         if foreign and merge.settings.resume and not continuing:
             raise UsageError(

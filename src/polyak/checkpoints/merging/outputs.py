@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyak.checkpoints.files import sync
-from polyak.checkpoints.merging.carried import carried_files, index_of, shard_names, split
+from polyak.checkpoints.merging.carried import CARRIED, carried_files, index_of, shard_names, split
 from polyak.checkpoints.merging.engine import Sink
 from polyak.checkpoints.merging.plan import Plan, Strip
 from polyak.checkpoints.merging.policy import MergedTensor
@@ -56,6 +56,8 @@ class Contents:
 
 def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Blueprint:
     """How `target` will be written: `.safetensors`, a torch archive, or a folder (no suffix)."""
+    if target.name in ("", ".."):
+        raise ArgumentError(f"Output {target} has no name of its own; write it out.")
     suffix = target.suffix.lower()
     if suffix == ".safetensors":
         single: Layout = SafetensorsLayout(contents.tensors, metadata)
@@ -194,6 +196,26 @@ def check_room(blueprints: Sequence[Blueprint], identity: str) -> None:
             raise OutputError(
                 f"{parent} has {free} bytes free and {size} are needed. Make room, or write elsewhere."
             )
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise OutputError where `target` is a folder with more in it than a merge writes.
+
+    A folder is replaced whole: what else lies in it would be gone.
+    """
+    entries = sorted(target.iterdir()) if target.is_dir() else []
+    foreign = [path.name for path in entries if not _is_ours(path)]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise OutputError(
+            f"{target} is a folder that holds {shown}; replacing it would remove that. Choose another "
+            "name, or remove the folder yourself."
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    weights = path.suffix == ".safetensors" and path.stem.startswith(("model", "adapter_model"))
+    return path.is_file() and (weights or path.suffix in CARRIED)
 
 
 def _blocks_under(room: Path) -> int:

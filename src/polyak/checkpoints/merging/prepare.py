@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,21 +18,25 @@ from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import Settings
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint
 from polyak.checkpoints.merging.parts import bytes_to_read
+from polyak.checkpoints.merging.paths import (
+    PathLike,
+    checked_paths,
+    refuse_replacing,
+    refuse_twice,
+)
 from polyak.checkpoints.merging.plan import Plan, Strip, in_writing_order
 from polyak.checkpoints.merging.policy import Alignment, align
 from polyak.checkpoints.merging.recipes import (
     How,
     Recipe,
-    identity_path,
     in_natural_order,
     metadata_of,
     recipe_for,
 )
 from polyak.checkpoints.reading.layout import Checkpoint
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.errors import ArgumentError, StaleStatistics
+from polyak.errors import StaleStatistics
 
-PathLike = str | os.PathLike[str]
 _PROBED_CHUNKS = 48
 
 
@@ -127,13 +130,14 @@ def prepared(
     inputs: Iterable[PathLike], outputs: Mapping[PathLike, How], settings: Settings
 ) -> Iterator[Merge]:
     """Open the inputs and lay the merge out; they are closed when the block ends."""
-    paths = [os.fspath(path) for path in inputs]
-    _refuse_twice(paths, outputs)
+    paths = checked_paths(inputs, outputs)
+    refuse_twice(paths, outputs)
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(path, settings)) for path in paths]
         base = (
             None if settings.base is None else stack.enter_context(_opened(settings.base, settings))
         )
+        refuse_replacing(outputs, opened if base is None else [base, *opened])
         yield _laid_out(opened, base, outputs, settings)
 
 
@@ -184,24 +188,6 @@ def _batchnorm(inputs: Sequence[Checkpoint], alignment: Alignment) -> str:
     if len(inputs) > 1:
         return "stale"
     return inputs[0].metadata.get("batchnorm", "refreshed")
-
-
-def _refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, How]) -> None:
-    if not paths:
-        raise ArgumentError("There is nothing to average: no input was given.")
-    if not outputs:
-        raise ArgumentError("There is nothing to write: no output was given.")
-    resolved = [identity_path(path) for path in paths]
-    twice = sorted({path for path in resolved if resolved.count(path) > 1})
-    if twice:
-        raise ArgumentError(
-            f"Given twice as an input: {', '.join(twice)}. Use weights to count more."
-        )
-    targets = [identity_path(path) for path in outputs]
-    if overlap := sorted(set(targets) & set(resolved)):
-        raise ArgumentError(f"Both input and output: {', '.join(overlap)}. Write to another name.")
-    if len(set(targets)) < len(targets):
-        raise ArgumentError(f"Two outputs have the same path: {targets}.")
 
 
 def _stamp(path: str, size: int) -> tuple[str, int, int]:

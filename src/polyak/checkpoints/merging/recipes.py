@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import polyak
 from polyak.checkpoints.merging.options import Settings
@@ -179,9 +177,3 @@ def _times(profile: Profile, inputs: Sequence[Checkpoint]) -> tuple[str, list[fl
             "Put it in the name (checkpoint-500, step_000500.pt), or use swa or weights (--weights)."
         )
     return "captures", [float(index) for index in range(1, len(inputs) + 1)]
-
-
-def identity_path(path: str | os.PathLike[str]) -> str:
-    """The path as far as the system can resolve it, to tell whether an input was given twice."""
-    text = os.fspath(path)
-    return text if "://" in text else str(Path(text).resolve())
