@@ -47,7 +47,7 @@ def average(
     console = Console(highlight=False)
     recipes = outputs.recipes()
     options = _options(outputs, tensors, work)
-    paths = select_checkpoints(inputs, which.selection())
+    paths = select_checkpoints(inputs, which.selection(), key=tensors.key)
     with _notices(console):
         if work.dry_run:
             _dry_run(console, paths, recipes, options)

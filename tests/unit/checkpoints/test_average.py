@@ -184,6 +184,15 @@ def test_include_and_exclude(tmp_path):
         merged(paths, tmp_path, exclude=["b.*"])
 
 
+def test_what_only_older_ones_hold_can_be_excluded(tmp_path):
+    states = [random_state(old=torch.ones(2)), random_state()]
+    paths = stored_checkpoints(tmp_path, states)
+    with pytest.raises(MismatchError, match="unexpected"):
+        merged(paths, tmp_path)
+    for options in ({"exclude": ["old"]}, {"include": ["a.*"]}):
+        assert merged(paths, tmp_path, **options).keys() == states[1].keys()
+
+
 def test_another_dtype(tmp_path):
     states = [random_state(steps=torch.tensor(i)) for i in range(2)]
     paths = stored_checkpoints(tmp_path, states)

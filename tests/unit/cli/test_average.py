@@ -49,6 +49,17 @@ def test_one_output(folder, flags, expected):
     assert value("out.safetensors") == expected
 
 
+def test_key_says_where_the_tensors_are(folder):
+    for step in (1, 2):
+        nested = {
+            "net": {"inner": {"w": torch.full((3,), float(step))}},
+            "other": {"v": torch.ones(2)},
+        }
+        torch.save(nested, folder / f"step-{step}.pt")
+    assert run(["average", "step-*.pt", "--key", "net.inner", "-o", "out.safetensors"]) == 0
+    assert value("out.safetensors") == 1.5
+
+
 def test_several_outputs(folder, capsys):
     pairs = [
         "--method",
@@ -132,7 +143,7 @@ def test_a_second_run_does_not_eat_the_first(folder):
         (["run", "-o", "a.safetensors", "--best", "2", "--metric", "wer"], 2, "No score 'wer'"),
         (["runs/*", "-o", "a.safetensors"], 2, "Nothing fits runs/*"),
         (["-o", "a.safetensors"], 2, "no input"),
-        (["run", "-o", "run"], 1, "exists"),
+        (["run", "-o", "run"], 2, "is an input, or holds one"),
         (["run", "-o", "a.safetensors", "--method", "ema:0.9"], 2, "name what you mean"),
     ],
 )

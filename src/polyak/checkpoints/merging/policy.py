@@ -63,11 +63,11 @@ def align(inputs: Sequence[Checkpoint], settings: Settings) -> Alignment:
     refuse; ArgumentError for a name pattern that fits nothing.
     """
     newest = inputs[-1]
-    averaged = _averaged_names(newest, settings)
+    averaged = _averaged_names(inputs, settings)
     _refuse_unreadable(inputs)
     if len(inputs) > 1:
         _refuse_quantised(newest, averaged)
-        _refuse_mismatches(inputs, averaged)
+        _refuse_mismatches(inputs, averaged, settings)
     tensors = [
         _merged(tensor, inputs, settings, averaged=name in averaged)
         for name, tensor in newest.tensors.items()
@@ -96,27 +96,28 @@ def _merged(
     return MergedTensor(name, tensor.shape, dtype, numbers, mean, (*sources, tensor))
 
 
-def _averaged_names(newest: Checkpoint, settings: Settings) -> set[str]:
+def _averaged_names(inputs: Sequence[Checkpoint], settings: Settings) -> set[str]:
     """The names that include= and exclude= leave; a tensor counts under its aliases too."""
+    newest = inputs[-1]
     if not newest.tensors:
         raise FormatError(f"{newest.path} holds no tensors.")
     known = {name: [name] for name in newest.tensors}
     for alias, name in newest.ties.items():
         known[name].append(alias)
-    everything = [alias for names in known.values() for alias in names]
+    everything = {name for one in inputs for name in (*one.tensors, *one.ties)}
     for what, patterns in (("include", settings.include), ("exclude", settings.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in everything):
                 raise ArgumentError(
-                    f"{what} pattern {pattern!r} fits no tensor of {newest.path}; "
-                    f"it has {', '.join(sorted(everything)[:8])}, ..."
+                    f"{what} pattern {pattern!r} fits no tensor of {newest.path} or "
+                    f"the others; there are {', '.join(sorted(everything)[:8])}, ..."
                 )
-    wanted = {
-        name
-        for name, names in known.items()
-        if not settings.include or _fits(names, settings.include)
-    }
-    return {name for name in wanted if not _fits(known[name], settings.exclude)}
+    return {name for name, names in known.items() if _is_wanted(names, settings)}
+
+
+def _is_wanted(names: Iterable[str], settings: Settings) -> bool:
+    included = not settings.include or _fits(names, settings.include)
+    return included and not _fits(names, settings.exclude)
 
 
 def _fits(names: Iterable[str], patterns: Iterable[str]) -> bool:
@@ -157,7 +158,9 @@ def _is_quantised(tensor: StoredTensor) -> bool:
     )
 
 
-def _refuse_mismatches(inputs: Sequence[Checkpoint], averaged: set[str]) -> None:
+def _refuse_mismatches(
+    inputs: Sequence[Checkpoint], averaged: set[str], settings: Settings
+) -> None:
     newest = inputs[-1]
     missing: list[str] = []
     unexpected: list[str] = []
@@ -169,7 +172,9 @@ def _refuse_mismatches(inputs: Sequence[Checkpoint], averaged: set[str]) -> None
             if stored_as(other, name) is None and _needs_all(newest.tensors[name])
         ]
         unexpected += [
-            f"{name} (in {other.path})" for name in other.tensors if stored_as(newest, name) is None
+            f"{name} (in {other.path})"
+            for name in other.tensors
+            if stored_as(newest, name) is None and _is_wanted([name], settings)
         ]
         for name, how in _differences(newest, other, averaged):
             changed[f"{name} (in {other.path})"] = how

@@ -55,14 +55,18 @@ class Selection:
 
 
 def select_checkpoints(
-    inputs: Iterable[str | os.PathLike[str]], selection: Selection | None = None
+    inputs: Iterable[str | os.PathLike[str]],
+    selection: Selection | None = None,
+    *,
+    key: str | None = None,
 ) -> list[str]:
     """The paths of the checkpoints meant by `inputs`; each glob and folder in the order of its steps.
 
     inputs: checkpoint files and folders, globs, and folders that hold checkpoints (`run/` with
     `checkpoint-500/`, `checkpoint-1000/`, or files). Steps are numbers, so 1000 comes after 500; where
-    one is not known names decide. With a selection the order is that of the steps throughout. Raises ArgumentError where nothing is left, or
-    where a filter needs steps that are not known.
+    one is not known names decide. With a selection the order is that of the steps throughout.
+    key: where the tensors lie, as `open_checkpoint` takes it. Raises ArgumentError where nothing is
+    left, or where a filter needs steps that are not known.
 
     >>> import tempfile, pathlib, torch
     >>> from safetensors.torch import save_file
@@ -72,7 +76,7 @@ def select_checkpoints(
     >>> [pathlib.Path(p).name for p in select_checkpoints([folder], Selection(last=2))]
     ['step-1000.safetensors', 'step-1500.safetensors']
     """
-    found = [one for item in inputs for one in _ordered(_expanded(os.fspath(item)))]
+    found = [one for item in inputs for one in _ordered(_expanded(os.fspath(item), key))]
     if not found:
         raise ArgumentError("There is nothing to average: no input was given.")
     wanted = selection or Selection()
@@ -118,36 +122,36 @@ def _ordered(found: list[Found]) -> list[Found]:
     return sorted(found, key=lambda one: one.step or 0)
 
 
-def _expanded(item: str) -> list[Found]:
+def _expanded(item: str, key: str | None) -> list[Found]:
     """The checkpoints that one input means."""
     if "://" in item or not glob.has_magic(item) or Path(item).exists():
-        return _inside(item)
+        return _inside(item, key)
     matches = sorted(glob.glob(item, recursive=True))  # noqa: PTH207 - `~` and `**` as the shell has them
     if not matches:
         raise ArgumentError(f"Nothing fits {item}. Check the path.")
-    return [one for match in matches for one in _inside(match)]
+    return [one for match in matches for one in _inside(match, key)]
 
 
-def _inside(path: str) -> list[Found]:
+def _inside(path: str, key: str | None) -> list[Found]:
     """A checkpoint, or all those in a folder."""
     if "://" in path or not Path(path).is_dir():
-        return [_opened(path)]
+        return [_opened(path, key)]
     folder = Path(path)
     runs = [one for one in folder.iterdir() if one.is_dir() and _is_numbered_checkpoint(one)]
     if runs:
-        return _without_copies([_opened(str(one)) for one in sorted(runs)])
+        return _without_copies([_opened(str(one), key) for one in sorted(runs)])
     try:
         weights_in(Place(path))
     except FormatError as error:
         files = [one for one in sorted(folder.iterdir()) if _is_weights_file(one)]
         if not files:
             raise error from None
-        return _without_copies([_opened(str(one)) for one in files if not _is_merged(one)])
-    return [_opened(path)]
+        return _without_copies([_opened(str(one), key) for one in files if not _is_merged(one)])
+    return [_opened(path, key)]
 
 
-def _opened(path: str) -> Found:
-    with open_checkpoint(path, strict=False) as checkpoint:
+def _opened(path: str, key: str | None) -> Found:
+    with open_checkpoint(path, key, strict=False) as checkpoint:
         return Found(path, checkpoint.step)
 
 
