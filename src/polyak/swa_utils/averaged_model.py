@@ -165,6 +165,11 @@ class AveragedModel(Module):
         for (device, _), (group, _) in _group_tensors_by_device_and_dtype(lists).items():
             move(group[0], group[1], self.n_averaged.to(device))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: their tensors lie elsewhere, so accumulators go by their values."""
+        wide = self._loaded_wide | dict(self._fresh_wide())
+        return {**self.__dict__, "_wide": {}, "_loaded_wide": wide}
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_bfloat16_resumes_bitwise_through_a_file_that_torch_reads_too() -> None:
     assert torch.equal(resumed.module.weight, whole.module.weight)
     assert torch.equal(resumed._wide["weight"][0], whole._wide["weight"][0])
     torchs.AveragedModel(model).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda average: pickle.loads(pickle.dumps(average))]
+)
+def test_copies_of_a_bfloat16_average_go_on_bitwise(copied: object) -> None:
+    values = [1 + i / 300 for i in range(300)]
+    average = _walk(ours, nn.Linear(1, 1).bfloat16(), values[:150])
+    other = copied(average)
+    model = nn.Linear(1, 1).bfloat16()
+    for value in values[150:]:
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, value)
+        average.update_parameters(model)
+        other.update_parameters(model)
+    for name, tensor in average._wide.items():
+        assert torch.equal(other._wide[name][0], tensor[0])
 
 
 def test_weights_written_into_a_bfloat16_average_count() -> None:
