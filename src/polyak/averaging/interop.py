@@ -76,9 +76,9 @@ def import_state(average: Average, state: Mapping[str, Any], *, updates: int | N
             "the state does not say how many updates it stands for: pass updates="
             " (for example the number of optimizer steps so far)"
         )
-    if updates < 1:
+    if not isinstance(updates, int) or updates < 1:
         raise ArgumentError(
-            f"updates is {updates}; expected 1 or more: an empty average has no state"
+            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state"
         )
     refuse_nonfinite(foreign.tensors.items(), "import_state()", "Nothing was imported.")
     with following.roster.bound_for_now():
@@ -93,7 +93,7 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
         count = state.get("optimization_step", state.get("num_updates"))
         return Foreign(_by_position(state["shadow_params"], model), _whole(count))
     if "state_dict_ema" in state:
-        state = state["state_dict_ema"]
+        return read_foreign(state["state_dict_ema"], model)
     names = named_tensors(model).slots.keys()
     if any(key.startswith("ema_model.") for key in state):
         return Foreign(_below(state, "ema_model.", names), _whole(state.get("step")))
@@ -218,6 +218,10 @@ def _by_position(shadows: Any, model: Module) -> dict[str, Tensor]:
     """Lists in the order of `model.parameters()`, or of those that take gradients."""
     slots = {n: s for n, s in named_tensors(model).slots.items() if s.is_parameter}
     trained = {n: s for n, s in slots.items() if s.tensor.requires_grad}
+    if not isinstance(shadows, (list, tuple)) or not all(isinstance(t, Tensor) for t in shadows):
+        raise FormatError(
+            "import_state(): shadow_params is no list of tensors. Nothing was imported."
+        )
     for candidates in (slots, trained):
         if len(candidates) == len(shadows):
             break

@@ -341,3 +341,19 @@ class TestLoad:
         with pytest.raises(polyak.errors.ArgumentError, match="no such file"):
             average.load(tmp_path / "none.pt")
         assert average.count == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "updates", "message"),
+    [
+        ({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, 1.5, "whole number"),
+        ({"shadow_params": None}, 3, "no list of tensors"),
+        ({"shadow_params": [1, 2]}, 3, "no list of tensors"),
+        ({"state_dict_ema": None}, 3, "reads a state dict"),
+    ],
+)
+def test_states_in_pieces_are_refused_by_what_is_wrong(
+    state: object, updates: object, message: str
+) -> None:
+    with pytest.raises((polyak.errors.ArgumentError, polyak.errors.FormatError), match=message):
+        Average(nn.Linear(2, 1), SWA()).import_state(state, updates=updates)
