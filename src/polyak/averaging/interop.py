@@ -76,13 +76,13 @@ def import_state(average: Average, state: Mapping[str, Any], *, updates: int | N
             "the state does not say how many updates it stands for: pass updates="
             " (for example the number of optimizer steps so far)"
         )
-    if not isinstance(updates, int) or updates < 1:
+    if updates < 1 or updates % 1:
         raise ArgumentError(
             f"updates is {updates!r}; expected a whole number from 1: an empty average has no state"
         )
     refuse_nonfinite(foreign.tensors.items(), "import_state()", "Nothing was imported.")
     with following.roster.bound_for_now():
-        average.load_state_dict(_translated(following, profile, foreign.tensors, updates))
+        average.load_state_dict(_translated(following, profile, foreign.tensors, int(updates)))
 
 
 def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
