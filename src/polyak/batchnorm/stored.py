@@ -38,9 +38,11 @@ def update_bn_file(
     them; `limit` of them. output: where to write; the file itself unless given. The weights go into
     `model`, which runs where it is. The metadata stays, with `batchnorm` set to `refreshed`.
 
-    Returns the names of the layers. Raises ArgumentError where the model has no such layers,
+    Returns the names of the layers. Raises ArgumentError where the model is none or has no such layers,
     MismatchError where the file does not fit the model, and what `update_bn` raises.
     """
+    if not isinstance(model, Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     source, target = Path(path), Path(output if output is not None else path)
     _refuse(source, target, overwrite=overwrite)
     layers = norm_layers(model)

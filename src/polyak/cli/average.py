@@ -79,12 +79,15 @@ def _options(outputs: Outputs, tensors: Tensors, work: Work) -> Options:
 def _dry_run(
     console: Console, paths: list[str], recipes: dict[PathLike, How], options: Options
 ) -> None:
+    from polyak.checkpoints.merging.execute import check_outputs
     from polyak.checkpoints.merging.options import Settings
     from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
 
     with prepared(paths, recipes, Settings.of(options)) as merge:
-        warn_of_stale(merge, next(iter(recipes)))
+        warn_of_stale(merge)
         _print_plan(console, merge)
+        if not merge.settings.resume:
+            check_outputs(merge)
 
 
 def _print_plan(console: Console, merge: Merge) -> None:

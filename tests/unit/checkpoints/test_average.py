@@ -76,6 +76,8 @@ def test_batchnorm_statistics_are_the_newest_and_stale(tmp_path):
     paths = stored_checkpoints(tmp_path, states)
     with pytest.warns(StaleStatistics, match="polyak update-bn"):
         found = merged(paths, tmp_path)
+    with pytest.warns(StaleStatistics, match=r"update-bn '.*/my model/model\.safetensors' --model"):
+        average_checkpoints(paths, {tmp_path / "my model": "swa"})
     assert torch.equal(found["bn.running_var"], states[2]["bn.running_var"])
     torch.testing.assert_close(found["bn.weight"], torch.full((3,), 1.0))
     assert metadata(tmp_path / "out.safetensors")["batchnorm"] == "stale"
@@ -352,6 +354,10 @@ def test_only_a_folder_that_a_merge_wrote_is_replaced(tmp_path):
     target = tmp_path / "averaged"
     average_checkpoints(paths, {target: "swa"})
     average_checkpoints(paths, {target: [0.25, 0.75]}, overwrite=True)
+    plain = tmp_path / "plain"
+    plain.touch()
+    with pytest.raises(OutputError, match="is a file, and the output is a folder"):
+        average_checkpoints(paths, {plain: "swa"}, overwrite=True)
     (target / "notes.md").write_text("mine")
     with pytest.raises(OutputError, match=r"holds notes\.md"):
         average_checkpoints(paths, {target: "swa"}, overwrite=True)

@@ -114,6 +114,14 @@ def test_a_plan_writes_nothing(folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_plan_says_that_the_merge_would_be_refused(folder, capsys):
+    save_file({"w": torch.ones(1)}, folder / "out.safetensors")
+    assert run(["average", "run", "-o", "out.safetensors", "--dry-run"]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert run(["average", "run", "-o", "out.safetensors", "--dry-run", "--overwrite"]) == 0
+    assert run(["average", "run", "-o", "nowhere/out.safetensors", "--dry-run"]) == 1
+
+
 def test_a_second_run_does_not_eat_the_first(folder):
     for step in (1, 2):
         save_file({"w": torch.full((3,), float(step))}, folder / f"step-{step}.safetensors")

@@ -82,6 +82,7 @@ def test_refusals(averaged, capsys):
             2,
             "no layers with running statistics",
         ),
+        (command(averaged, "average.safetensors", model="batches"), 2, "model is a list"),
         (command(averaged, "average.safetensors", model="nothing"), 2, "has nothing at nothing"),
         (command(averaged, "average.safetensors", "-o", "x.gguf"), 2, "expected .safetensors"),
         (command(averaged, "."), 2, "is a folder"),

@@ -86,7 +86,7 @@ def average_checkpoints(
     settings = Settings.of(options)
     begin = time.perf_counter()
     with prepared(inputs, outputs, settings) as merge:
-        warn_of_stale(merge, next(iter(outputs)))
+        warn_of_stale(merge)
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 

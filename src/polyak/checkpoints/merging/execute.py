@@ -52,6 +52,14 @@ def execute(merge: Merge) -> bool:
             one.close()
 
 
+def check_outputs(merge: Merge) -> None:
+    """Raise OutputError where a merge from the start could not be written; nothing is touched."""
+    for one in merge.blueprints:
+        refuse_existing(one.target, overwrite=merge.settings.overwrite)
+        refuse_foreign(one)
+    check_room(merge.blueprints, merge.identity)
+
+
 def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
     keep = merge.settings.resume and all(one.exists for one in staged)
     for one in staged:
@@ -158,7 +166,7 @@ def _check_targets(merge: Merge, staged: Sequence[Staged]) -> None:
     for one in staged:
         if not (continuing and (staged[0].room / _DONE).exists()):
             refuse_existing(one.blueprint.target, overwrite=merge.settings.overwrite)
-            refuse_foreign(one.blueprint.target)
+            refuse_foreign(one.blueprint)
         foreign = [room for room in leftovers(one.blueprint.target) if room != one.room]
         if foreign and merge.settings.resume and not continuing:
             raise UsageError(

@@ -38,6 +38,11 @@ class Blueprint:
     carried: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of files."""
+        return "" not in self.layouts
+
+    @property
     def nbytes(self) -> int:
         """Bytes that will be written."""
         sizes = (layout.size for layout, _ in self.layouts.values())
@@ -95,7 +100,7 @@ class Staged:
         self.blueprint = plan
         self.room = staging_room(plan.target, identity)
         self.data = self.room / "data"
-        self._is_folder = "" not in plan.layouts
+        self._is_folder = plan.is_folder
         self.files: list[OutputFile] = []
 
     @property
@@ -198,11 +203,17 @@ def check_room(blueprints: Sequence[Blueprint], identity: str) -> None:
             )
 
 
-def refuse_foreign(target: Path) -> None:
-    """Raise OutputError where `target` is a folder with more in it than a merge writes.
+def refuse_foreign(plan: Blueprint) -> None:
+    """Raise OutputError where the target is of another kind, or a folder with more than a merge writes.
 
     A folder is replaced whole: what else lies in it would be gone.
     """
+    target = plan.target
+    if target.exists() and target.is_dir() is not plan.is_folder:
+        found, wanted = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise OutputError(
+            f"{target} is a {found}, and the output is a {wanted}. Choose another name."
+        )
     entries = sorted(target.iterdir()) if target.is_dir() else []
     foreign = [path.name for path in entries if not _is_ours(path)]
     if foreign:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -166,12 +167,17 @@ def _laid_out(
     )
 
 
-def warn_of_stale(merge: Merge, target: PathLike) -> None:
-    """Warn where averaging leaves BatchNorm statistics that are the newest input's."""
+def warn_of_stale(merge: Merge, file: str | None = None) -> None:
+    """Warn where averaging leaves BatchNorm statistics that are the newest input's.
+
+    file: stands for the output in the command that is shown.
+    """
+    first = merge.blueprints[0]
+    written = shlex.quote(str(first.target / next(iter(first.layouts))))
     if merge.batchnorm == "stale" and len(merge.inputs) > 1:
         warnings.warn(
             "The BatchNorm statistics are those of the newest checkpoint and do not belong to the "
-            f"averaged weights. Set them before use: polyak update-bn {target} "
+            f"averaged weights. Set them before use: polyak update-bn {file or written} "
             "--model package.module:function --data package.module:function",
             StaleStatistics,
             stacklevel=4,
