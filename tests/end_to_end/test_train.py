@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from polyak.cli import app as cli
-from polyak.errors import MissingExtra
+from polyak.errors import MissingExtra, OutputError
 from polyak.training.run import Run
 
 DATA = """
@@ -134,6 +134,18 @@ def test_a_missing_report_extra_costs_the_report_only(there, capsys, monkeypatch
     monkeypatch.setattr("polyak.cli.train_display.write_report", missing)
     assert polyak("train", *SHORT, "--arms", "sgd", "--seeds", "1") == 0
     assert "report          none: The report needs matplotlib" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_leaves_a_whole_run(there, capsys, monkeypatch):
+    def full(folder):
+        raise OutputError("Could not write report.html: No space left on device.")
+
+    monkeypatch.setattr("polyak.cli.train_display.write_report", full)
+    assert polyak("train", *SHORT) == 1
+    shown = capsys.readouterr()
+    assert "averaged model  runs/default/swa.safetensors" in shown.out
+    assert "for its report: polyak report runs/default" in shown.out
+    assert "No space left on device" in shown.err
 
 
 def test_the_live_table_shows_every_arm(there, capsys, monkeypatch):

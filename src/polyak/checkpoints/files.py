@@ -38,7 +38,10 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     refuse_existing(target, overwrite=overwrite)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors leaves its files to their owner alone
         sync(part)
         part.replace(target)
         sync(target.parent)

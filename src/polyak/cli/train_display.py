@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from polyak.errors import MissingExtra
+from polyak.errors import MissingExtra, OutputError
 from polyak.report.page import write_report
 from polyak.report.tables import BASELINE, METRICS, Finals, Metric, row_label, spelled
 from polyak.training.loop import Watch, plan, train
@@ -153,9 +153,10 @@ def _print_results(console: Console, run: Run) -> None:
     if len(finals.rows) > 1:
         console.print(differences_table(finals))
     console.print(_LEGEND, style="dim")
-    _print_report(console, run.folder)
-    console.print(f"averaged model  {run.folder / 'swa.safetensors'}", highlight=False)
     console.print(f"run folder      {run.folder}", highlight=False)
+    if (run.folder / "swa.safetensors").exists():
+        console.print(f"averaged model  {run.folder / 'swa.safetensors'}", highlight=False)
+    _print_report(console, run.folder)
 
 
 def _print_report(console: Console, folder: Path) -> None:
@@ -164,6 +165,9 @@ def _print_report(console: Console, folder: Path) -> None:
         console.print(f"report          {write_report(folder)}", highlight=False)
     except MissingExtra as missing:
         console.print(f"report          none: {missing}", highlight=False)
+    except OutputError:
+        console.print(f"The run is whole; for its report: polyak report {folder}", highlight=False)
+        raise
 
 
 def values_table(finals: Finals) -> Table:

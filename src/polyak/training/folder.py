@@ -71,8 +71,9 @@ class Journal:
         self.length += len(text.encode())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; OutputError where what a full disk refused is still to be written."""
+        with _writable(self._path):
+            self._file.close()
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ from polyak.training.evaluation import final_record, validation_record
 from polyak.training.folder import Journal, run_folder
 from polyak.training.hardware import Hardware
 from polyak.training.keeping import keep_arm, keep_averaged
+from polyak.training.models import build_model
 from polyak.training.recipe import Recipe
 from polyak.training.run import Run
 
@@ -54,15 +55,18 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | 
     With `resume`, go on after the last checkpoint in the folder and end in the same bits as a run
     that was never interrupted. torch's random state is given back as it was.
 
-    Raises OutputError for a folder that is not empty or cannot be written, UsageError where the
+    Raises ArgumentError for a model or data that do not fit, before there is a folder; OutputError
+    for a folder that is not empty or cannot be written, UsageError where the
     run in it was begun otherwise (recipe, data, threads) or is being written, FormatError for a
     damaged checkpoint, NonFiniteError when the loss becomes NaN. What was finished is kept.
     """
     hardware = Hardware.named(recipe.device)
     data = load_data(recipe)
     devices = [hardware.device] if hardware.device.type == "cuda" else []
-    with run_folder(folder, recipe, resume=resume), torch.random.fork_rng(devices):
-        _Loop(recipe, data, hardware, folder, watch).run()
+    with torch.random.fork_rng(devices):
+        build_model(recipe, data)  # one that does not fit is refused before there is a folder
+        with run_folder(folder, recipe, resume=resume):
+            _Loop(recipe, data, hardware, folder, watch).run()
     return Run(folder)
 
 

@@ -20,6 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -90,7 +91,12 @@ class Run:
                 f"{path} does not exist. Weights are kept for the first seed, of arms that have "
                 "finished."
             )
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise FormatError(
+                f"{path} is damaged: {error}. Train again with another --output."
+            ) from error
 
     @functools.cached_property
     def data(self) -> Data:

@@ -1,6 +1,8 @@
 """Run folders: one writer, one recipe, metrics cut back, checkpoints that are whole or refused."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,16 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_knows(tmp_path):
     again.close()
     assert path.read_text() == '{"a": 1}\n{"d": 4}\n'
     assert again.length == path.stat().st_size
+
+
+def test_a_full_disk_is_one_message_also_when_the_file_is_closed(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl", 0)
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), journal._file.fileno())
+    with pytest.raises(OutputError, match="No space left on device"):
+        journal.append([{"a": 1}])
+    with pytest.raises(OutputError, match="No space left on device"):  # what is buffered is tried
+        journal.close()
 
 
 def test_metrics_shorter_than_the_checkpoint_knows(tmp_path):

@@ -174,6 +174,25 @@ def test_a_loss_that_becomes_nan_keeps_what_was_finished(short, tmp_path):
         train(recipe, tmp_path / "run", resume=True)
 
 
+def test_a_model_that_does_not_fit_leaves_no_folder(short, tmp_path):
+    recipe = dataclasses.replace(short, model="torch.nn:Identity")
+    with pytest.raises(ArgumentError, match="expected logits"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_are_one_message(finished):
+    path = finished.folder / "weights" / "seed-0" / "swa-average.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FormatError, match=r"swa-average\.safetensors is damaged"):
+        finished.weights(0, "swa", "swa")
+
+
+def test_everyone_who_may_read_the_run_may_read_its_model(finished):
+    recipe, model = (finished.folder / name for name in ("recipe.toml", "swa.safetensors"))
+    assert model.stat().st_mode == recipe.stat().st_mode
+
+
 def test_resuming_with_other_threads_is_refused(short, tmp_path):
     threads = torch.get_num_threads()
     train(dataclasses.replace(short, arms=("sgd",), seeds=1), tmp_path / "run")
