@@ -311,6 +311,8 @@ def test_wrong_calls(tmp_path):
         (lambda: average_checkpoints(paths[0], {out: "swa"}), "inputs is one path"),
         (lambda: dict(averaged_tensors(str(paths[0]), "swa")), "inputs is one path"),
         (lambda: average_checkpoints(paths, str(out)), "expected a mapping of path to method"),
+        (lambda: average_checkpoints(paths, {out: polyak.SWA}), "expected a profile like"),
+        (lambda: average_checkpoints(paths, {out: ["a", 1]}), "expected a profile like"),
         (lambda: average_checkpoints(paths, {".": "swa"}), "no name of its own"),
         (lambda: average_checkpoints(paths, {tmp_path / "x.gguf": "swa"}), "suffix"),
         (lambda: average_checkpoints(paths, {out: "mean"}), "Unknown method"),
@@ -351,7 +353,7 @@ def test_no_output_takes_the_place_of_an_input(tmp_path):
 
 def test_only_a_folder_that_a_merge_wrote_is_replaced(tmp_path):
     paths = stored_checkpoints(tmp_path, [random_state() for _ in range(2)])
-    target = tmp_path / "averaged"
+    target = tmp_path / "llama-3.1-8B"
     average_checkpoints(paths, {target: "swa"})
     average_checkpoints(paths, {target: [0.25, 0.75]}, overwrite=True)
     plain = tmp_path / "plain"

@@ -70,7 +70,7 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
     if suffix in TORCH_SUFFIXES:
         single = TorchLayout(contents.tensors, contents.ties, metadata)
         return Blueprint(target, metadata, {"": (single, len(contents.tensors))})
-    if suffix and not suffix[1:].isdigit() and not target.is_dir():
+    if suffix and not suffix[1:2].isdigit() and not target.is_dir():
         raise ArgumentError(
             f"Output {target} has the suffix {suffix!r}; expected .safetensors, a torch archive "
             f"({', '.join(TORCH_SUFFIXES)}), or a folder (no suffix)."

@@ -143,7 +143,13 @@ def _described(one: Checkpoint, weight: float, settings: Settings) -> dict[str, 
 
 
 def _explicit(how: Sequence[float], settings: Settings) -> list[float]:
-    weights = [float(weight) for weight in how]
+    try:
+        weights = [float(weight) for weight in how]
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            f"An output is to be made by {how!r}; expected a profile like polyak.SWA(), its spelling "
+            "('swa'), or a weight for every input."
+        ) from None
     total = math.fsum(weights)
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise ArgumentError(f"The weights are {weights}; expected finite numbers, not all zero.")
