@@ -13,7 +13,7 @@ from polyak.averaging.held import Held, Options
 from polyak.averaging.offload import Staging, stages
 from polyak.averaging.running import Running
 from polyak.averaging.snapshots import Snapshots
-from polyak.batchnorm import norm_layers, trained_layers
+from polyak.batchnorm import norm_layers, trained_layers, unmeasured_layers
 from polyak.errors import ArgumentError, UsageError
 from polyak.maths.profiles import After, Profile, Window
 from polyak.tensors.blend import Cutter, Move
@@ -141,6 +141,8 @@ class Following:
         """Whether there are statistics that follow the weights."""
         if not self.roster.statistics:
             return False
+        if unmeasured_layers(self.roster.model):
+            return True
         layers = self.layers_to_refresh()
         return bool(trained_layers(self.roster.model) if layers is None else layers)
 

@@ -14,7 +14,7 @@ from polyak.averaging import applying
 from polyak.averaging.following import Following
 from polyak.averaging.held import Held
 from polyak.averaging.saving import save
-from polyak.batchnorm import update_bn
+from polyak.batchnorm import unmeasured_layers, update_bn
 from polyak.errors import UsageError
 
 
@@ -80,7 +80,7 @@ class Outlet:
             options.setdefault("layers", layers)
         with self.applied():
             update_bn(self.model, batches, **options)
-        self._held.statistics_are_fresh = True
+        self._held.statistics_are_fresh = not unmeasured_layers(self.model)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The state dict of the averaged model, as copies in the dtypes of the weights.

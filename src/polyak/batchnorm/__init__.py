@@ -6,7 +6,7 @@ weights. `update_bn` measures those of the average, exactly, in one pass over th
 
 from __future__ import annotations
 
-from polyak.batchnorm.layers import norm_layers, trained_layers
+from polyak.batchnorm.layers import norm_layers, trained_layers, unmeasured_layers
 from polyak.batchnorm.update import update_bn
 
-__all__ = ["norm_layers", "trained_layers", "update_bn"]
+__all__ = ["norm_layers", "trained_layers", "unmeasured_layers", "update_bn"]

@@ -65,6 +65,22 @@ def trained_layers(model: Module) -> dict[str, Module]:
     }
 
 
+def unmeasured_layers(model: Module) -> list[str]:
+    """Names of layers that train and keep running statistics in a way of their own.
+
+    Neither torch's BatchNorm nor its InstanceNorm, or scripted: `update_bn` does not know what
+    their statistics mean. A layer without parameters that train keeps constants, not statistics.
+    """
+    return [
+        prefix.removesuffix(".")
+        for prefix, module in named_modules(model)
+        if not isinstance(module, _NormBase)
+        and {"running_mean", "running_var"} <= set(module._buffers.keys())
+        and any(p.requires_grad for p in module.parameters(recurse=False))
+        and not (model.training and not module.training)
+    ]
+
+
 def chosen_layers(model: Module, layers: Iterable[str | Module] | None) -> dict[str, _NormBase]:
     """The layers to update: those that train, or the ones asked for by name or as modules."""
     chosen = trained_layers(model) if layers is None else _asked_for(norm_layers(model), layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,15 +14,20 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from polyak.batchnorm import borrowing
 from polyak.batchnorm.borrowing import BUFFERS
 from polyak.batchnorm.feeding import Forward, checked, one_pass, run
-from polyak.batchnorm.layers import chosen_layers, norm_layers
+from polyak.batchnorm.layers import chosen_layers, norm_layers, unmeasured_layers
 from polyak.batchnorm.moments import Moments
 from polyak.batchnorm.ranks import merge_ranks
 from polyak.batchnorm.recording import Buffers, Recorder
-from polyak.errors import ArgumentError, NonFiniteError, UsageError
+from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError
 
 _NO_BATCHES = (
     "update_bn: there were no batches, so there is nothing to measure; the statistics are left as"
     " they were: was an iterator used up before?"
+)
+
+_LEFT_OUT = (
+    "update_bn: {} keep running statistics in a way of their own (no BatchNorm or InstanceNorm of"
+    " torch's, or scripted), and are left as they were: measure them inside average.applied()"
 )
 
 
@@ -92,6 +98,8 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
             "update_bn: estimator='torch' makes one pass over all BatchNorm layers, as torch does;"
             " leave out passes= and layers="
         )
+    if layers is None and (left_out := unmeasured_layers(model)):
+        warnings.warn(_LEFT_OUT.format(", ".join(left_out)), StaleStatistics, stacklevel=2)
     titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
     feeds = [one_pass(batches, limit=limit, title=title if progress else None) for title in titles]
     if estimator == "torch":

@@ -103,7 +103,9 @@ def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def _of_buffer(slot: Slot, *, floating: bool) -> Decision:
-    if slot.key in _STATISTICS and {"running_mean", "running_var"} <= slot.module._buffers.keys():
+    if slot.key in _STATISTICS and {"running_mean", "running_var"} <= set(
+        slot.module._buffers.keys()
+    ):
         return Decision(
             Kind.STATISTIC, "a normalisation statistic: of the newest, until update_bn replaces it"
         )

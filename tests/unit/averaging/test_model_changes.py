@@ -10,7 +10,7 @@ from torch import nn
 
 import polyak
 from polyak import EMA, SWA, Average, Averages, Window
-from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.errors import ArgumentError, MismatchError, StaleStatistics, UsageError
 
 
 def shift(model, by=1.0):
@@ -500,3 +500,52 @@ def test_reading_between_thawing_and_the_first_step():
     with average.applied():
         assert torch.equal(model[0].weight, before)
     assert "0.weight" in average.state_dict()["tensors"]
+
+
+class OwnNorm(nn.Module):
+    """A layer that keeps running statistics, and is none of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        return (x - self.running_mean) * self.weight
+
+
+class TestStatisticsThatNobodyCanMeasure:
+    def test_update_bn_says_so_and_they_stay_stale(self, tmp_path):
+        average = Average(nn.Sequential(nn.Linear(3, 3), OwnNorm()), SWA())
+        average.update()
+        with pytest.warns(StaleStatistics, match="1 keep running statistics"):
+            average.update_bn([torch.randn(4, 3)])
+        with pytest.warns(StaleStatistics):
+            average.save(tmp_path / "a.safetensors")
+
+    def test_measured_by_hand_they_are_fresh(self, tmp_path):
+        model = nn.Sequential(nn.Linear(3, 3), OwnNorm())
+        average = Average(model, SWA())
+        average.update()
+        with average.applied():
+            model[1].running_mean.fill_(2.0)
+        average.save(tmp_path / "a.safetensors")  # no warning: they would be errors here
+
+    def test_constants_of_a_frozen_layer_are_no_statistics(self, tmp_path):
+        model = nn.Sequential(nn.Linear(3, 3), OwnNorm())
+        model[1].requires_grad_(False)
+        average = Average(model, SWA())
+        average.update()
+        average.update_bn([torch.randn(4, 3)])
+        average.save(tmp_path / "a.safetensors")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_a_scripted_model(self):
+        model = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+        average = Average(model, SWA())
+        average.update()
+        with pytest.warns(StaleStatistics):
+            average.update_bn([torch.randn(4, 3)])
+        with average.applied():
+            model(torch.randn(4, 3))
