@@ -356,6 +356,8 @@ def test_only_a_folder_that_a_merge_wrote_is_replaced(tmp_path):
     target = tmp_path / "llama-3.1-8B"
     average_checkpoints(paths, {target: "swa"})
     average_checkpoints(paths, {target: [0.25, 0.75]}, overwrite=True)
+    with pytest.raises(OutputError, match="too long"):
+        average_checkpoints(paths, {tmp_path / f"{'a' * 238}.pt": "swa"})
     plain = tmp_path / "plain"
     plain.touch()
     with pytest.raises(OutputError, match="is a file, and the output is a folder"):

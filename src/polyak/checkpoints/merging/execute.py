@@ -36,10 +36,12 @@ def execute(merge: Merge) -> bool:
     staged = [Staged(one, merge.identity) for one in merge.blueprints]
     if _is_published(merge):
         return True
-    _check_targets(merge, staged)
+    with writing_errors(merge.blueprints[0].target):
+        _check_targets(merge, staged)
     if (staged[0].room / _DONE).exists():
         return _publish(staged)
-    check_room(merge.blueprints, merge.identity)
+    with writing_errors(merge.blueprints[0].target):
+        check_room(merge.blueprints, merge.identity)
     try:
         return _stage(merge, staged)
     except PolyakError as error:

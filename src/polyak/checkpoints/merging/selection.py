@@ -76,7 +76,10 @@ def select_checkpoints(
     >>> [pathlib.Path(p).name for p in select_checkpoints([folder], Selection(last=2))]
     ['step-1000.safetensors', 'step-1500.safetensors']
     """
-    found = [one for item in inputs for one in _ordered(_expanded(os.fspath(item), key))]
+    try:
+        found = [one for item in inputs for one in _ordered(_expanded(os.fspath(item), key))]
+    except PermissionError as error:
+        raise FormatError(f"Could not open {error.filename}: {error.strerror}.") from error
     if not found:
         raise ArgumentError("There is nothing to average: no input was given.")
     wanted = selection or Selection()
