@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Values per bounded group. On a CPU the group must stay in the cache; on an accelerator launches
-# must stay few, and the scratch memory for conversion small beside the weights.
-_GROUP_VALUES = {"cpu": 1 << 18}
+# Values per bounded group. On a CPU the group must stay in the (last) cache and be worth a second
+# thread: 2^20 was best of 2^16 to 2^21 (LOG.md); on an accelerator launches must stay few, and the
+# scratch memory for conversion small beside the weights.
+_GROUP_VALUES = {"cpu": 1 << 20}
 _GROUP_VALUES_ELSEWHERE = 1 << 24
 
 Weight = float | Tensor
