@@ -18,7 +18,7 @@ from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.outlet import Outlet
 from polyak.averaging.plan import Plan, plan_of
 from polyak.averaging.state import check_state, load_into, spelled, state_of
-from polyak.errors import ArgumentError, UsageError
+from polyak.errors import UsageError
 from polyak.maths.profiles import Profile
 from polyak.tensors.policies import Policy, patterns
 
@@ -82,12 +82,9 @@ class Average(Outlet):
         nonfinite: Literal["skip", "raise"] | None = None,
         average_buffers: str | Iterable[str] | None = None,
     ) -> None:
-        if not isinstance(model, Module):
-            raise ArgumentError(f"Average needs a torch module; found {type(model).__name__}.")
         policy = Policy(patterns(include), patterns(exclude) or (), patterns(average_buffers) or ())
         options = Options(dtype, None if device is None else torch.device(device), nonfinite)
-        self._following = Following(model, policy, options)
-        self._following.unit = unit
+        self._following = Following(model, policy, options, unit=unit)
         self._held: Held = self._following.join(profile)
 
     @classmethod

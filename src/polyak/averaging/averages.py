@@ -52,8 +52,7 @@ class Averages(Mapping[str, Average]):
             raise ArgumentError("Averages needs at least one profile, as {'swa': polyak.SWA()}.")
         policy = Policy(patterns(include), patterns(exclude) or (), patterns(average_buffers) or ())
         options = Options(dtype, None if device is None else torch.device(device), nonfinite)
-        self._following = Following(model, policy, options)
-        self._following.unit = unit
+        self._following = Following(model, policy, options, unit=unit)
         self._averages = {n: Average._of(self._following, p) for n, p in profiles.items()}
 
     def __getitem__(self, name: str) -> Average:

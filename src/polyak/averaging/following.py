@@ -26,11 +26,15 @@ from polyak.tensors.roster import Roster
 class Following:
     """The weights of one model, and the averages that follow them."""
 
-    def __init__(self, model: Module, policy: Policy, options: Options) -> None:
+    def __init__(
+        self, model: Module, policy: Policy, options: Options, *, unit: str | None
+    ) -> None:
+        if not isinstance(model, Module):
+            raise ArgumentError(f"Average needs a torch module; found {type(model).__name__}.")
         self.roster = Roster(model, policy)
         self.options = options
         self.members: list[Held] = []
-        self.unit: str | None = None
+        self.unit = unit
         self.in_blocks = True  # where shares are small
         self.skipped = 0  # updates skipped because of non-finite weights
         self.pending_steps = 0  # by the hook: steps since the last update, skipped ones included,

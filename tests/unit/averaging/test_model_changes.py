@@ -549,3 +549,11 @@ class TestStatisticsThatNobodyCanMeasure:
             average.update_bn([torch.randn(4, 3)])
         with average.applied():
             model(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda m: Average(m, SWA()), lambda m: Averages(m, {"swa": SWA()})]
+)
+def test_what_is_no_module_is_refused_at_once(build):
+    with pytest.raises(ArgumentError, match="needs a torch module; found list"):
+        build([torch.zeros(2)])

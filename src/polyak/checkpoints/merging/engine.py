@@ -11,7 +11,7 @@ import itertools
 import mmap
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,9 +106,8 @@ class Worker:
         if segment.numbers is None:
             length = chunk.end - chunk.begin
             _read(segment.inputs[-1], chunk.begin, self._raw.bytes[:length])
-            return self._write(
-                chunk, [self._raw.bytes[:length]] * len(self._job.outputs), checksums
-            )
+            everywhere = range(len(self._job.outputs))
+            return self._write(everywhere, chunk, self._raw.bytes[:length], checksums)
         rows = self._rows if segment.mean else [_newest_only(segment)]
         self._accumulate(segment, chunk, rows)
         return self._cast(segment, chunk, len(rows), checksums)
@@ -148,26 +147,22 @@ class Worker:
                 buffer.as_tensor(target, padded).copy_(total)
             data = buffer.bytes[: count * segment.bytes_out]
             which = [k] if segment.mean else range(len(self._job.outputs))
-            crcs += self._write_to(which, chunk, data, checksums)
+            crcs += self._write(which, chunk, data, checksums)
         return crcs
 
-    def _write(self, chunk: Chunk, data: Sequence[memoryview], checksums: bool) -> list[int]:
-        return self._write_to(range(len(data)), chunk, data[0], checksums)
-
-    def _write_to(
+    def _write(
         self,
-        outputs: Iterable[int],
+        outputs: Sequence[int],
         chunk: Chunk,
         data: memoryview,
         checksums: bool,
     ) -> list[int]:
         start = chunk.begin * self._job.plan.segments[chunk.segment].bytes_out
-        which = list(outputs)
-        for k in which:
+        for k in outputs:
             strip = self._job.outputs[k][chunk.segment]
             for sink, offset, begin, end in strip.pieces(start, start + len(data)):
                 sink.write(offset, data[begin - start : end - start])
-        return [zlib.crc32(data) if checksums else 0] * len(which)
+        return [zlib.crc32(data) if checksums else 0] * len(outputs)
 
 
 def run(
