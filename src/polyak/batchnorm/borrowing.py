@@ -17,26 +17,6 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
-def lent_modes(model: Module) -> Iterator[None]:
-    """Every module's training flag comes back as it was.
-
-    The flags are written one by one: `train()` is sometimes overridden, with effects of its own.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            set_mode(module, training=training)
-
-
-def set_mode(module: Module, *, training: bool) -> None:
-    """Write the flag where it differs: assigning to a module costs as much as a small layer."""
-    if module.training is not training:
-        module.training = training
-
-
-@contextmanager
 def lent_layers(layers: Iterable[_NormBase]) -> Iterator[None]:
     """Scratch buffers during the pass: the layers' own are not touched until all has gone well."""
     lent = [(layer, layer.momentum, {k: layer._buffers[k] for k in BUFFERS}) for layer in layers]

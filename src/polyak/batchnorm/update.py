@@ -19,6 +19,7 @@ from polyak.batchnorm.moments import Moments
 from polyak.batchnorm.ranks import merge_ranks
 from polyak.batchnorm.recording import Buffers, Recorder
 from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError
+from polyak.tensors.modes import lent_modes, set_mode
 
 _NO_BATCHES = (
     "update_bn: there were no batches, so there is nothing to measure; the statistics are left as"
@@ -149,7 +150,7 @@ def _as_torch_does(model: Module, batches: Iterable[Any], forward: Forward | Non
 def _lent(model: Module, layers: Iterable[_NormBase]) -> Iterator[None]:
     with (
         borrowing.lent_randomness(model),
-        borrowing.lent_modes(model),
+        lent_modes(model),
         borrowing.lent_layers(layers),
         borrowing.eagerly(),
     ):
@@ -162,7 +163,7 @@ def _recorders(
     """One recorder per layer, and the modes of the pass: only these layers may train."""
     targets = set(chosen.values())
     for module in model.modules():
-        borrowing.set_mode(module, training=training and module in targets)
+        set_mode(module, training=training and module in targets)
     for layer in chosen.values():
         layer.momentum = 1.0  # the statistics of the batch, nothing else, are left behind
     return {name: Recorder(layer, training=training) for name, layer in chosen.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.study.metrics import best_temperature, error, nll, reliability
+from polyak.tensors.modes import lent_modes
 from polyak.training.data import Data, Split
 from polyak.training.hardware import Hardware
 
@@ -17,14 +18,9 @@ _BATCH = 250  # stays in the cache
 
 def logits_of(model: nn.Module, split: Split, hardware: Hardware) -> Tensor:
     """Logits `(n, k)`, float32 on the CPU, in evaluation mode; each module's mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), hardware.precision():
-            batches = [model(hardware.images(batch)) for batch in split.batches(_BATCH)]
-    finally:
-        for module, training in modes:
-            module.training = training
+    with lent_modes(model), torch.no_grad(), hardware.precision():
+        model.eval()
+        batches = [model(hardware.images(batch)) for batch in split.batches(_BATCH)]
     return torch.cat(batches).float().cpu()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 from polyak.errors import ArgumentError
+from polyak.tensors.modes import lent_modes
 from polyak.training.data import Data
 from polyak.training.named import object_at
 from polyak.training.recipe import Recipe
@@ -91,17 +92,13 @@ def _called(spelling: str, sizes: dict[str, int]) -> object:
 
 def _check_output(model: nn.Module, spelling: str, data: Data) -> None:
     images = data.train.images[:2]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
+        with lent_modes(model), torch.no_grad():
             output = model.eval()(images)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
             f"--model {spelling} does not take images of {tuple(images.shape[1:])}: {error}"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     expected = (len(images), data.n_classes)
     if found != expected:
