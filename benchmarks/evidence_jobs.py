@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from polyak import SWA, Average
-from polyak.report.measure import LOSS, N_RAYS, REACH, image_surface
+from polyak.reference_run.arm import Arm, final_record, validation_record
+from polyak.reference_run.data import embedded_data
+from polyak.reference_run.flatness import LOSS, N_RAYS, REACH, image_surface
+from polyak.reference_run.hardware import Hardware
+from polyak.reference_run.recipe import Recipe, load_recipe
 from polyak.study.landscape import along_rays, along_segments
-from polyak.training.arm import Arm
-from polyak.training.data import embedded_data
-from polyak.training.evaluation import final_record, validation_record
-from polyak.training.hardware import Hardware
-from polyak.training.recipe import Recipe, load_recipe
 
 REGIMES = {"weak": "default", "strong": "annealing-wins"}
 """Flips alone, against flips, shifts by a pixel and BatchNorm."""

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import polyak
-from polyak.batchnorm.stored import update_bn_file
+from polyak.batchnorm.update_file import update_bn_file
 from polyak.errors import StaleStatistics
-from polyak.training.data import Data, embedded_data
-from polyak.training.models import Net
+from polyak.reference_run.data import Data, embedded_data
+from polyak.reference_run.models import Net
 
 BATCH = 60
 

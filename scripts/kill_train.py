@@ -19,9 +19,9 @@ from pathlib import Path
 
 def child(folder: Path) -> None:
     """A short run with BatchNorm, shifts and all arms, on a few of the images that ship."""
-    from polyak.training import loop
-    from polyak.training.data import Data, Split, embedded_data
-    from polyak.training.recipe import Recipe
+    from polyak.reference_run import loop
+    from polyak.reference_run.data import Data, Split, embedded_data
+    from polyak.reference_run.recipe import Recipe
 
     whole = embedded_data()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyak.training.data import EMBEDDED, embedded_digest
+from polyak.reference_run.data import EMBEDDED, embedded_digest
 
 SHA256 = {
     "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",

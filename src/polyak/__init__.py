@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "Average": "polyak.averaging.average",
-    "Averages": "polyak.averaging.averages",
+    "Averages": "polyak.averaging.average",
     "After": "polyak.maths.profiles",
     "Annealed": "polyak.maths.profiles",
     "EMA": "polyak.maths.profiles",
@@ -37,7 +37,7 @@ _HOME_OF = {
 
 if TYPE_CHECKING:
     from polyak.averaging.average import Average as Average
-    from polyak.averaging.averages import Averages as Averages
+    from polyak.averaging.average import Averages as Averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.batchnorm import update_bn as update_bn
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints

@@ -90,7 +90,7 @@ def test_every_arm_has_as_many_trials(evidence):
 def test_a_job_trains_every_kind_of_average(evidence, monkeypatch):
     import evidence_jobs
 
-    from polyak.training.data import Data, embedded_data
+    from polyak.reference_run.data import Data, embedded_data
 
     whole = embedded_data()
     small = Data(

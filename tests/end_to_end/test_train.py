@@ -8,10 +8,10 @@ import pytest
 
 from polyak.cli import app as cli
 from polyak.errors import MissingExtra, OutputError
-from polyak.training.run import Run
+from polyak.reference_run.run import Run
 
 DATA = """
-from polyak.training.data import Data, Split, embedded_data
+from polyak.reference_run.data import Data, Split, embedded_data
 def few():
     whole = embedded_data()
     first = lambda split, n: Split(split.images[:n].clone(), split.labels[:n].clone())
@@ -172,7 +172,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from polyak.cli import app
-from polyak.training import loop
+from polyak.reference_run import loop
 from polyak.cli import train_display
 
 original = loop.train

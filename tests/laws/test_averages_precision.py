@@ -78,9 +78,9 @@ def test_a_profile_that_crosses_into_blocks_and_irregular_steps():
 
 def test_blocks_are_needed(monkeypatch):
     """Without them the same run is off by far more: the law above can fail."""
-    from polyak.averaging import running
+    from polyak.averaging import accumulators
 
-    monkeypatch.setattr(running, "SMALLEST_SHARE", 0.0)
+    monkeypatch.setattr(accumulators, "SMALLEST_SHARE", 0.0)
     assert relative_error(EMA(decay=0.9999), 20_000, smooth_drift, torch.float32) > 1e-4
 
 

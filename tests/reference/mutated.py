@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 
 from polyak.checkpoints.reading.dcp import read_dcp
-from polyak.checkpoints.reading.layout import ByteFile
 from polyak.checkpoints.reading.opening import read_file
+from polyak.checkpoints.reading.stored import ByteFile
 from polyak.errors import PolyakError
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from polyak.checkpoints.reading.layout import Checkpoint, StoredTensor
+from polyak.checkpoints.reading.stored import Checkpoint, StoredTensor
 
 
 def row_major_bytes(tensor):

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from polyak.training.recipe import Recipe
-from polyak.training.run import Run, weights_path
+from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.run import Run, weights_path
 
 EPOCHS, BRANCH, SEEDS = 8, 6, 3
 SIZE = 12

@@ -4,6 +4,8 @@ What is read: torch's `AveragedModel` (`module.*`, `n_averaged`), timm's `ModelE
 `ModelEmaV3` (`module.*`, or `state_dict_ema` in timm's checkpoints), ema-pytorch's `EMA`
 (`ema_model.*`, `step`), diffusers' `EMAModel` and torch-ema (`shadow_params`, in the order of the
 parameters), and any plain state dict of the averaged model.
+
+An average goes on from a file: its own state, or another library's.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import os
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.applying import refuse_nonfinite_average
-from polyak.averaging.following import Following
 from polyak.averaging.saving import batchnorm_status, warn_stale
 from polyak.averaging.state import VERSION, spelled
-from polyak.checkpoints.files import replacing
+from polyak.averaging.tracker import Following
+from polyak.averaging.values import refuse_nonfinite_average
 from polyak.errors import ArgumentError, FormatError, MismatchError, UsageError
+from polyak.files import replacing
 from polyak.maths.profiles import Profile
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
@@ -245,3 +250,39 @@ def _by_position(shadows: Any, model: Module) -> dict[str, Tensor]:
 
 def _whole(count: Any) -> int | None:
     return None if count is None else int(count)
+
+
+def load(average: Average, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
+    """Go on from a file; what `Average.load` says."""
+    state = _read(Path(path))
+    is_own = isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}
+    if not is_own:
+        import_state(average, state, updates=updates)
+    elif updates is None:
+        average.load_state_dict(state)
+    else:
+        raise ArgumentError(
+            f"{path} is a state of polyak's, which says how many updates it stands for: leave out updates="
+        )
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ArgumentError(f"{path}: there is no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise FormatError(
+            f"{path} cannot be read as a state. It may be cut short, or hold more than tensors and"
+            " plain values: then load it as it was saved, and give load_state_dict() (a state of"
+            f" polyak's) or import_state() (another's) the part that is the state. ({type(error).__name__}: {str(error)[:200]})"
+        ) from error

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import polyak
-from polyak.averaging.applying import copies, refuse_nonfinite_average
-from polyak.averaging.following import Following
-from polyak.averaging.held import Held
-from polyak.checkpoints.files import refuse_existing, replacing
+from polyak.averaging.tracker import Following, Held
+from polyak.averaging.values import copies, refuse_nonfinite_average
 from polyak.errors import StaleStatistics, UsageError
+from polyak.files import refuse_existing, replacing
 from polyak.tensors.names import named_tensors
 
 _HOST = torch.device("cpu")

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 import polyak
-from polyak.averaging.following import Following
-from polyak.averaging.held import Held
+from polyak.averaging.tracker import Following, Held
 from polyak.errors import ArgumentError, FormatError, MismatchError
 from polyak.maths.profiles import Profile
-from polyak.maths.spelling import spell
+from polyak.maths.text import spell
 from polyak.tensors.blend import accumulator_dtype
 
 VERSION = 1

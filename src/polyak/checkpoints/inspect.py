@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from polyak.checkpoints.reading.dtypes import TORCH_DTYPES
-from polyak.checkpoints.reading.layout import StoredTensor
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.values import pieces
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, pieces
 
 
 @dataclass(frozen=True, slots=True)

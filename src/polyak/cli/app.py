@@ -20,7 +20,7 @@ app.command(
     help="Print or draw a learning-rate schedule and when it averages.",
 )
 app.command("polyak.cli.report:report", help="Make the page of a finished run again.")
-app.command("polyak.cli.compare:compare", help="Put finished runs side by side.")
+app.command("polyak.cli.report:compare", help="Put finished runs side by side.")
 app.command("polyak.cli.average:average", help="Average checkpoints, or convert one.")
 app.command(
     "polyak.cli.update_bn:update_bn",

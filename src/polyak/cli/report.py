@@ -1,4 +1,7 @@
-"""`polyak report`: the page of a run, made again."""
+"""`polyak report`: the page of a run, made again.
+
+`polyak compare`: runs side by side.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +24,36 @@ def report(run: Annotated[Path, Parameter(help="Folder that polyak train wrote."
     with console.status("Measuring and drawing"):
         path = write_report(run)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+def compare(
+    *runs: Annotated[Path, Parameter(help="Folders that polyak train wrote; two or more.")],
+    output: Path = Path("compare.html"),
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Put finished runs side by side: a table here, and a page with their pictures.
+
+    Args:
+        runs: Folders that polyak train wrote; two or more.
+        output: The page to write.
+        overwrite: Replace the page if it exists.
+
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from polyak.report.page import named_runs, recipe_table, result_table, write_comparison
+    from polyak.report.tables import METRICS, Finals
+
+    console = Console()
+    chosen = named_runs(runs)
+    finals = {name: Finals(run.finals()) for name, run in chosen.items()}
+    for grid in [recipe_table(chosen), *(result_table(finals, metric) for metric in METRICS)]:
+        columns = [Column(Text(name)) for name in grid.columns]
+        shown = Table(*columns, title=Text(grid.caption), title_justify="left")
+        for row in grid.rows:
+            shown.add_row(row.label, *(Text(cell.text) for cell in row.cells))
+        console.print(shown)
+    path = write_comparison(runs, output, overwrite=overwrite)
+    console.print(f"Page: {path}", highlight=False, soft_wrap=True)

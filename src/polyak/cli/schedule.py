@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from polyak.maths.spelling import schedule_from
+from polyak.maths.text import schedule_from
 
 if TYPE_CHECKING:
     from rich.table import Table

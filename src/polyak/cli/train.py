@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from polyak.training.recipe import Recipe, load_recipe, quick_version
+from polyak.reference_run.recipe import Recipe, load_recipe, quick_version
 
 if TYPE_CHECKING:
     Fields = Recipe

@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.table import Table
 
 from polyak.errors import MissingExtra, OutputError
+from polyak.reference_run.loop import Watch, plan, train
+from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.run import Run
 from polyak.report.page import write_report
 from polyak.report.tables import BASELINE, METRICS, Finals, Metric, row_label, spelled
-from polyak.training.loop import Watch, plan, train
-from polyak.training.recipe import Recipe
-from polyak.training.run import Run
 
 _PLAIN_WIDTH = 100  # of tables in a file or a pipe, where nothing says how wide they may be
 _LEGEND = """

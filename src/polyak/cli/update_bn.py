@@ -30,8 +30,8 @@ def update_bn(
     """
     from rich.console import Console
 
-    from polyak.batchnorm.stored import update_bn_file
-    from polyak.training.named import object_at
+    from polyak.batchnorm.update_file import update_bn_file
+    from polyak.objects import object_at
 
     build, batches = object_at(model), object_at(data)
     layers = update_bn_file(

@@ -15,8 +15,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.checkpoints.files import replacing
 from polyak.errors import MissingExtra
+from polyak.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

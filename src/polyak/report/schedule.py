@@ -6,8 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.checkpoints.files import replacing
 from polyak.errors import ArgumentError
+from polyak.files import replacing
 from polyak.maths.schedules import Schedule
 from polyak.report.drawing import style
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polyak.report.measure import ERROR, LOSS, Landscape
+from polyak.reference_run.flatness import ERROR, LOSS, Landscape
 from polyak.report.tables import BASELINE, Finals, Row, row_label
 from polyak.study.landscape import Rays, Segments
 from polyak.study.paired import Estimate

@@ -9,8 +9,7 @@ from reference.merging import within_bound
 from safetensors.torch import load_file, save_file
 
 from polyak.checkpoints.merging.average import average_checkpoints
-from polyak.checkpoints.merging.scores import scores_for
-from polyak.checkpoints.merging.selection import Selection, select_checkpoints
+from polyak.checkpoints.merging.selection import Selection, scores_for, select_checkpoints
 from polyak.errors import ArgumentError, FormatError, MismatchError
 
 MERGEKIT = Path(__file__).parents[2] / "data" / "mergekit"

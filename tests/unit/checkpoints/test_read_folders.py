@@ -9,7 +9,7 @@ from reference.stored import assert_reads
 from safetensors.torch import load_file, save_file
 
 from polyak.checkpoints import open_checkpoint
-from polyak.checkpoints.reading.steps import step_in_name
+from polyak.checkpoints.reading.folders import step_in_name
 from polyak.errors import ArgumentError, FormatError, MismatchError
 
 # Third-party libraries warn about their own internals while they build models and train.

@@ -13,8 +13,8 @@ from reference.stored import assert_reads, read_all
 from safetensors.torch import save_file
 
 from polyak.checkpoints import open_checkpoint
-from polyak.checkpoints.reading import local
-from polyak.checkpoints.reading.layout import ByteFile, Span, SpanTensor
+from polyak.checkpoints.reading import storage
+from polyak.checkpoints.reading.stored import ByteFile, Span, SpanTensor
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -98,8 +98,8 @@ def test_short_reads_are_continued(file, monkeypatch):
 
 
 def test_few_descriptors_serve_many_files(tmp_path, monkeypatch):
-    pool = local.DescriptorPool(4)
-    monkeypatch.setattr(local, "_POOL", pool)
+    pool = storage.DescriptorPool(4)
+    monkeypatch.setattr(storage, "_POOL", pool)
     opened = []
     for number in range(20):
         save_file({"w": torch.full((9,), float(number))}, tmp_path / f"{number}.safetensors")
@@ -117,7 +117,7 @@ def test_few_descriptors_serve_many_files(tmp_path, monkeypatch):
 
 
 def test_many_threads_on_few_descriptors(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "_POOL", local.DescriptorPool(2))
+    monkeypatch.setattr(storage, "_POOL", storage.DescriptorPool(2))
     states = [{"w": torch.full((5000,), float(number))} for number in range(6)]
     for number, state in enumerate(states):
         save_file(state, tmp_path / f"{number}.safetensors")

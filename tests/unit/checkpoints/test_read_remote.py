@@ -12,7 +12,7 @@ from reference.stored import assert_reads
 from safetensors.torch import save, save_file
 
 from polyak.checkpoints import open_checkpoint
-from polyak.checkpoints.reading import places
+from polyak.checkpoints.reading import storage
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -33,9 +33,9 @@ def state():
 
 
 @pytest.mark.parametrize("piece", [0, 50_000])
-@pytest.mark.parametrize("block", [1000, places.BLOCK_BYTES])
+@pytest.mark.parametrize("block", [1000, storage.BLOCK_BYTES])
 def test_files(store, tmp_path, monkeypatch, piece, block):
-    monkeypatch.setattr(places, "BLOCK_BYTES", block)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", block)
     store.pipe("/run/step-5.safetensors", save(state()))
     torch.save({"model": state()}, tmp_path / "x.pt")
     store.put(str(tmp_path / "x.pt"), "/run/step-6.pt")
@@ -70,7 +70,7 @@ def test_only_ranges_are_read(store, monkeypatch):
 
     monkeypatch.setattr(type(store), "cat_file", counting)
     open_checkpoint("memory://x.safetensors")
-    assert sum(asked) <= places.BLOCK_BYTES
+    assert sum(asked) <= storage.BLOCK_BYTES
 
 
 def test_what_is_missing_changed_or_unknown(store):

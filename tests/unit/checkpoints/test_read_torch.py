@@ -12,7 +12,7 @@ import torch
 from reference.stored import assert_reads, read_all, row_major_bytes
 
 from polyak.checkpoints import open_checkpoint
-from polyak.checkpoints.reading import nested, strided
+from polyak.checkpoints.reading import gather, pickled_tensors
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -314,18 +314,18 @@ def test_zip64(tmp_path, monkeypatch):
 @pytest.mark.parametrize("piece", [3, 8, 40])
 @pytest.mark.parametrize("tiles", [1, 16])
 def test_transposed_tensors_are_read_by_tiles(tmp_path, monkeypatch, piece, tiles):
-    monkeypatch.setattr(strided, "TILE_BYTES", 32)
-    monkeypatch.setattr(strided, "MAX_TILES", tiles)
-    monkeypatch.setattr(strided, "_TILES", strided._Tiles())
+    monkeypatch.setattr(gather, "TILE_BYTES", 32)
+    monkeypatch.setattr(gather, "MAX_TILES", tiles)
+    monkeypatch.setattr(gather, "_TILES", gather._Tiles())
     state = many_tensors()
     torch.save(state, tmp_path / "x.pt")
     assert_reads(open_checkpoint(tmp_path / "x.pt"), state, piece)
-    assert len(strided._TILES._kept) <= tiles
+    assert len(gather._TILES._kept) <= tiles
 
 
 def test_threads_share_tiles(tmp_path, monkeypatch):
-    monkeypatch.setattr(strided, "TILE_BYTES", 1024)
-    monkeypatch.setattr(strided, "MAX_TILES", 2)
+    monkeypatch.setattr(gather, "TILE_BYTES", 1024)
+    monkeypatch.setattr(gather, "MAX_TILES", 2)
     wide = torch.randn(64, 50).t()
     torch.save({"w": wide, "v": wide + 1}, tmp_path / "x.pt")
     stored = open_checkpoint(tmp_path / "x.pt").tensors.values()
@@ -349,7 +349,7 @@ def test_storages_above_four_gigabytes(tmp_path):
 
 
 def test_few_bytes_do_not_become_many_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(nested, "MAX_TENSORS", 10_000)
+    monkeypatch.setattr(pickled_tensors, "MAX_TENSORS", 10_000)
     names_of_a_gigabyte = {"k" * 1_000_000: [torch.ones(1)] * 1000}
     ten_million_names = [[[[[[[torch.ones(1)] * 9] * 9] * 9] * 9] * 9] * 9] * 9
     for root in (names_of_a_gigabyte, ten_million_names):

@@ -10,10 +10,11 @@ import torch
 from reference.merging import stored_checkpoints
 from safetensors import safe_open
 
+from polyak.checkpoints.merging import journal as journals
 from polyak.checkpoints.merging import plan as planning
-from polyak.checkpoints.merging import prepare, resume
+from polyak.checkpoints.merging import prepare
 from polyak.checkpoints.merging.average import average_checkpoints
-from polyak.checkpoints.merging.parts import part_of
+from polyak.checkpoints.merging.plan import part_of
 from polyak.errors import OutputError, UsageError
 
 ANY = torch.Generator().manual_seed(2)
@@ -97,7 +98,7 @@ def test_a_changed_input_is_not_continued(tmp_path, paths):
 def test_after_the_machine_went_down_only_synced_chunks_count(tmp_path, paths, monkeypatch):
     average_checkpoints(paths, outputs(tmp_path / "whole"))
     interrupted(paths, tmp_path / "again", 10)
-    monkeypatch.setattr(resume, "_boot_id", lambda: b"another".ljust(64))
+    monkeypatch.setattr(journals, "_boot_id", lambda: b"another".ljust(64))
     done = []
     average_checkpoints(
         paths,
@@ -111,9 +112,9 @@ def test_after_the_machine_went_down_only_synced_chunks_count(tmp_path, paths, m
 
 
 def test_synced_chunks_survive_the_machine(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(resume, "SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(journals, "SYNC_SECONDS", -1.0)
     interrupted(paths, tmp_path / "out", 10)
-    monkeypatch.setattr(resume, "_boot_id", lambda: b"another".ljust(64))
+    monkeypatch.setattr(journals, "_boot_id", lambda: b"another".ljust(64))
     done = []
     average_checkpoints(
         paths,
@@ -128,7 +129,7 @@ def test_synced_chunks_survive_the_machine(tmp_path, paths, monkeypatch):
 def test_another_process_at_it_is_noticed(tmp_path, paths):
     interrupted(paths, tmp_path / "out", 5)
     [journal] = (tmp_path / "out").glob(".x.*/journal-*")
-    held = resume.Journal(journal, 1, 2, keep=True)
+    held = journals.Journal(journal, 1, 2, keep=True)
     try:
         for options in ({}, {"resume": True}):
             with pytest.raises(OutputError, match="Another process"):

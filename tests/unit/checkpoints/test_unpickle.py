@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.checkpoints.reading.inert import Global, Stub
-from polyak.checkpoints.reading.pickles import MAX_STACK, read_pickle
+from polyak.checkpoints.reading.pickle_reader import MAX_STACK, Global, Stub, read_pickle
 from polyak.errors import FormatError
 
 PLAIN = st.recursive(
@@ -162,7 +161,7 @@ def test_hostile_pickles_take_little_memory_and_time():
     code = (
         "import resource, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from polyak.checkpoints.reading.pickles import read_pickle\n"
+        "from polyak.checkpoints.reading.pickle_reader import read_pickle\n"
         "from polyak.errors import FormatError\n"
         "limit = 1 << 30\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

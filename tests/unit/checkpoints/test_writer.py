@@ -9,11 +9,11 @@ import torch
 from reference.merging import stored_checkpoints
 from safetensors.torch import load_file, save_file
 
-from polyak.checkpoints.merging import writer_torch
+from polyak.checkpoints.merging.align import MergedTensor
 from polyak.checkpoints.merging.average import average_checkpoints
-from polyak.checkpoints.merging.policy import MergedTensor
-from polyak.checkpoints.merging.writer_torch import TorchLayout
 from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.writing import layouts
+from polyak.checkpoints.writing.layouts import TorchLayout
 from polyak.errors import FormatError, OutputError
 
 EVERY_DTYPE = [
@@ -91,7 +91,7 @@ def test_64_bit_fields_of_large_archives():
     tensors = [MergedTensor(f"t{i}", (3 << 30,), "U8", None, False, ()) for i in range(3)]
     tensors.append(MergedTensor("huge", (5 << 30,), "U8", None, False, ()))
     layout = TorchLayout(tensors, {}, {})
-    assert all(offset % writer_torch.ALIGNMENT == 0 for offset in layout.offsets)
+    assert all(offset % layouts.ALIGNMENT == 0 for offset in layout.offsets)
     directory = layout._directory()
     assert layout.size == layout._directory_at + len(directory)
     assert struct.unpack("<Q", directory[-22 - 20 - 56 + 48 :][:8]) == (layout._directory_at,)
@@ -156,7 +156,7 @@ def test_transformers_loads_a_merged_folder(tmp_path):
 
 
 def test_a_header_beyond_the_limit(monkeypatch, tmp_path, state):
-    monkeypatch.setattr("polyak.checkpoints.merging.writer.MAX_HEADER", 1000)
+    monkeypatch.setattr("polyak.checkpoints.writing.layouts.MAX_HEADER", 1000)
     with pytest.raises(FormatError, match="safetensors allows 1000"):
         converted(state, tmp_path, "out.safetensors")
 

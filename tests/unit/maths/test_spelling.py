@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from polyak.errors import ArgumentError
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
 from polyak.maths.schedules import Constant, Cosine, CyclicLinear, chain
-from polyak.maths.spelling import EXAMPLES, profile_from, schedule_from, spell
+from polyak.maths.text import EXAMPLES, profile_from, schedule_from, spell
 
 plain = st.one_of(
     st.just(SWA()),

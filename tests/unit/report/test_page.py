@@ -6,8 +6,7 @@ import pytest
 from reference.tiny_run import make_run
 
 from polyak.errors import ArgumentError, OutputError
-from polyak.report.compare import named_runs, write_comparison
-from polyak.report.page import write_report
+from polyak.report.page import named_runs, write_comparison, write_report
 
 HEADINGS = [
     "What each is worth",

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from polyak.reference_run.flatness import ERROR, LOSS, SHORT, Landscape
 from polyak.report import sentences
-from polyak.report.measure import ERROR, LOSS, SHORT, Landscape
 from polyak.report.tables import Finals
 from polyak.study.landscape import Line, Rays, Segments
 from polyak.study.paired import Estimate

@@ -9,9 +9,9 @@ from torch import nn
 from polyak.errors import NonFiniteError, UsageError
 from polyak.tensors import blend
 from polyak.tensors.blend import Cutter, Move, add, blank_like, paired_parts, toward
-from polyak.tensors.exchange import lent, owner_of_loan
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.names import named_tensors
+from polyak.tensors.swap import lent, owner_of_loan
 
 
 @pytest.fixture

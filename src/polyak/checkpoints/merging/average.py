@@ -13,11 +13,10 @@ import torch
 from polyak.checkpoints.merging.engine import Job, Sink, Worker
 from polyak.checkpoints.merging.execute import execute
 from polyak.checkpoints.merging.options import Options, Settings
-from polyak.checkpoints.merging.paths import PathLike
 from polyak.checkpoints.merging.plan import Plan, Strip
-from polyak.checkpoints.merging.prepare import Merge, prepared, warn_of_stale
-from polyak.checkpoints.merging.recipes import How, Recipe
-from polyak.checkpoints.reading.dtypes import TORCH_DTYPES
+from polyak.checkpoints.merging.prepare import Merge, PathLike, prepared, warn_of_stale
+from polyak.checkpoints.merging.weights import How, Recipe
+from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-from polyak.checkpoints.files import refuse_existing
 from polyak.checkpoints.merging.engine import Sink, run
+from polyak.checkpoints.merging.journal import Hashes, Journal, check_written, is_complete
 from polyak.checkpoints.merging.outputs import Staged, check_room, leftovers, refuse_foreign
-from polyak.checkpoints.merging.parts import part_of
-from polyak.checkpoints.merging.plan import Strip
+from polyak.checkpoints.merging.plan import Strip, part_of
 from polyak.checkpoints.merging.prepare import Merge
-from polyak.checkpoints.merging.recipes import UNHASHED, with_hashes
-from polyak.checkpoints.merging.resume import Journal, is_complete
-from polyak.checkpoints.merging.verify import Hashes, check_written
-from polyak.checkpoints.merging.writer import OutputFile, writing_errors
+from polyak.checkpoints.merging.weights import UNHASHED, with_hashes
 from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.writing.layouts import OutputFile, writing_errors
 from polyak.errors import OutputError, PolyakError, UsageError
+from polyak.files import refuse_existing
 
 _DONE = "whole"  # a mark in the staging folder: everything is on the disk and may be published
 

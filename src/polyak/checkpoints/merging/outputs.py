@@ -12,15 +12,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polyak.checkpoints.files import sync
-from polyak.checkpoints.merging.carried import CARRIED, carried_files, index_of, shard_names, split
+from polyak.checkpoints.merging.align import MergedTensor
 from polyak.checkpoints.merging.engine import Sink
 from polyak.checkpoints.merging.plan import Plan, Strip
-from polyak.checkpoints.merging.policy import MergedTensor
-from polyak.checkpoints.merging.writer import Layout, OutputFile, SafetensorsLayout, writing_errors
-from polyak.checkpoints.merging.writer_torch import TorchLayout
-from polyak.checkpoints.reading.layout import Checkpoint
+from polyak.checkpoints.reading.stored import Checkpoint
+from polyak.checkpoints.writing.hf_folder import (
+    CARRIED,
+    carried_files,
+    index_of,
+    shard_names,
+    split,
+)
+from polyak.checkpoints.writing.layouts import (
+    Layout,
+    OutputFile,
+    SafetensorsLayout,
+    TorchLayout,
+    writing_errors,
+)
 from polyak.errors import ArgumentError, OutputError
+from polyak.files import sync
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 

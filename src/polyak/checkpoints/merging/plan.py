@@ -4,6 +4,8 @@ The values of all tensors that are treated alike form a *segment*, one long row.
 chunks of a fixed number of values, whatever the tensors' borders, so that a thousand small tensors
 cost no more than one large one. A `Strip` says where the bytes of a segment lie in an input or an
 output: neighbours that are neighbours in the file too become one piece.
+
+Sharing a merge among processes: each takes the chunks that cost its even share of the bytes.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from polyak.checkpoints.merging.policy import MergedTensor
-from polyak.checkpoints.reading.dtypes import accumulator, itemsize
-from polyak.checkpoints.reading.layout import ByteFile, StoredTensor
+from polyak.checkpoints.merging.align import MergedTensor
+from polyak.checkpoints.reading.stored import ByteFile, StoredTensor, accumulator, itemsize
 from polyak.errors import ArgumentError
 
 CHUNK_BYTES = 512 * 1024
@@ -228,3 +229,30 @@ def in_writing_order(tensors: Sequence[MergedTensor]) -> list[MergedTensor]:
         return (-itemsize(tensor.dtype), alike, not tensor.mean, file, offset, index)
 
     return [tensor for _, tensor in sorted(enumerate(tensors), key=place)]
+
+
+def part_of(plan: Plan, index: int, count: int) -> range:
+    """The chunks of part `index` (from 0) of `count`; all parts together are all chunks, once each."""
+    return range(_boundary(plan, index, count), _boundary(plan, index + 1, count))
+
+
+def bytes_to_read(plan: Plan) -> int:
+    """Bytes of all inputs that a merge reads."""
+    return sum(_bytes(plan, at) for at in range(len(plan.segments)))
+
+
+def _boundary(plan: Plan, index: int, count: int) -> int:
+    """The first chunk of a part: where `index / count` of all bytes have been read."""
+    remaining = bytes_to_read(plan) * index // count
+    chunks = 0
+    for at, segment in enumerate(plan.segments):
+        size, number = _bytes(plan, at), segment.chunks(plan.chunk_bytes)
+        if remaining < size:
+            return chunks + remaining * number // size
+        remaining -= size
+        chunks += number
+    return chunks
+
+
+def _bytes(plan: Plan, at: int) -> int:
+    return sum(strip.length for strip in plan.segments[at].inputs)

@@ -1,19 +1,196 @@
-"""Which checkpoints to average: files, folders and globs in, checkpoints in the order of their steps out."""
+"""Scores of checkpoints: from Transformers, Lightning, or a table, to take the best of them.
+
+Which checkpoints to average: files, folders and globs in, checkpoints in the order of their steps out.
+"""
 
 from __future__ import annotations
 
+import csv
 import glob
+import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from polyak.checkpoints.merging.scores import best, scores_for
-from polyak.checkpoints.reading.folders import weights_in
+import torch
+
+from polyak.checkpoints.reading.folders import step_in_name, weights_in
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.places import Place
-from polyak.checkpoints.reading.steps import step_in_name
+from polyak.checkpoints.reading.pickled_tensors import TensorRef
+from polyak.checkpoints.reading.storage import LocalFile, Place
+from polyak.checkpoints.reading.stored import TORCH_DTYPES
+from polyak.checkpoints.reading.torch_archive import TorchArchive
+from polyak.checkpoints.reading.untrusted_json import parse_json
 from polyak.errors import ArgumentError, FormatError
+
+_LESS = (
+    "loss",
+    "error",
+    "err",
+    "nll",
+    "perplexity",
+    "ppl",
+    "wer",
+    "cer",
+    "mae",
+    "mse",
+    "rmse",
+    "ece",
+    "fid",
+)
+_MORE = (
+    "accuracy",
+    "acc",
+    "f1",
+    "bleu",
+    "auc",
+    "map",
+    "rouge",
+    "precision",
+    "recall",
+    "r2",
+    "score",
+    "iou",
+)
+_NAMES = ("path", "file", "checkpoint", "name")
+
+Scored = Sequence[tuple[str, int | None]]
+
+
+def best(scores: Mapping[str, float], count: int) -> set[str]:
+    """The `count` paths with the largest scores (all of them, if there are fewer)."""
+    return set(sorted(scores, key=lambda path: scores[path], reverse=True)[:count])
+
+
+def scores_for(
+    checkpoints: Scored, metric: str, table: str | os.PathLike[str] | None = None
+) -> dict[str, float]:
+    """The score of each checkpoint, the larger the better: path -> value, negated for a loss.
+
+    metric: a name such as `eval_loss` or `val_accuracy`; whether less or more is better follows from
+    it, or is said: `min:NAME`, `max:NAME`. table: a CSV or JSONL file with a column `step` (or `path`,
+    `file`, `checkpoint`, `name`) and one of the metric; without it `trainer_state.json` or Lightning's
+    callback state is read. Raises ArgumentError where the direction or a score is not known.
+    """
+    sign, name = _direction(metric)
+    if table is not None:
+        found = _from_table(Path(table), name)
+    else:
+        found = _from_trainer(checkpoints, name) or _from_lightning(checkpoints, name)
+    scores = {path: _lookup(found, path, step) for path, step in checkpoints}
+    known = {path: sign * score for path, score in scores.items() if score is not None}
+    if not known:
+        where = table or "trainer_state.json or Lightning's callback state"
+        raise ArgumentError(
+            f"No score {name!r} for any of {len(checkpoints)} checkpoints in {where}. Give a CSV or "
+            "JSONL file with the columns step and the metric (--scores FILE)."
+        )
+    return known
+
+
+def _direction(metric: str) -> tuple[int, str]:
+    """-1 for less is better, 1 for more, and the name."""
+    said, _, name = metric.rpartition(":")
+    if said in ("min", "max"):
+        return (-1 if said == "min" else 1), name
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    less, more = (any(word in words for word in group) for group in (_LESS, _MORE))
+    if less == more:
+        raise ArgumentError(
+            f"Is less or more of {metric!r} better? Write min:{metric} or max:{metric}."
+        )
+    return (-1 if less else 1), metric
+
+
+def _lookup(found: Mapping[str | int, float], path: str, step: int | None) -> float | None:
+    """By path, by file name, or by step; a score that is not finite is none."""
+    for key in (str(Path(path).resolve()), path, Path(path).name, step):
+        score = found.get(key) if key is not None else None
+        if score is not None and math.isfinite(score):
+            return score
+    return None
+
+
+def _from_table(path: Path, metric: str) -> dict[str | int, float]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"Could not read scores from {path}: {error}.") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if path.suffix.lower() == ".csv":
+        rows: list[dict[str, Any]] = list(csv.DictReader(lines))
+    else:
+        rows = [parse_json(line.encode(), f"A line of {path}") for line in lines]
+    found: dict[str | int, float] = {}
+    for row in rows:
+        key = next((str(row[name]) for name in _NAMES if row.get(name)), None)
+        if row.get(metric) in (None, ""):
+            continue
+        try:
+            found[int(float(row["step"])) if key is None else key] = float(row[metric])
+        except (KeyError, TypeError, ValueError):
+            shown = json.dumps(row, default=str)[:200]
+            raise FormatError(
+                f"{path}: expected numbers for step and {metric}, found {shown}."
+            ) from None
+    return found
+
+
+def _from_trainer(checkpoints: Scored, metric: str) -> dict[str | int, float]:
+    """From the log of the checkpoint that was written last."""
+    states = [Path(path) / "trainer_state.json" for path, _ in checkpoints]
+    present = [state for state in states if state.is_file()]
+    found: dict[str | int, float] = {}
+    for state in present:
+        log = parse_json(state.read_bytes(), str(state)).get("log_history", [])
+        for entry in log if isinstance(log, list) else []:
+            if isinstance(entry, dict) and type(entry.get("step")) is int and metric in entry:
+                found[entry["step"]] = float(entry[metric])
+    return found
+
+
+def _from_lightning(checkpoints: Scored, metric: str) -> dict[str | int, float]:
+    """From `best_k_models` of the `ModelCheckpoint` callbacks that monitor the metric."""
+    found: dict[str | int, float] = {}
+    for path, _ in checkpoints:
+        if not path.endswith(".ckpt") or not Path(path).is_file():
+            continue
+        archive = TorchArchive(LocalFile(path))
+        callbacks = archive.root.get("callbacks") if isinstance(archive.root, dict) else None
+        for state in callbacks.values() if isinstance(callbacks, dict) else ():
+            if isinstance(state, dict) and state.get("monitor") == metric:
+                found.update(_best_models(archive, state))
+        archive.file.close()
+    return found
+
+
+def _best_models(archive: TorchArchive, state: Mapping[str, Any]) -> dict[str | int, float]:
+    models = state.get("best_k_models")
+    scores: dict[str | int, float] = {}
+    for path, score in (models if isinstance(models, dict) else {}).items():
+        value = _number(archive, score)
+        if isinstance(path, str) and value is not None:
+            scores[Path(path).name] = value
+    return scores
+
+
+def _number(archive: TorchArchive, value: Any) -> float | None:
+    """A number, or the one value of a stored tensor."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, TensorRef):
+        return None
+    tensor = archive.tensor("score", value)
+    raw = bytearray(tensor.nbytes)
+    if tensor.nbytes != TORCH_DTYPES[tensor.dtype].itemsize:
+        return None
+    tensor.read_into(0, memoryview(raw))
+    return float(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.dtype]).item())
+
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 _NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
@@ -32,7 +209,7 @@ class Selection:
     """Which of the checkpoints that were found to take; filters apply in this order.
 
     steps: first and last step, both included, None for open. every: only steps that are a multiple.
-    best: so many with the best `metric` (see `polyak.checkpoints.merging.scores`), read from `scores` if given.
+    best: so many with the best `metric` (see `polyak.checkpoints.merging.selection`), read from `scores` if given.
     last: so many of the latest.
     """
 

@@ -11,11 +11,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from polyak.checkpoints.reading.byteorder import SwappedTensor
-from polyak.checkpoints.reading.chunks import Chunk, ChunkedTensor, itemsize_of, row_major
-from polyak.checkpoints.reading.gather import Strided
-from polyak.checkpoints.reading.inert import Global, Stub
-from polyak.checkpoints.reading.layout import (
+from polyak.checkpoints.reading.gather import (
+    Chunk,
+    ChunkedTensor,
+    Strided,
+    StridedTensor,
+    SwappedTensor,
+    itemsize_of,
+    row_major,
+)
+from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, Global, Stub, read_pickle
+from polyak.checkpoints.reading.pickled_tensors import (
+    DTYPES,
+    StorageRef,
+    TensorRef,
+    call_torch,
+    find_tensors,
+)
+from polyak.checkpoints.reading.storage import Place
+from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
     MAX_DIMENSIONS,
     MAX_SIZE,
@@ -23,12 +37,7 @@ from polyak.checkpoints.reading.layout import (
     Checkpoint,
     StoredTensor,
 )
-from polyak.checkpoints.reading.nested import find_tensors
-from polyak.checkpoints.reading.pickles import MAX_PICKLE_BYTES, read_pickle
-from polyak.checkpoints.reading.places import Place
-from polyak.checkpoints.reading.strided import StridedTensor
 from polyak.checkpoints.reading.torch_archive import TorchArchive
-from polyak.checkpoints.reading.torch_objects import DTYPES, StorageRef, TensorRef, call_torch
 from polyak.checkpoints.reading.zips import PartFile
 from polyak.errors import FormatError
 

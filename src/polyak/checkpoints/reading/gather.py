@@ -1,16 +1,27 @@
-"""Boxes of values gathered from files where they lie in another order, in bounded memory."""
+"""Boxes of values gathered from files where they lie in another order, in bounded memory.
+
+Tensors that are stored in an order of their own: transposed, channels last, every second row.
+
+A tensor stored in chunks: boxes that tile it, each in a file of its own.
+
+Big-endian files, read as little-endian.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from abc import abstractmethod
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyak.checkpoints.reading.layout import DTYPE_BITS, ByteFile, StoredTensor
+from polyak.checkpoints.reading.stored import DTYPE_BITS, ByteFile, Span, StoredTensor, read_spans
+from polyak.errors import FormatError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """The first index and the size along every dimension."""
@@ -169,3 +180,237 @@ class GatheredTensor(StoredTensor):
     @abstractmethod
     def read_box(self, first: tuple[int, ...], out: NDArray[Any]) -> None:
         """Fill `out` with the box of its shape that begins at `first`."""
+
+
+TILE_BYTES = 4 << 20
+"""What is gathered at once. A transposed matrix costs one small read a column, however many rows are
+fetched: the more rows, the fewer reads."""
+
+MAX_TILES = 16
+"""Tiles kept at most, in all; each is dropped when it has been read to its end."""
+
+
+class StridedTensor(GatheredTensor):
+    """A view of a storage whose values do not lie in row-major order."""
+
+    def __init__(self, name: str, dtype: str, shape: Sequence[int], source: Strided) -> None:
+        super().__init__(name, dtype, shape)
+        self.source = source
+        self.serial = next(_SERIALS)
+        self._lock = threading.Lock()
+
+    @property
+    def storage_order(self) -> tuple[int, ...]:
+        """The dimensions from the slowest to the fastest as stored."""
+        axes = range(len(self.shape))
+        return tuple(sorted(axes, key=lambda axis: -self.source.strides[axis]))
+
+    def in_storage_order(self) -> StoredTensor:
+        """The same values with the dimensions permuted by `storage_order`: quick to read."""
+        order, source = self.storage_order, self.source
+        strides = [source.strides[axis] for axis in order]
+        permuted = Strided(source.file, source.base, strides, source.kind.itemsize)
+        return StridedTensor(self.name, self.dtype, [self.shape[axis] for axis in order], permuted)
+
+    def read_box(self, first: tuple[int, ...], out: NDArray[Any]) -> None:
+        """Fill `out` from the storage."""
+        self.source.read_box(first, out)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`, small pieces from tiles; see `StoredTensor.read_into`."""
+        if len(buffer) >= TILE_BYTES or self.storage_order == tuple(range(len(self.shape))):
+            super().read_into(start, buffer)
+            return
+        done = 0
+        while done < len(buffer):
+            number, skip = divmod(start + done, TILE_BYTES)
+            take = min(TILE_BYTES - skip, len(buffer) - done)
+            with self._lock:
+                tile = self._tile(number)
+                buffer[done : done + take] = tile[skip : skip + take]
+                if skip + take == len(tile):
+                    _TILES.drop((self.serial, number))
+            done += take
+
+    def _tile(self, number: int) -> memoryview:
+        tile = _TILES.get((self.serial, number))
+        if tile is None:
+            start = number * TILE_BYTES
+            tile = memoryview(bytearray(min(TILE_BYTES, self.nbytes - start)))
+            super().read_into(start, tile)
+            _TILES.put((self.serial, number), tile)
+        return tile
+
+
+class _Tiles:
+    """The tiles gathered last, of all tensors together, so that their memory is bounded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
+
+    def get(self, key: tuple[int, int]) -> memoryview | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: tuple[int, int], tile: memoryview) -> None:
+        with self._lock:
+            self._kept[key] = tile
+            while len(self._kept) > MAX_TILES:
+                self._kept.popitem(last=False)
+
+    def drop(self, key: tuple[int, int]) -> None:
+        with self._lock:
+            self._kept.pop(key, None)
+
+
+_SERIALS = itertools.count()
+_TILES = _Tiles()
+
+
+_MAX_CELLS = 4_000_000
+
+
+class Chunk(ABC):
+    """A box of a tensor, from `first`, of size `shape`; where its values lie is found when asked."""
+
+    def __init__(self, first: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        self.first = first
+        self.shape = shape
+
+    @abstractmethod
+    def source(self) -> Strided:
+        """Where the values lie. May read, and be called by several threads at once."""
+
+
+class ChunkedTensor(GatheredTensor):
+    """A tensor of chunks. Raises FormatError unless every value lies in exactly one of them."""
+
+    def __init__(
+        self, name: str, dtype: str, shape: Sequence[int], chunks: Sequence[Chunk]
+    ) -> None:
+        super().__init__(name, dtype, shape)
+        self.chunks = sorted(
+            (chunk for chunk in chunks if math.prod(chunk.shape)), key=lambda chunk: chunk.first
+        )
+        _check_tiling(self.shape, self.chunks)
+        self._first = np.array([chunk.first for chunk in self.chunks], np.int64)
+        self._last = self._first + np.array([chunk.shape for chunk in self.chunks], np.int64)
+        self._spans: tuple[Span, ...] | None = None
+
+    @property
+    def spans(self) -> tuple[Span, ...] | None:
+        """The chunks one after the other, where they are slabs of whole rows stored in order."""
+        if self._spans is None and self._are_slabs():
+            spans = []
+            for chunk in self.chunks:
+                source, count = chunk.source(), math.prod(chunk.shape)
+                if not is_row_major(chunk.shape, source.strides):
+                    return None
+                spans.append(Span(source.file, source.base, count * source.kind.itemsize))
+            self._spans = tuple(spans)
+        return self._spans
+
+    def _are_slabs(self) -> bool:
+        return all(chunk.shape[1:] == self.shape[1:] for chunk in self.chunks)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`; see `StoredTensor.read_into`."""
+        spans = self.spans
+        if spans is None:
+            super().read_into(start, buffer)
+        else:
+            read_spans(spans, start, buffer)
+
+    def read_box(self, first: tuple[int, ...], out: NDArray[Any]) -> None:
+        """Fill `out` from every chunk that the box touches."""
+        begin, end = np.array(first), np.array(first) + out.shape
+        touched = ((self._first < end) & (self._last > begin)).all(axis=1)
+        for number in np.flatnonzero(touched).tolist():
+            low = np.maximum(self._first[number], begin)
+            high = np.minimum(self._last[number], end)
+            target = out[tuple(map(slice, (low - begin).tolist(), (high - begin).tolist()))]
+            inside = (low - self._first[number]).tolist()
+            self.chunks[number].source().read_box(inside, target)
+
+
+def row_major(shape: Sequence[int]) -> list[int]:
+    """The strides, in values, of a dense row-major tensor.
+
+    >>> row_major((2, 3, 4))
+    [12, 4, 1]
+    """
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether values lie one after the other; the stride of a single index does not matter."""
+    wanted = row_major(shape)
+    return 0 in shape or all(
+        size == 1 or stride == want
+        for size, stride, want in zip(shape, strides, wanted, strict=True)
+    )
+
+
+def _check_tiling(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
+    """On the grid of all edges, every cell must belong to exactly one chunk."""
+    for chunk in chunks:
+        box = zip(chunk.first, chunk.shape, shape, strict=False)
+        if not len(chunk.first) == len(chunk.shape) == len(shape) or any(
+            first + size > whole for first, size, whole in box
+        ):
+            raise FormatError(f"has a chunk at {chunk.first} that leaves its shape {list(shape)}")
+    edges = [sorted({0, *(chunk.first[axis] for chunk in chunks)}) for axis in range(len(shape))]
+    if math.prod(map(len, edges)) > _MAX_CELLS:
+        raise FormatError(f"is cut into more than {_MAX_CELLS} cells")
+    covered = np.zeros(tuple(map(len, edges)), bool)
+    for chunk in chunks:
+        cells = tuple(
+            slice(int(np.searchsorted(edge, first)), int(np.searchsorted(edge, first + size)))
+            for edge, first, size in zip(edges, chunk.first, chunk.shape, strict=True)
+        )
+        if covered[cells].any():
+            raise FormatError(f"has chunks that overlap, at {chunk.first}")
+        covered[cells] = True
+    stored = sum(math.prod(chunk.shape) for chunk in chunks)
+    if stored != math.prod(shape):
+        raise FormatError(
+            f"has {math.prod(shape)} values, and {stored} are stored: a rank's file is missing"
+        )
+
+
+def itemsize_of(dtype: str) -> int:
+    """Whole bytes a value."""
+    return DTYPE_BITS[dtype] // 8
+
+
+class SwappedTensor(StoredTensor):
+    """A tensor whose numbers are stored most significant byte first."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        super().__init__(stored.name, stored.dtype, stored.shape)
+        self.stored = stored
+        complex_parts = 2 if stored.dtype.startswith("C") else 1
+        self.word = DTYPE_BITS[stored.dtype] // 8 // complex_parts
+
+    @property
+    def storage_order(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.stored.storage_order
+
+    def in_storage_order(self) -> StoredTensor:
+        """As stored, swapped."""
+        return SwappedTensor(self.stored.in_storage_order())
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`; see `StoredTensor.read_into`."""
+        before, stop = start % self.word, start + len(buffer)
+        if before or stop % self.word:
+            whole = bytearray(-(-stop // self.word) * self.word - (start - before))
+            self.read_into(start - before, memoryview(whole))
+            buffer[:] = memoryview(whole)[before : before + len(buffer)]
+            return
+        self.stored.read_into(start, buffer)
+        np.frombuffer(buffer, np.uint8).view(f"u{self.word}").byteswap(inplace=True)

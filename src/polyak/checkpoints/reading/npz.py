@@ -6,9 +6,8 @@ import math
 import re
 from typing import Any
 
-from polyak.checkpoints.reading.byteorder import SwappedTensor
-from polyak.checkpoints.reading.gather import Strided
-from polyak.checkpoints.reading.layout import (
+from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor
+from polyak.checkpoints.reading.stored import (
     MAX_DIMENSIONS,
     ByteFile,
     Checkpoint,
@@ -17,7 +16,6 @@ from polyak.checkpoints.reading.layout import (
     StoredTensor,
     bytes_of,
 )
-from polyak.checkpoints.reading.strided import StridedTensor
 from polyak.checkpoints.reading.zips import ZipArchive, span_of
 from polyak.errors import FormatError
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 
 from polyak.checkpoints.reading.dcp import read_dcp
-from polyak.checkpoints.reading.folders import join_shards, shards_of, weights_in
-from polyak.checkpoints.reading.layout import ByteFile, Checkpoint
+from polyak.checkpoints.reading.folders import join_shards, natural_step, shards_of, weights_in
 from polyak.checkpoints.reading.npz import read_npz
-from polyak.checkpoints.reading.places import Place
 from polyak.checkpoints.reading.safetensors_reader import read_safetensors
-from polyak.checkpoints.reading.steps import natural_step
+from polyak.checkpoints.reading.storage import Place
+from polyak.checkpoints.reading.stored import ByteFile, Checkpoint
 from polyak.checkpoints.reading.torch_archive import read_torch
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import ArgumentError, FormatError

@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
-from polyak.checkpoints.reading.jsons import MAX_JSON_BYTES, parse_json
-from polyak.checkpoints.reading.layout import (
+from polyak.checkpoints.reading.stored import (
     ByteFile,
     Checkpoint,
     Span,
@@ -19,6 +18,7 @@ from polyak.checkpoints.reading.layout import (
     StoredTensor,
     bytes_of,
 )
+from polyak.checkpoints.reading.untrusted_json import MAX_JSON_BYTES, parse_json
 from polyak.errors import FormatError
 
 RANK_SHARD = (

@@ -6,11 +6,15 @@ import math
 from itertools import islice
 from typing import Any
 
-from polyak.checkpoints.reading.byteorder import SwappedTensor
-from polyak.checkpoints.reading.chunks import is_row_major
-from polyak.checkpoints.reading.gather import Strided
-from polyak.checkpoints.reading.jsons import MAX_JSON_BYTES, parse_json
-from polyak.checkpoints.reading.layout import (
+from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor, is_row_major
+from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, read_pickle
+from polyak.checkpoints.reading.pickled_tensors import (
+    TensorRef,
+    call_torch,
+    find_tensors,
+    persistent_storage,
+)
+from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
     ByteFile,
     Checkpoint,
@@ -19,10 +23,7 @@ from polyak.checkpoints.reading.layout import (
     StoredTensor,
     bytes_of,
 )
-from polyak.checkpoints.reading.nested import find_tensors
-from polyak.checkpoints.reading.pickles import MAX_PICKLE_BYTES, read_pickle
-from polyak.checkpoints.reading.strided import StridedTensor
-from polyak.checkpoints.reading.torch_objects import TensorRef, call_torch, persistent_storage
+from polyak.checkpoints.reading.untrusted_json import MAX_JSON_BYTES, parse_json
 from polyak.checkpoints.reading.zips import ZipArchive, span_of
 from polyak.errors import FormatError
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from polyak.checkpoints.reading.layout import MAX_TENSORS, ByteFile, Span
+from polyak.checkpoints.reading.stored import MAX_TENSORS, ByteFile, Span
 from polyak.errors import FormatError
 
 _LOCAL = struct.Struct("<4s5H3I2H")

@@ -1,0 +1,220 @@
+"""Merging the moments of every rank of a process group.
+
+What one layer saw: its batch statistics, read at each call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from polyak.batchnorm import moments
+from polyak.batchnorm.moments import InstanceMoments, Moments
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks to merge with."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+def merge_ranks(recorders: Sequence[Recorder], n_batches: int) -> int:
+    """Merge each layer's moments over all ranks, in rank order; returns the batches of all.
+
+    Every rank must come here, with the same layers; each ends with the same bits.
+    """
+    if not is_distributed():
+        return n_batches
+    mine = _packed(recorders, n_batches)
+    parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, mine)
+    for recorder in recorders:
+        recorder.calls = 0
+        recorder.moments = type(recorder.moments).empty(recorder.moments.mean)
+    return sum(_merge_part(recorders, part) for part in parts)
+
+
+def _packed(recorders: Sequence[Recorder], n_batches: int) -> Tensor:
+    """One vector: the batches, then count, calls, means and spreads layer by layer."""
+    device, dtype = recorders[0].moments.mean.device, recorders[0].moments.mean.dtype
+    pieces = [torch.tensor([n_batches], dtype=dtype)]
+    for recorder in recorders:
+        moments = recorder.moments
+        pieces.append(torch.tensor([moments.count, recorder.calls], dtype=dtype))
+        pieces += [moments.mean, moments.spread]
+    return torch.cat([piece.to(device, dtype) for piece in pieces])
+
+
+def _merge_part(recorders: Sequence[Recorder], part: Tensor) -> int:
+    position = 1
+    for recorder in recorders:
+        moments = recorder.moments
+        n_channels = moments.mean.numel()
+        count, calls = part[position : position + 2].tolist()
+        flat = part[position + 2 : position + 2 + 2 * n_channels].to(moments.mean)
+        mean, spread = flat.view(2, n_channels)
+        moments.merge(count, mean, spread)
+        recorder.calls += int(calls)
+        position += 2 + 2 * n_channels
+    return int(part[0])
+
+
+# Calls gathered before they are merged (one merge of 64 costs as much as one of 1): few at first,
+# since a pass may be short.
+_FIRST_ROWS, _ROWS = 8, 64
+
+# Layers whose forward is known to be `F.batch_norm` and nothing else; not those derived from them.
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Numbers the first calls of layers, so that an error can name the layer that came first.
+_order = itertools.count()
+
+Buffers = dict[str, Tensor | None]
+
+
+class Recorder:
+    """Stands in for the layer's `forward` during a pass and gathers the moments of its inputs.
+
+    In training mode with momentum 1 a layer leaves its batch statistics in the running buffers,
+    so each call gets a row of scratch as its buffers and nothing is computed twice. Where that
+    is not exact, or not what happens (evaluation mode, low-precision statistics, a synchronised
+    layer), the input is measured instead.
+    """
+
+    def __init__(self, layer: _NormBase, *, training: bool) -> None:
+        assert layer.running_mean is not None  # noqa: S101 - norm_layers saw to it
+        self.layer = layer
+        self.calls = 0
+        self.first_call = sys.maxsize
+        self._forward: Callable[..., Tensor] = layer.forward
+        self._counts: list[int] = []
+        self._training = training
+        self._instances = isinstance(layer, _InstanceNorm)
+        self._synchronised = isinstance(layer, nn.SyncBatchNorm) and is_distributed()
+        self._dtype = layer.running_mean.dtype
+        self._is_low_precision = self._dtype not in (torch.float32, torch.float64)
+        self.moments = self._kind.empty(layer.running_mean)
+        self._may_leave = training and not self._is_low_precision and not self._synchronised
+        self._is_plain = type(layer) in _PLAIN and "forward" not in layer.__dict__
+        self._make_rows(_FIRST_ROWS)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Record, and run the layer."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        count = self._count(x)
+        if count == 0:  # nothing to learn from; what is wrong with it, the layer will say
+            return self._forward(*args, **kwargs)
+        if self.calls == 0:
+            self.first_call = next(_order)
+        self.calls += 1
+        if self._leaves_exact(x, count):
+            return self._leaving_a_row(x, count, *args, **kwargs)
+        seen = self._measured(x, count)
+        self.moments.add(seen)
+        if not self._training or self._synchronised:
+            return self._forward(*args, **kwargs)
+        if count == 1 and not self._instances:
+            # One value has no variance: it is pooled, and normalised by the statistics so far.
+            self.flush()
+            seen = self.moments
+        elif self._is_low_precision:
+            return self._forward(*args, **kwargs)
+        return self._normalised_by(seen, x, *args, **kwargs)
+
+    def flush(self) -> None:
+        """Merge what was gathered since the last time."""
+        n_calls = len(self._counts)
+        if n_calls:
+            seen = self._kind.of(self._counts, self._means[:n_calls], self._variances[:n_calls])
+            self.moments.add(seen)
+            self._counts = []
+
+    def _make_rows(self, n_rows: int) -> None:
+        assert self.layer.running_mean is not None  # noqa: S101 - norm_layers saw to it
+        self._means = self.layer.running_mean.new_zeros((n_rows, *self.moments.mean.shape))
+        self._variances = torch.zeros_like(self._means)
+        self._rows = list(zip(self._means.unbind(), self._variances.unbind(), strict=True))
+
+    def statistics(self) -> Buffers:
+        """The running buffers that the layer shall have."""
+        tracked = self.layer.num_batches_tracked
+        found: Buffers = {
+            "running_mean": self.moments.mean.to(self._dtype),
+            "running_var": self.moments.variance().to(self._dtype),
+        }
+        if tracked is not None and not self._instances:  # InstanceNorm has a count, always zero
+            found["num_batches_tracked"] = torch.full_like(tracked, self.calls)
+        return found
+
+    @property
+    def _kind(self) -> type[Moments]:
+        return InstanceMoments if self._instances else Moments
+
+    def _count(self, x: Tensor) -> int:
+        if x.dim() < 2:
+            return 0
+        if self._instances:
+            return moments.n_instances(self.layer, x)
+        return x.numel() // max(1, x.shape[1])
+
+    def _leaves_exact(self, x: Tensor, count: int) -> bool:
+        """Whether the layer itself leaves its batch statistics, to all their digits."""
+        if not self._may_leave:
+            return False
+        return self._instances or (count > 1 and moments.kernel_is_exact(x, count))
+
+    def _leaving_a_row(self, x: Tensor, count: int, *args: Any, **kwargs: Any) -> Tensor:
+        if len(self._counts) == len(self._rows):
+            self.flush()
+            if len(self._rows) < _ROWS:
+                self._make_rows(_ROWS)
+        mean, variance = self._rows[len(self._counts)]
+        self._counts.append(count)
+        out = self._run_into(mean, variance, x, *args, **kwargs)
+        if not (self._instances or moments.mean_is_exact(x, count)):
+            moments.mean_into(mean, x)
+        return out
+
+    def _run_into(
+        self, mean: Tensor, variance: Tensor, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the layer so that it leaves its batch statistics here."""
+        layer = self.layer
+        if self._is_plain:  # what its forward comes to, without what it does besides
+            cast("Any", layer)._check_input_dim(x)
+            return F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
+        layer._buffers.update(running_mean=mean, running_var=variance)
+        return self._forward(*args, **kwargs)
+
+    def _measured(self, x: Tensor, count: int) -> Moments:
+        dtype = torch.float32 if self._is_low_precision else self._dtype
+        if self._instances:
+            return self._kind.of([count], *moments.of_instances(self.layer, x.to(dtype)))
+        return self._kind.of(*moments.of_values(x, dtype))
+
+    def _normalised_by(self, moments: Moments, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer with these statistics, as it would with those of its batch."""
+        layer = self.layer
+        mean, variance = (
+            moments.mean.to(self._dtype),
+            moments.variance(unbiased=False).to(self._dtype),
+        )
+        if self._is_plain:
+            return F.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
+        layer._buffers.update(running_mean=mean, running_var=variance)
+        layer.training = False
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            layer.training = True

@@ -1,0 +1,337 @@
+"""Writing at final offsets: what a layout is, the file it writes to, and safetensors.
+
+Every shape and dtype of the output is known before a byte is read, so the header can be written
+first and the values by any thread in any order. Read it back with `safetensors`: nothing of ours
+is needed.
+
+Writing torch archives at final offsets: what `torch.save` of a dict of tensors would make.
+
+The archive is a zip of stored records: `data.pkl` (the names, shapes and storages), one record per
+tensor, aligned to 64 bytes so that `torch.load(mmap=True)` works, and the checksums that a zip has.
+`torch.load(weights_only=True)` reads it; what the average is made of lies in `extra/polyak.json`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pickle
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from polyak.checkpoints.merging.align import MergedTensor
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, itemsize
+from polyak.errors import FormatError, OutputError
+
+MAX_HEADER = 100_000_000
+_ALIGNMENT = 4096  # the values begin on a page, which direct reads and memory maps like
+
+
+class OutputFile:
+    """A file that is written in pieces by any number of threads."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        with writing_errors(path):
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self.descriptor, size)
+
+    def write(self, offset: int, data: memoryview | bytes) -> None:
+        """Write all of `data` at `offset`; OutputError where the disk is full or gone."""
+        view = memoryview(data)
+        with writing_errors(self.path):
+            while view:
+                done = os.pwrite(self.descriptor, view, offset)
+                view, offset = view[done:], offset + done
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes that were written."""
+        with writing_errors(self.path):
+            data = os.pread(self.descriptor, length, offset)
+        if len(data) < length:
+            raise OutputError(f"{self.path} lost bytes after {offset + len(data)}. Start again.")
+        return data
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        with writing_errors(self.path):
+            os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.descriptor)
+
+
+class writing_errors:  # noqa: N801 - reads as what it is: `with writing_errors(path):`
+    """Turn an OSError into the OutputError that says what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError) or isinstance(error, OutputError):
+            return
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "Make room" if full else "Choose another folder, or mend this one"
+        raise OutputError(
+            f"Could not write {self._path}: {error.strerror or error}. {advice}; a merge that was "
+            "interrupted continues with resume=True (--resume)."
+        ) from error
+
+
+class Layout(Protocol):
+    """Where the bytes of each tensor go in one file, and what stands around them."""
+
+    size: int
+    offsets: list[int]
+
+    def begin(self, file: OutputFile) -> None:
+        """Write what can be written before the values."""
+
+    def finish(self, file: OutputFile, metadata: Mapping[str, str]) -> None:
+        """Write what is only known after them; `metadata` as long as at first."""
+
+
+class SafetensorsLayout:
+    """One safetensors file: the header, padded so that the values begin on a page, then the values.
+
+    Raises FormatError where the header would exceed the format's limit of 100 MB.
+    """
+
+    def __init__(self, tensors: Sequence[MergedTensor], metadata: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        header = self._header(metadata)
+        self._room = -(-(8 + len(header)) // _ALIGNMENT) * _ALIGNMENT - 8
+        if self._room > MAX_HEADER:
+            raise FormatError(
+                f"The header of {len(tensors)} tensors takes {self._room} bytes; safetensors allows "
+                f"{MAX_HEADER}. Write shards (shard_size=), or a torch archive (.pt)."
+            )
+        self._prologue = self._padded(header)
+        self.offsets: list[int] = []
+        position = 8 + self._room
+        for tensor in tensors:
+            self.offsets.append(position)
+            position += tensor.nbytes
+        self.size = position
+
+    def begin(self, file: OutputFile) -> None:
+        """Write the header."""
+        file.write(0, self._prologue)
+
+    def finish(self, file: OutputFile, metadata: Mapping[str, str]) -> None:
+        """Write the header once more, now with the hashes that room was kept for."""
+        file.write(0, self._padded(self._header(metadata)))
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        position = 0
+        for tensor in self._tensors:
+            end = position + tensor.nbytes
+            entries[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def _padded(self, header: bytes) -> bytes:
+        return self._room.to_bytes(8, "little") + header.ljust(self._room, b" ")
+
+
+ALIGNMENT = 64
+_ROOT = "archive"
+_LIMIT = 0xFFFFFFFF  # from here on sizes and offsets stand in 64-bit extra fields
+_READ = 4 << 20
+_STORAGES = {
+    "F64": torch.DoubleStorage, "F32": torch.FloatStorage, "F16": torch.HalfStorage,
+    "BF16": torch.BFloat16Storage, "I64": torch.LongStorage, "I32": torch.IntStorage,
+    "I16": torch.ShortStorage, "I8": torch.CharStorage, "U8": torch.ByteStorage,
+    "BOOL": torch.BoolStorage, "C64": torch.ComplexFloatStorage, "C128": torch.ComplexDoubleStorage,
+}  # fmt: skip
+
+
+@dataclass
+class _Record:
+    """One entry of the zip. data: None for a tensor's, which is written while merging."""
+
+    name: bytes
+    size: int
+    header_at: int = 0
+    data_at: int = 0
+    data: bytes | None = None
+    crc: int = 0
+
+
+class TorchLayout:
+    """A torch archive of one flat dict, name -> tensor; tied names share one storage.
+
+    Raises FormatError for a dtype that torch does not have.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[MergedTensor],
+        ties: Mapping[str, str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        small = {
+            "data.pkl": _pickled(tensors, ties),
+            ".format_version": b"1",
+            ".storage_alignment": str(ALIGNMENT).encode(),
+            "byteorder": b"little",
+            "version": b"3\n",
+            "extra/polyak.json": _provenance(metadata),
+        }
+        self._records = [_Record(_path(k), len(v), data=v) for k, v in small.items()]
+        values = [_Record(_path(f"data/{i}"), t.nbytes) for i, t in enumerate(tensors)]
+        self._records[4:4] = values
+        position = 0
+        for record in self._records:
+            record.header_at = position
+            record.data_at = position + len(_local_header(record))
+            position = record.data_at + record.size
+        self.offsets = [record.data_at for record in values]
+        self._directory_at = position
+        self.size = position + len(self._directory())
+
+    def begin(self, file: OutputFile) -> None:
+        """Nothing: the checksums of the headers are known at the end."""
+
+    def finish(self, file: OutputFile, metadata: Mapping[str, str]) -> None:
+        """Take the checksums of what was written, then write headers, small records, directory."""
+        for record in self._records:
+            if record.name == _path("extra/polyak.json"):
+                record.data = _provenance(metadata)
+            record.crc = _crc_of(record, file)
+            file.write(record.header_at, _local_header(record) + (record.data or b""))
+        file.write(self._directory_at, self._directory())
+
+    def _directory(self) -> bytes:
+        entries = b"".join(_central_header(record) for record in self._records)
+        return entries + _end(len(self._records), len(entries), self._directory_at)
+
+
+def _path(name: str) -> bytes:
+    return f"{_ROOT}/{name}".encode()
+
+
+def _provenance(metadata: Mapping[str, str]) -> bytes:
+    return json.dumps(dict(metadata), ensure_ascii=False).encode()
+
+
+def _crc_of(record: _Record, file: OutputFile) -> int:
+    if record.data is not None:
+        return zlib.crc32(record.data)
+    crc = 0
+    for start in range(0, record.size, _READ):
+        length = min(_READ, record.size - start)
+        crc = zlib.crc32(file.read(record.data_at + start, length), crc)
+    return crc
+
+
+def _local_header(record: _Record) -> bytes:
+    """The header before a record, padded by an extra field so that the data is aligned."""
+    large = record.size >= _LIMIT
+    shown = _LIMIT if large else record.size
+    extra = struct.pack("<HHQQ", 1, 16, record.size, record.size) if large else b""
+    start = record.header_at + 30 + len(record.name) + len(extra) + 4
+    padding = -start % ALIGNMENT
+    extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    fields = (0, 0, 0, 0, record.crc, shown, shown, len(record.name), len(extra))
+    return b"PK\3\4" + struct.pack("<HHHHHIIIHH", 45, *fields) + record.name + extra
+
+
+def _central_header(record: _Record) -> bytes:
+    large, far = record.size >= _LIMIT, record.header_at >= _LIMIT
+    numbers = [record.size, record.size] * large + [record.header_at] * far
+    extra = struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+    size = _LIMIT if large else record.size
+    at = _LIMIT if far else record.header_at
+    fields = (45, 45, 0, 0, 0, 0, record.crc, size, size, len(record.name), len(extra))
+    return (
+        b"PK\1\2" + struct.pack("<HHHHHHIIIHHHHHII", *fields, 0, 0, 0, 0, at) + record.name + extra
+    )
+
+
+def _end(entries: int, length: int, at: int) -> bytes:
+    """The end of the directory; its 64-bit form always goes before it, as torch writes it."""
+    wide = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, entries, entries, length, at)
+    locator = b"PK\6\7" + struct.pack("<IQI", 0, at + length, 1)
+    few = min(entries, 0xFFFF)
+    short = (0, 0, few, few, min(length, _LIMIT), min(at, _LIMIT), 0)
+    return wide + locator + b"PK\5\6" + struct.pack("<HHHHIIH", *short)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Stands for a storage while pickling."""
+
+    key: str
+    kind: Any
+    size: int
+
+
+class _Rebuilt:
+    """Pickles as the call by which torch rebuilds a tensor."""
+
+    def __init__(self, tensor: MergedTensor, key: str) -> None:
+        self._tensor, self._key = tensor, key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensor, dtype = self._tensor, self._tensor.dtype
+        if dtype not in TORCH_DTYPES:
+            raise FormatError(f"torch has no dtype {dtype} ({tensor.name}). Write safetensors.")
+        strides = tuple(_strides(tensor.shape))
+        if dtype in _STORAGES:
+            storage = _Storage(self._key, _STORAGES[dtype], tensor.nbytes // itemsize(dtype))
+            rest: tuple[Any, ...] = (storage, 0, tensor.shape, strides, False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, rest
+        storage = _Storage(self._key, torch.UntypedStorage, tensor.nbytes)
+        wide: tuple[Any, ...] = (
+            storage,
+            0,
+            tensor.shape,
+            strides,
+            False,
+            OrderedDict(),
+            TORCH_DTYPES[dtype],
+        )
+        return torch._utils._rebuild_tensor_v3, wide
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Storage):
+            return ("storage", obj.kind, obj.key, "cpu", obj.size)
+        return None
+
+
+def _pickled(tensors: Sequence[MergedTensor], ties: Mapping[str, str]) -> bytes:
+    rebuilt = {t.name: _Rebuilt(t, str(i)) for i, t in enumerate(tensors)}
+    names = OrderedDict(rebuilt)
+    names.update((alias, rebuilt[name]) for alias, name in ties.items() if name in rebuilt)
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(dict(names))
+    return stream.getvalue()
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return strides[::-1]

@@ -1,1 +1,0 @@
-"""Thin adapters to frameworks; each imports its framework inside its own file only."""

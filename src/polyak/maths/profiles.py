@@ -1,0 +1,533 @@
+r"""Profiles: how much each moment of training counts in an average.
+
+A profile is one function, the cumulative share $F(x, t)$: the share of the average, seen from now
+$= t$, that comes from the time up to $x$, $0 \le x \le t$. Both are counted from the start of
+averaging in any unit that only grows (steps, captures, samples, tokens). All else follows from it:
+
+- an interval $(a, b]$ holds $F(b, t) - F(a, t)$ (`interval_mass`);
+- when time moves from $t - dt$ to $t$ the newest weights enter with $1 - F(t - dt, t)$ (`share`),
+  and ``average += share * (weights - average)`` is exact for every *streaming* profile: one in
+  which $F(x, t) / F(y, t)$ does not depend on $t$;
+- weights taken at $t_1 < t_2 < \dots$ stand for $(t_{i-1}, t_i]$, the first for all before it
+  (`weights`), which gives the effective number of samples; `mean_age` and `half_life` likewise.
+
+Every formula is written in operators that floats, NumPy arrays and 0-d tensors share, so that the
+share can be computed on a device from a time that lives there.
+
+What every profile can do, given its cumulative share.
+
+The profiles for which one running average is exact.
+
+The profiles that need what was stored: snapshots, a trajectory, or files.
+
+A profile that begins later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyak.errors import ArgumentError
+from polyak.maths.elementwise import at_least, at_most, exp, expm1, log1p, require
+
+__all__ = [
+    "EMA",
+    "RELATIVE_STD_LIMIT",
+    "SWA",
+    "After",
+    "Annealed",
+    "PowerEMA",
+    "Profile",
+    "Window",
+]
+
+
+class Profile(ABC):
+    """How much each moment counts. Subclasses are frozen dataclasses that give `mass`.
+
+    Times are at least 0 and `now` is positive: before any time has passed there is nothing to
+    share out, and 0 / 0 is what the formulas give. Only `After` may be asked before its start.
+    """
+
+    streaming: ClassVar[bool] = True
+    """Whether one running average is exact; if not, stored snapshots or files are needed."""
+
+    has_horizon: ClassVar[bool] = False
+    """Whether a parameter is a length of time, so that the unit of time changes the meaning."""
+
+    @abstractmethod
+    def mass(self, x: float, now: float) -> float:
+        """`F(x, now)`: the share of the average at `now` that comes from the time up to `x`."""
+
+    def interval_mass(self, a: float, b: float, now: float) -> float:
+        """`F(b, now) - F(a, now)`: the share that comes from the interval `(a, b]`, a < b."""
+        if self.streaming:
+            # F(a, now) / F(b, now) = F(a, b): nothing cancels however short the interval is.
+            return self.mass(b, now) * self.share(b, b - a)
+        return self.mass(b, now) - self.mass(a, now)
+
+    def share(self, now: float, dt: float) -> float:
+        """`1 - F(now - dt, now)`: with what share the weights of the last `dt` enter at `now`."""
+        return 1 - self.mass(now - dt, now)
+
+    def initial_mass(self, now: float) -> float:
+        """The share kept by the very first weights, an atom at time 0."""
+        return 0.0
+
+    @property
+    def start(self) -> float:
+        """The time up to which nothing enters."""
+        return 0.0
+
+    @abstractmethod
+    def mean_age(self, now: float) -> float:
+        """`integral over x from 0 to now of F(x, now)`: how old the average is, in time units."""
+
+    def half_life(self, now: float) -> float:
+        """The age below which half of the average lies, in time units, by bisection."""
+        young, old = 0.0, float(now)
+        for _ in range(200):
+            middle = (young + old) / 2
+            if self.mass(now - middle, now) > 0.5:  # more than half is older
+                young = middle
+            else:
+                old = middle
+        return old
+
+    def weights(self, times: Sequence[float], now: float | None = None) -> NDArray[np.float64]:
+        """The share of each of the weights taken at `times`, which increase; they sum to 1.
+
+        `now` is the last of the times unless given; a later one ages what was taken, and the
+        shares are those among what was seen. Raises ArgumentError where the times do not increase
+        from 0 on, or where nothing that was taken counts at `now`.
+        """
+        moments = _increasing(times)
+        now = moments[-1] if now is None else now
+        if now < moments[-1]:
+            raise ArgumentError(f"now is {now}, but weights were taken at {moments[-1]}, after it.")
+        if now <= self.start and not self.initial_mass(now):
+            raise ArgumentError(f"{self} is empty until {self.start}; the time is {now}.")
+        shares = np.empty(len(moments))
+        shares[0] = self.mass(moments[0], now)
+        for i in range(1, len(moments)):
+            shares[i] = self.interval_mass(moments[i - 1], moments[i], now)
+        return self._among_seen(shares, moments[-1], now)
+
+    def effective_samples(self, times: Sequence[float], now: float | None = None) -> float:
+        """`1 / sum of squared weights`: as many equal weights would cancel as much noise."""
+        return float(1 / np.square(self.weights(times, now)).sum())
+
+    def _among_seen(
+        self, shares: NDArray[np.float64], newest: float, now: float
+    ) -> NDArray[np.float64]:
+        if now == newest:
+            return shares
+        total = shares.sum()
+        if not total > 0:
+            raise ArgumentError(f"{self} at {now} holds nothing of what was taken up to {newest}.")
+        return np.asarray(shares / total)
+
+
+def _increasing(times: Sequence[float]) -> list[float]:
+    moments = np.asarray(times, dtype=np.float64)
+    if moments.ndim != 1 or not moments.size:
+        raise ArgumentError(f"Expected a list of times; found shape {moments.shape}.")
+    if not (np.isfinite(moments).all() and moments[0] >= 0):
+        raise ArgumentError(f"The times must be finite and at least 0; found {moments.min()}.")
+    steps = np.diff(moments)
+    if not (steps > 0).all():
+        i = int(np.argmin(steps > 0))
+        raise ArgumentError(
+            f"The times must increase; found {moments[i + 1]} after {moments[i]} (place {i + 1})."
+        )
+    return [float(moment) for moment in moments]
+
+
+RELATIVE_STD_LIMIT = 1 / math.sqrt(12)
+"""The relative standard deviation of a power profile stays below that of the plain mean, 0.2887."""
+
+
+@final
+@dataclass(frozen=True)
+class SWA(Profile):
+    r"""The plain mean of all weights taken: Stochastic Weight Averaging.
+
+    $$F(x, t) = x / t, \qquad share = dt / t$$
+
+    With equal steps the share of the $n$-th weights is $1 / n$, which is the paper's update
+    ``w_swa = (w_swa * n_models + w) / (n_models + 1)``. No parameter, no horizon.
+
+    Source: Izmailov et al. 2018, arXiv 1803.05407.
+
+    >>> [SWA().share(now=n, dt=1) for n in (1, 2, 4)]
+    [1.0, 0.5, 0.25]
+    """
+
+    def mass(self, x: float, now: float) -> float:
+        """`x / now`."""
+        return x / now
+
+    def interval_mass(self, a: float, b: float, now: float) -> float:
+        """`(b - a) / now`."""
+        return (b - a) / now
+
+    def share(self, now: float, dt: float) -> float:
+        """`dt / now`."""
+        return dt / now
+
+    def mean_age(self, now: float) -> float:
+        """`now / 2`."""
+        return now / 2
+
+
+@final
+@dataclass(frozen=True)
+class EMA(Profile):
+    r"""The exponential moving average, exactly debiased.
+
+    $$F(x, t) = \frac{d^{\,t-x} - d^{\,t}}{1 - d^{\,t}}, \qquad
+      share = \frac{1 - d^{\,dt}}{1 - d^{\,t}}$$
+
+    $d$ = `decay`, $0 < d < 1$, is the factor per unit of time: steps of `dt` units decay by
+    $d^{dt}$, so "every k steps" never changes the horizon. With ``keep_initial=True`` the first
+    weights are not debiased away: time counts from them, $F(x, t) = d^{\,t-x}$, and they keep the
+    atom $d^{\,t}$ at 0, which is what `torch.optim.swa_utils` computes.
+
+    Raises ArgumentError unless 0 < decay < 1.
+
+    Source: Polyak and Juditsky 1992; the debiasing is that of Adam, arXiv 1412.6980.
+
+    >>> round(EMA(decay=0.9).share(now=1000, dt=1), 6), EMA(decay=0.9).share(now=1, dt=1)
+    (0.1, 1.0)
+    >>> round(EMA.from_half_life(500).half_life(now=1e6), 3)
+    500.0
+    """
+
+    decay: float
+    keep_initial: bool = False
+    has_horizon: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.decay < 1,
+            f"EMA decay is {self.decay}; expected 0 < decay < 1 per unit of time "
+            "(EMA.from_half_life takes a length of time).",
+        )
+
+    @classmethod
+    def from_half_life(cls, half_life: float, *, keep_initial: bool = False) -> EMA:
+        r"""The decay that halves a weight's share every `half_life` units: $d = 2^{-1/h}$.
+
+        Raises ArgumentError outside 0.001 to 1e12, where float64 has no decay that is near enough.
+        """
+        require(
+            1e-3 <= half_life <= 1e12,
+            f"EMA half-life is {half_life}; expected a time from 0.001 to 1e12 units "
+            "(count in larger ones).",
+        )
+        return cls(decay=math.exp2(-1 / half_life), keep_initial=keep_initial)
+
+    def mass(self, x: float, now: float) -> float:
+        """`(d^(now - x) - d^now) / (1 - d^now)`, or `d^(now - x)` with the first weights kept."""
+        remaining = exp(self._rate * (now - x))
+        if self.keep_initial:
+            return remaining
+        return remaining * (expm1(self._rate * x) / expm1(self._rate * now))
+
+    def share(self, now: float, dt: float) -> float:
+        """`(1 - d^dt) / (1 - d^now)`, or `1 - d^dt` with the first weights kept."""
+        if self.keep_initial:
+            return -expm1(self._rate * dt)
+        return expm1(self._rate * dt) / expm1(self._rate * now)
+
+    def initial_mass(self, now: float) -> float:
+        """`d^now` with the first weights kept, otherwise 0."""
+        return exp(self._rate * now) if self.keep_initial else 0.0
+
+    def mean_age(self, now: float) -> float:
+        """`1 / r - now d^now / (1 - d^now)`, or `(1 - d^now) / r`, with `r = -ln d`."""
+        filled = -expm1(self._rate * now)
+        if self.keep_initial:
+            return -filled / self._rate
+        z = -self._rate * now
+        if z < 0.01:  # the difference below would lose digits; error of the series: z^5 / 30240
+            return now * (0.5 - z / 12 + z**3 / 720)
+        return now / z - now * (1 - filled) / filled
+
+    @property
+    def _rate(self) -> float:
+        return math.log(self.decay)
+
+
+@final
+@dataclass(frozen=True)
+class PowerEMA(Profile):
+    r"""The power-function average: its width grows with the run, so it forgets the start.
+
+    $$F(x, t) = (x / t)^{\gamma + 1}, \qquad share = 1 - (1 - dt / t)^{\gamma + 1}$$
+
+    $\gamma$ = `gamma` > -1; 0 is the plain mean, larger is younger. In EDM2's terms the width is
+    $\sigma_{rel} = \sqrt{(\gamma + 1) / ((\gamma + 2)^2 (\gamma + 3))}$, the standard deviation of
+    the profile relative to $t$ (`from_relative_std`, domain $0 < s < 1/\sqrt{12} = 0.2887$).
+
+    Raises ArgumentError outside these domains.
+
+    Source: Karras et al. 2023, arXiv 2312.02696, section 3 and appendix C.
+
+    >>> round(PowerEMA.from_relative_std(0.10).gamma, 2)
+    6.94
+    >>> round(PowerEMA(gamma=0).share(now=4, dt=1), 12)
+    0.25
+    """
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        require(
+            -1 < self.gamma < math.inf,
+            f"PowerEMA gamma is {self.gamma}; expected a finite gamma > -1.",
+        )
+
+    @classmethod
+    def from_relative_std(cls, std: float) -> PowerEMA:
+        r"""The $\gamma$ whose profile has this standard deviation relative to the run.
+
+        The largest real root of $\gamma^3 + 7\gamma^2 + (16 - s^{-2})\gamma + (12 - s^{-2}) = 0$.
+        """
+        require(
+            0 < std < RELATIVE_STD_LIMIT,
+            f"PowerEMA relative std is {std}; expected 0 < std < {RELATIVE_STD_LIMIT:.4f}, "
+            "which is that of the plain mean.",
+        )
+        inverse = std**-2
+        # The other two roots have negative real parts, whatever the std.
+        roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+        return cls(gamma=float(roots.real.max()))
+
+    @property
+    def relative_std(self) -> float:
+        """The standard deviation of the profile divided by `now`."""
+        g = self.gamma
+        return math.sqrt((g + 1) / ((g + 2) ** 2 * (g + 3)))
+
+    def mass(self, x: float, now: float) -> float:
+        """`(x / now) ** (gamma + 1)`."""
+        share: float = (x / now) ** (self.gamma + 1)
+        return share
+
+    def share(self, now: float, dt: float) -> float:
+        """`1 - (1 - dt / now) ** (gamma + 1)`, without cancelling digits."""
+        return -expm1((self.gamma + 1) * log1p(-dt / now))
+
+    def mean_age(self, now: float) -> float:
+        """`now / (gamma + 2)`."""
+        return now / (self.gamma + 2)
+
+
+@final
+@dataclass(frozen=True)
+class Window(Profile):
+    r"""The mean of the last `length` units of time: LAWA, or the tail average.
+
+    $$F(x, t) = \frac{\max(0,\; x - \max(0,\; t - L))}{\min(L, t)}$$
+
+    $L$ = `length` > 0. Not streaming: what leaves the window must be known, so snapshots are kept,
+    or a trajectory or files are read.
+
+    Raises ArgumentError unless the length is positive and finite.
+
+    Source: Kaddour 2022, arXiv 2209.14981.
+
+    >>> Window(length=10).weights([5, 10, 15, 20]).tolist()
+    [0.0, 0.0, 0.5, 0.5]
+    """
+
+    length: float
+    streaming: ClassVar[bool] = False
+    has_horizon: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.length < math.inf,
+            f"Window length is {self.length}; expected a positive, finite time.",
+        )
+
+    def mass(self, x: float, now: float) -> float:
+        """The part of the window that lies before `x`."""
+        opened = at_least(now - self.length, 0)
+        return at_least(x - opened, 0) / at_most(now, self.length)
+
+    def mean_age(self, now: float) -> float:
+        """`min(length, now) / 2`."""
+        return at_most(now, self.length) / 2
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Annealed(Profile):
+    r"""The average that stands in for decaying the learning rate along a curve (WSM).
+
+    $$F(x, t) = 1 - w(x / t)$$
+
+    $w$ = `curve` is the decay being emulated: it falls from exactly 1 at 0 to exactly 0 at 1. Not
+    streaming. The linear curve gives the plain mean.
+
+    Raises ArgumentError for a curve that does not begin at 1, end at 0, or ever rises.
+
+    Source: arXiv 2507.17634.
+
+    >>> Annealed.shaped("linear").weights([1, 2]).tolist()
+    [0.5, 0.5]
+    """
+
+    curve: Callable[[float], float]
+    streaming: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        values = [float(self.curve(i / 256)) for i in range(257)]
+        require(
+            values[0] == 1 and values[-1] == 0,
+            "An annealing curve must fall from exactly 1 at 0 to exactly 0 at 1; "
+            f"found {values[0]} at 0 and {values[-1]} at 1.",
+        )
+        require(
+            all(a >= b for a, b in itertools.pairwise(values)),
+            "An annealing curve must fall from 1 to 0; found one that rises in between.",
+        )
+
+    @classmethod
+    def shaped(cls, shape: str) -> Annealed:
+        r"""One of the usual decays along $u$: linear $1 - u$, cosine $(1 + \cos \pi u) / 2$,
+        sqrt $1 - \sqrt u$.
+
+        Raises ArgumentError for any other name.
+        """  # noqa: D205 - the shapes belong in one sentence
+        require(
+            shape in _SHAPES,
+            f"Annealing shape is {shape!r}; expected one of {', '.join(sorted(_SHAPES))}.",
+        )
+        return cls(curve=_SHAPES[shape])
+
+    @property
+    def shape(self) -> str | None:
+        """The name of the curve, or None for one's own."""
+        return next((name for name, curve in _SHAPES.items() if curve is self.curve), None)
+
+    def __repr__(self) -> str:
+        # It stands in files, so it must not hold an address.
+        if self.shape is not None:
+            return f"Annealed.shaped({self.shape!r})"
+        owner = getattr(self.curve, "__module__", "")
+        name = getattr(self.curve, "__qualname__", type(self.curve).__qualname__)
+        return f"Annealed(curve={owner}.{name})"
+
+    def mass(self, x: float, now: float) -> float:
+        """`1 - curve(x / now)`."""
+        return 1 - self.curve(x / now)
+
+    def interval_mass(self, a: float, b: float, now: float) -> float:
+        """`curve(a / now) - curve(b / now)`."""
+        return self.curve(a / now) - self.curve(b / now)
+
+    def mean_age(self, now: float) -> float:
+        """`now * (1 - integral of the curve)`, by Gauss-Legendre quadrature with 128 nodes."""
+        nodes, weights = np.polynomial.legendre.leggauss(128)
+        v = (nodes + 1) / 2
+        # u = v^2: curves like sqrt have a vertical tangent at 0, which would cost most digits.
+        heights = np.array([float(self.curve(u)) for u in np.square(v).tolist()])
+        return now * (1 - float(weights @ (heights * v)))
+
+
+def _linear(u: float) -> float:
+    return 1 - u
+
+
+def _cosine(u: float) -> float:
+    return (1 + math.cos(math.pi * u)) / 2
+
+
+def _sqrt(u: float) -> float:
+    return 1 - math.sqrt(u)
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "sqrt": _sqrt,
+}
+
+
+# Added to an elapsed time, it changes nothing but turns 0 / 0 into 0: before the start the share
+# is 0, on a device too, where the time cannot be looked at.
+_TINY = 1e-300
+
+
+@final
+@dataclass(frozen=True)
+class After(Profile):
+    r"""Another profile that begins at a later time.
+
+    $$F(x, t) = F_{inner}(\max(0, x - s),\; t - s)$$
+
+    $s$ = `start_at` >= 0. Until then it is empty: $F = 0$, and nothing enters.
+
+    Raises ArgumentError for a negative start, and for an EMA that keeps its first weights.
+
+    >>> from polyak import SWA
+    >>> After(100, SWA()).weights([50, 100, 110, 120]).tolist()
+    [0.0, 0.0, 0.5, 0.5]
+    """
+
+    start_at: float
+    profile: Profile
+    has_horizon: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.start_at < math.inf,
+            f"After starts at {self.start_at}; expected a finite time, 0 or later.",
+        )
+        require(
+            self.profile.initial_mass(1) == 0,
+            f"After cannot hold {self.profile}: which weights are the first is not known before it "
+            "starts. Use the debiased EMA, or attach the average later.",
+        )
+
+    @property
+    def streaming(self) -> bool:  # type: ignore[override]
+        """As the inner profile."""
+        return self.profile.streaming
+
+    @property
+    def start(self) -> float:
+        """The later start, and the inner one on top of it."""
+        return self.start_at + self.profile.start
+
+    def mass(self, x: float, now: float) -> float:
+        """The inner mass, time counted from the start."""
+        return self.profile.mass(self._elapsed(x), self._elapsed(now) + _TINY)
+
+    def interval_mass(self, a: float, b: float, now: float) -> float:
+        """The inner interval's mass, time counted from the start."""
+        begin, end = self._elapsed(a), self._elapsed(b)
+        return self.profile.interval_mass(begin, end, self._elapsed(now)) if end else 0.0
+
+    def share(self, now: float, dt: float) -> float:
+        """The inner share of what lies after the start; 0 before it."""
+        elapsed = self._elapsed(now)
+        return self.profile.share(elapsed + _TINY, at_most(elapsed, dt))
+
+    def mean_age(self, now: float) -> float:
+        """As the inner profile."""
+        return self.profile.mean_age(now - self.start_at)
+
+    def _elapsed(self, time: float) -> float:
+        return at_least(time - self.start_at, 0)

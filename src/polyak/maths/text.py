@@ -1,0 +1,275 @@
+"""Reads ``method:name=value,name=value``, the way profiles and schedules are written as text.
+
+Profiles and schedules as text: how the command line and files name them.
+
+==================================================  ===============================================
+``swa``                                             ``SWA()``
+``ema:half_life=3000``, ``ema:decay=0.999``         ``EMA``; ``keep_initial=true`` may follow
+``power:std=0.1``, ``power:gamma=6.94``             ``PowerEMA``
+``window:length=10000``                             ``Window``
+``annealed:shape=cosine``                           ``Annealed.shaped``: linear, cosine or sqrt
+``ema:half_life=3000,start=50000``                  ``After``: any of them with a later start
+==================================================  ===============================================
+
+Parameters are always named: nobody can tell what ``ema:0.999`` or ``ema:500`` is meant to be.
+A schedule is a list of pieces, each with its number of steps (`schedule_from`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from polyak.errors import ArgumentError
+from polyak.maths import schedules
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile, Window
+
+Reader = Callable[[str, str], Any]
+"""From the whole text, for the message, and one value of it, to that value."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What may follow a method's name, and what is made of it."""
+
+    build: Callable[[dict[str, Any]], Any]
+    readers: Mapping[str, Reader]
+    needs: tuple[tuple[str, ...], ...] = ()
+    """Of each of these exactly one must be given."""
+    examples: tuple[str, ...] = field(default=())
+
+
+def read(text: str, methods: Mapping[str, Method]) -> Any:
+    """What the text stands for.
+
+    Raises ArgumentError for an unknown method or parameter, a value without its name, one that is
+    missing or given twice, and whatever the thing itself refuses.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in methods:
+        examples = ", ".join(example for method in methods.values() for example in method.examples)
+        raise ArgumentError(f"Unknown method {text!r}; expected one like {examples}.")
+    method = methods[name]
+    values = _values(text, method, rest)
+    for group in method.needs:
+        chosen = [one for one in group if one in values]
+        if len(chosen) != 1:
+            found = " and ".join(chosen) or "none of them"
+            raise ArgumentError(
+                f"{text!r} needs {' or '.join(group)}; found {found}. Write {_usage(method)}."
+            )
+    return method.build(values)
+
+
+def _values(text: str, method: Method, rest: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in method.readers:
+            found = f"parameter {name!r}" if equals else f"a bare {part.strip()!r}"
+            raise ArgumentError(
+                f"{found} in {text!r}; name what you mean: {_usage(method)} "
+                f"(parameters: {', '.join(method.readers)})."
+            )
+        if name in values:
+            raise ArgumentError(f"{name} is given twice in {text!r}.")
+        values[name] = method.readers[name](text, value)
+    return values
+
+
+def _usage(method: Method) -> str:
+    return " or ".join(method.examples)
+
+
+def a_number(text: str, value: str) -> float:
+    """A float."""
+    try:
+        return float(value)
+    except ValueError:
+        raise ArgumentError(f"{value!r} in {text!r} is not a number.") from None
+
+
+def a_count(text: str, value: str) -> int:
+    """A whole number."""
+    try:
+        return int(value)
+    except ValueError:
+        raise ArgumentError(f"{value!r} in {text!r} is not a whole number.") from None
+
+
+def a_choice(text: str, value: str) -> bool:
+    """True or false."""
+    if value.lower() not in ("true", "false"):
+        raise ArgumentError(f"{value!r} in {text!r}; expected true or false.")
+    return value.lower() == "true"
+
+
+def a_word(text: str, value: str) -> str:
+    """As it stands."""
+    return value
+
+
+def number(value: float) -> str:
+    """The shortest text that `a_number` reads as exactly this."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def profile_from(text: str) -> Profile:
+    """The profile that the text names; see the table of this module.
+
+    Raises ArgumentError for an unknown method or parameter, a value without its name, and whatever
+    the profile itself refuses.
+
+    >>> profile_from("window:length=10000")
+    Window(length=10000.0)
+    >>> profile_from("swa:start=500")
+    After(start_at=500.0, profile=SWA())
+    """
+    profile: Profile = read(text, _PROFILES)
+    return profile
+
+
+def spell(profile: Profile) -> str:
+    """The text that names the profile; `profile_from` gives it back.
+
+    Raises ArgumentError for an annealing curve of one's own, which has no name.
+
+    >>> spell(EMA.from_half_life(3000)), spell(EMA(0.999)), spell(After(10, SWA()))
+    ('ema:half_life=3000', 'ema:decay=0.999', 'swa:start=10')
+    """
+    match profile:
+        case After():
+            inner = spell(_innermost(profile))
+            text = f"{inner}{',' if ':' in inner else ':'}start={number(profile.start)}"
+        case SWA():
+            text = "swa"
+        case EMA():
+            text = _spell_ema(profile)
+        case PowerEMA(gamma):
+            text = f"power:{_shortest('gamma', gamma, 'std', profile.relative_std, _gamma_of)}"
+        case Window(length):
+            text = f"window:length={number(length)}"
+        case Annealed() if profile.shape:
+            text = f"annealed:shape={profile.shape}"
+        case _:
+            raise ArgumentError(
+                f"{profile} has no spelling; expected one like {', '.join(EXAMPLES)}."
+            )
+    return text
+
+
+def schedule_from(pieces: Iterable[str]) -> schedules.Chain:
+    """The chain of these pieces: constant, linear, cosine, cyclic, sawtooth or triangular.
+
+    Raises ArgumentError as `profile_from` does.
+
+    >>> schedule = schedule_from(["linear:start=0.1,end=0.05,steps=8",
+    ...                           "cyclic:high=0.05,low=0.01,cycle=2,steps=4"])
+    >>> schedule.averaging_points()
+    (8, 10, 12)
+    """
+    return schedules.chain(*(read(piece, _PIECES) for piece in pieces))
+
+
+def _profile(build: Callable[..., Profile]) -> Callable[[dict[str, Any]], Profile]:
+    """The profile of these values, after a later start if there is one."""
+
+    def make(values: dict[str, Any]) -> Profile:
+        start = values.pop("start", None)
+        profile = build(**values)
+        return profile if start is None else After(start, profile)
+
+    return make
+
+
+def _ema(**values: Any) -> Profile:
+    return EMA.from_half_life(**values) if "half_life" in values else EMA(**values)
+
+
+def _power(std: float | None = None, **values: Any) -> Profile:
+    return PowerEMA(**values) if std is None else PowerEMA.from_relative_std(std)
+
+
+_START = {"start": a_number}
+_PROFILES = {
+    "swa": Method(_profile(SWA), _START, examples=("swa",)),
+    "ema": Method(
+        _profile(_ema),
+        {"half_life": a_number, "decay": a_number, "keep_initial": a_choice, **_START},
+        needs=(("half_life", "decay"),),
+        examples=("ema:half_life=3000", "ema:decay=0.999"),
+    ),
+    "power": Method(
+        _profile(_power),
+        {"std": a_number, "gamma": a_number, **_START},
+        needs=(("std", "gamma"),),
+        examples=("power:std=0.1",),
+    ),
+    "window": Method(
+        _profile(Window),
+        {"length": a_number, **_START},
+        needs=(("length",),),
+        examples=("window:length=10000",),
+    ),
+    "annealed": Method(
+        _profile(Annealed.shaped),
+        {"shape": a_word, **_START},
+        needs=(("shape",),),
+        examples=("annealed:shape=cosine",),
+    ),
+}
+EXAMPLES = tuple(example for method in _PROFILES.values() for example in method.examples)
+"""One of each profile, for help texts and messages."""
+
+
+def _piece(build: Callable[..., schedules.Schedule], example: str) -> Method:
+    names = [part.split("=")[0] for part in example.partition(":")[2].split(",")]
+    readers = {name: a_count if name in ("cycle", "steps") else a_number for name in names}
+
+    def make(values: dict[str, Any]) -> tuple[int, schedules.Schedule]:
+        return values.pop("steps"), build(**values)
+
+    return Method(make, readers, needs=tuple((name,) for name in names), examples=(example,))
+
+
+_CYCLE = "high=0.05,low=0.01,cycle=10,steps=40"
+_PIECES = {
+    "constant": _piece(schedules.Constant, "constant:rate=0.1,steps=50"),
+    "linear": _piece(schedules.Linear, "linear:start=0.1,end=0.01,steps=50"),
+    "cosine": _piece(schedules.Cosine, "cosine:start=0.1,end=0.01,steps=50"),
+    "cyclic": _piece(schedules.CyclicLinear, f"cyclic:{_CYCLE}"),
+    "sawtooth": _piece(schedules.Sawtooth, f"sawtooth:{_CYCLE}"),
+    "triangular": _piece(schedules.Triangular, f"triangular:{_CYCLE}"),
+}
+
+
+def _innermost(profile: Profile) -> Profile:
+    return _innermost(profile.profile) if isinstance(profile, After) else profile
+
+
+def _spell_ema(profile: EMA) -> str:
+    half_life = -1 / math.log2(profile.decay)
+    text = _shortest("decay", profile.decay, "half_life", half_life, _decay_of)
+    return f"ema:{text}{',keep_initial=true' if profile.keep_initial else ''}"
+
+
+def _decay_of(half_life: float) -> float:
+    return EMA.from_half_life(half_life).decay
+
+
+def _gamma_of(std: float) -> float:
+    return PowerEMA.from_relative_std(std).gamma
+
+
+def _shortest(
+    name: str, value: float, other: str, converted: float, back: Callable[[float], float]
+) -> str:
+    """`name=value`, or the other parametrisation where its six digits say exactly the same."""
+    short = float(f"{converted:.6g}")
+    with contextlib.suppress(ArgumentError):  # rounded out of its domain
+        if len(number(short)) < len(number(value)) and back(short) == value:
+            return f"{other}={number(short)}"
+    return f"{name}={number(value)}"

@@ -1,0 +1,108 @@
+"""The small network that SWA is often taught with, and the model a recipe asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, relu
+
+from polyak.errors import ArgumentError
+from polyak.objects import object_at
+from polyak.reference_run.data import Data
+from polyak.reference_run.recipe import Recipe
+from polyak.tensors.modes import lent_modes
+
+
+class Net(nn.Module):
+    """Two 3x3 convolutions of 8 and 16 channels, a hidden layer of 128, the outputs.
+
+    Each convolution is followed by BatchNorm if asked for, ReLU and 2x2 max-pooling. Input
+    `(n, in_channels, image_size, image_size)`, output logits `(n, n_outputs)`. As often taught the
+    hidden layer takes 16 x 3 x 3 values, which fits images of 18 to 21 pixels; this one takes the
+    image size (28 pixels leave 5 x 5).
+
+    Raises ArgumentError for images below 10 pixels, of which nothing would be left.
+
+    >>> Net()(torch.zeros(2, 1, 28, 28)).shape, Net(image_size=18).hidden.in_features
+    (torch.Size([2, 10]), 144)
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        n_outputs: int = 10,
+        *,
+        image_size: int = 28,
+        batchnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        side = ((image_size - 2) // 2 - 2) // 2
+        if side < 1:
+            raise ArgumentError(
+                f"image_size is {image_size}; expected 10 or more, so that something is left "
+                "after two convolutions and two poolings."
+            )
+        self.conv1 = nn.Conv2d(in_channels, 8, kernel_size=3)
+        self.norm1 = nn.BatchNorm2d(8) if batchnorm else nn.Identity()
+        self.conv2 = nn.Conv2d(8, 16, kernel_size=3)
+        self.norm2 = nn.BatchNorm2d(16) if batchnorm else nn.Identity()
+        self.hidden = nn.Linear(16 * side * side, 128)
+        self.output = nn.Linear(128, n_outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the classes."""
+        # ReLU keeps the order of numbers, so that pooling first gives the same at a quarter of it.
+        features = relu(max_pool2d(self.norm1(self.conv1(images)), 2))
+        features = relu(max_pool2d(self.norm2(self.conv2(features)), 2))
+        logits: Tensor = self.output(relu(self.hidden(features.flatten(1))))
+        return logits
+
+
+def build_model(recipe: Recipe, data: Data) -> nn.Module:
+    """The recipe's model for images and classes such as these, on the CPU, with fresh weights.
+
+    A function of one's own is called with `in_channels`, `n_outputs` and `image_size`. Raises
+    ArgumentError where it gives no module, or one whose output is not `(n, n_outputs)`.
+    """
+    sizes = {
+        "in_channels": data.n_channels,
+        "n_outputs": data.n_classes,
+        "image_size": data.image_size,
+    }
+    if not recipe.model:
+        return Net(**sizes, batchnorm=recipe.batchnorm)
+    model = _called(recipe.model, sizes)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"--model {recipe.model} gave a {type(model).__name__}; expected a torch.nn.Module."
+        )
+    _check_output(model, recipe.model, data)
+    return model
+
+
+def _called(spelling: str, sizes: dict[str, int]) -> object:
+    try:
+        return object_at(spelling)(**sizes)
+    except TypeError as error:
+        given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ArgumentError(
+            f"--model {spelling} could not be called with {given}: {error}."
+        ) from error
+
+
+def _check_output(model: nn.Module, spelling: str, data: Data) -> None:
+    images = data.train.images[:2]
+    try:
+        with lent_modes(model), torch.no_grad():
+            output = model.eval()(images)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"--model {spelling} does not take images of {tuple(images.shape[1:])}: {error}"
+        ) from error
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    expected = (len(images), data.n_classes)
+    if found != expected:
+        raise ArgumentError(
+            f"--model {spelling}: its output for {len(images)} images is {found}; expected logits "
+            f"{expected}, one for each class."
+        )

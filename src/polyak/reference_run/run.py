@@ -1,0 +1,220 @@
+"""Writing a run folder: one writer at a time, and nothing that a crash could leave half done.
+
+Reading a run folder.
+
+::
+
+    recipe.toml                            the resolved recipe
+    metrics.jsonl                          a line for each epoch of each arm, and for each final result
+    swa.safetensors                        the averaged model, with what it is made of
+    weights/seed-0/<arm>.safetensors       the last iterate (first seed only, as all of weights/)
+    weights/seed-0/<arm>-average.safetensors   the SWA of an averaging arm
+    weights/seed-0/<arm>-ema.safetensors       the EMA
+    weights/seed-0/<arm>-epoch-031.safetensors each of the weights that were averaged
+    checkpoints/                           what --resume goes on from
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
+from polyak.files import replacing
+from polyak.reference_run.data import Data, load_data
+from polyak.reference_run.models import build_model
+from polyak.reference_run.recipe import Recipe, load_recipe
+
+
+@contextmanager
+def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
+    """Hold a run folder for writing: a new one, or with `resume` the one that this recipe began.
+
+    Raises OutputError where it exists already or cannot be written, UsageError where another run
+    is writing to it, or where it holds a run of another recipe.
+    """
+    with _writable(folder):
+        is_taken = folder.exists() and any(folder.iterdir())
+    if is_taken and not resume:
+        raise OutputError(
+            f"{folder} is not empty. Add --resume to go on with the run in it, "
+            "or choose another --output."
+        )
+    if resume:
+        _check_same_recipe(folder, recipe)
+    with _writable(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (folder / "checkpoints" / "lock").open("w")
+    with lock:
+        _lock(lock.fileno(), folder)
+        for left in folder.rglob(".*.part"):  # by a writer that was killed
+            left.unlink()
+        if not (folder / "recipe.toml").exists():
+            with replacing(folder / "recipe.toml") as part:
+                part.write_text(recipe.to_toml(), encoding="utf-8")
+        yield folder
+
+
+class Journal:
+    """`metrics.jsonl`: appended to, synced, and cut back to what a checkpoint knows of."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        """Open for appending after the first `length` bytes; what follows them is dropped."""
+        self._path = path
+        found = path.stat().st_size if path.exists() else 0
+        if found < length:
+            raise OutputError(
+                f"{path} has {found} bytes, but the checkpoint knows of {length}: it was cut. "
+                "Start anew with another --output."
+            )
+        with _writable(path):
+            self._file = path.open("ab")
+            self._file.truncate(length)
+        self.length = length
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write whole lines and sync them."""
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with _writable(self._path):
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.length += len(text.encode())
+
+    def close(self) -> None:
+        """Close the file; OutputError where what a full disk refused is still to be written."""
+        with _writable(self._path):
+            self._file.close()
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    path = folder / "recipe.toml"
+    if not path.exists():
+        left = [p.name for p in folder.iterdir()] if folder.exists() else []
+        # A run that was killed before it wrote its recipe leaves these at most.
+        if [name for name in left if name != "checkpoints" and not name.endswith(".part")]:
+            raise UsageError(f"{folder} holds no run: it has no recipe.toml. Check --output.")
+        return
+    if differences := recipe.differences(load_recipe(str(path))):
+        raise UsageError(
+            f"The recipe is not the one that the run in {folder} began with:\n  "
+            + "\n  ".join(differences)
+            + "\nGive the same command with --resume, or start anew with another --output."
+        )
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"Another run is writing to {folder}. Wait for it, or choose another --output."
+        ) from error
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror or error}. What was finished is kept; make room "
+            "or get the right to write, then go on with --resume, or choose another --output."
+        ) from error
+
+
+_SUFFIX_OF = {"iterate": "", "swa": "-average", "ema": "-ema"}
+
+
+class Run:
+    """A run folder: its recipe, records, weights, and the data and model it used.
+
+    Raises ArgumentError where there is no run, FormatError where a file of it is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "recipe.toml").is_file():
+            raise ArgumentError(
+                f"{self.folder} is not a run: it has no recipe.toml. Give the folder that "
+                "`polyak train` wrote."
+            )
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return load_recipe(str(self.folder / "recipe.toml"))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of `metrics.jsonl`, in order; a last line that is cut short is left out."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = text.split("\n")[:-1]  # what follows the last newline is not whole
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{path} is damaged: {error}.") from error
+
+    def epochs(self, *, seed: int = 0, arm: str | None = None) -> list[dict[str, Any]]:
+        """The records of one seed's epochs, of one arm or all."""
+        return [
+            record
+            for record in self.records()
+            if record["kind"] == "epoch" and record["seed"] == seed and arm in (None, record["arm"])
+        ]
+
+    def finals(self) -> list[dict[str, Any]]:
+        """The final test results, one for each seed, arm, and kind of weights."""
+        return [record for record in self.records() if record["kind"] == "final"]
+
+    def is_finished(self) -> bool:
+        """Whether every arm of every seed has its final results."""
+        done = {(record["seed"], record["arm"]) for record in self.finals()}
+        return len(done) == self.recipe.seeds * len(self.recipe.arms)
+
+    def averaged_epochs(self, arm: str, *, seed: int = 0) -> list[int]:
+        """After which epochs the weights that an arm's SWA is made of were taken and kept."""
+        names = (self.folder / "weights" / f"seed-{seed}").glob(f"{arm}-epoch-*.safetensors")
+        return sorted(int(path.stem.rpartition("-")[2]) for path in names)
+
+    def weights(self, seed: int, arm: str, name: str) -> dict[str, Tensor]:
+        """A state dict: `name` is iterate, swa, ema, or epoch-031 for averaged weights."""
+        path = weights_path(self.folder, seed, arm, name)
+        if not path.is_file():
+            raise ArgumentError(
+                f"{path} does not exist. Weights are kept for the first seed, of arms that have "
+                "finished."
+            )
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise FormatError(
+                f"{path} is damaged: {error}. Train again with another --output."
+            ) from error
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The data the run was trained and tested on."""
+        return load_data(self.recipe)
+
+    def model(self) -> nn.Module:
+        """The model of the run with fresh weights, ready for `load_state_dict`."""
+        return build_model(self.recipe, self.data)
+
+
+def weights_path(folder: Path, seed: int, arm: str, name: str) -> Path:
+    """Where weights lie in a run folder."""
+    suffix = _SUFFIX_OF.get(name, f"-{name}")
+    return folder / "weights" / f"seed-{seed}" / f"{arm}{suffix}.safetensors"

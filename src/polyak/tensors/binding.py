@@ -1,0 +1,232 @@
+"""The tensors of one model that an average follows: bound once by name, checked at every update."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from polyak.errors import ArgumentError, MismatchError
+from polyak.tensors.names import Named, Slot, named_modules, named_tensors
+from polyak.tensors.policy import FROZEN, Decision, Kind, Policy, decisions
+
+_requires_grad = attrgetter("requires_grad")
+_shape = attrgetter("shape")
+_address = torch.Tensor.data_ptr
+_length = torch.Tensor.numel
+
+
+class Roster:
+    """Which tensors of a model are averaged, kept as statistics, or shared; and where they are now.
+
+    The model may change freely until `bind`. From then on `refresh` notices every tensor that
+    appeared, vanished, was reshaped, converted, moved or unfrozen, before anything is written.
+    """
+
+    def __init__(self, model: Module, policy: Policy) -> None:
+        self.model = model
+        self.policy = policy
+        self.generation = 0  # grows whenever `live` holds other tensors or memory than before
+        self._release()
+
+    def _release(self) -> None:
+        self.bound = False
+        self.kinds: dict[str, Decision] = {}
+        self.names: list[str] = []
+        self.live: list[Tensor] = []
+        self.statistic_names: list[str] = []
+        self.statistics: list[Tensor] = []
+        self._shared_at = -1
+
+    def look(self) -> tuple[Named, dict[str, Decision]]:
+        """The model's tensors as they are now; bound ones keep the fate they were given."""
+        named = named_tensors(self.model)
+        for name, slot in named.slots.items():
+            _refuse_sharded(name, slot.tensor)
+        return named, {**decisions(named, self.policy), **self.kinds}
+
+    def bind(self) -> None:
+        """Take up the model's tensors as they are now. Raises ArgumentError if none is averaged."""
+        named, kinds = self.look()
+        if not any(d.kind is Kind.AVERAGED for d in kinds.values()):
+            raise ArgumentError(
+                f"Nothing to average in {type(self.model).__name__}: none of its "
+                f"{len(kinds)} tensors is a floating-point parameter that trains. "
+                "Pass include= to average frozen ones."
+            )
+        self.kinds = kinds
+        self._take(named)
+        self.bound = True
+
+    @contextmanager
+    def bound_for_now(self) -> Iterator[None]:
+        """Bind for the block; stay bound only if it succeeds."""
+        was_bound = self.bound
+        if not was_bound:
+            self.bind()
+        try:
+            yield
+        except BaseException:
+            if not was_bound:
+                self._release()
+            raise
+
+    def refresh(self) -> None:
+        """Check that the model is the one that was bound. Raises MismatchError, naming all changes."""
+        if self._is_unchanged():
+            return
+        named, kinds = self.look()
+        self._refuse_changes(named, kinds)
+        self.kinds = kinds
+        self._take(named)
+
+    def thawed(self) -> list[str]:
+        """Parameters that were frozen when they were bound and train now."""
+        if not any(map(_requires_grad, self._frozen)):
+            return []
+        slots = named_tensors(self.model).slots
+        return [n for n, s in slots.items() if self._is_thawed(n, s)]
+
+    def adopt(self, names: Iterable[str]) -> list[Tensor]:
+        """Average these from now on; give their tensors. They have not changed since they were bound."""
+        named, _ = self.look()
+        taken = [name for name in names if name in named.slots]
+        for name in taken:
+            self.kinds[name] = Decision(
+                Kind.AVERAGED, "a parameter that trains since it was thawed"
+            )
+        self._take(named, order=[*self.names, *taken])
+        return [named.slots[name].tensor for name in taken]
+
+    def shares_memory(self) -> set[int]:
+        """Ids of tensors whose storage others see too: their contents are exchanged, not pointers."""
+        if self._shared_at != self.generation:
+            self._shared, self._shared_at = self._find_shared(), self.generation
+        return self._shared
+
+    def _find_shared(self) -> set[int]:
+        slots = named_tensors(self.model).slots.values()
+        users = Counter(_storage(s.tensor) for s in slots)
+        return {
+            id(s.tensor)
+            for s in slots
+            if users[_storage(s.tensor)] > 1
+            or s.tensor.untyped_storage().nbytes() > s.tensor.numel() * s.tensor.element_size()
+        }
+
+    def _take(self, named: Named, order: list[str] | None = None) -> None:
+        of_kind = {kind: [n for n in named.slots if self.kinds[n].kind is kind] for kind in Kind}
+        self.names = order or self.names or of_kind[Kind.AVERAGED]
+        self.live = [named.slots[name].tensor for name in self.names]
+        self.statistic_names = of_kind[Kind.STATISTIC]
+        self.statistics = [named.slots[name].tensor for name in self.statistic_names]
+        self._frozen = [
+            slot.tensor
+            for name, slot in named.slots.items()
+            if self.kinds[name].reason == FROZEN  # those that an update must not find thawed
+        ]
+        self._signatures = {n: _signature(named.slots[n].tensor) for n in self._followed()}
+        self._structure = _Structure.of(self.model)
+        # The number of values says all about the shape of a vector, and is faster to ask for.
+        self._vectors = [tensor for tensor in self.live if tensor.dim() == 1]
+        self._others = [tensor for tensor in self.live if tensor.dim() != 1]
+        self._lengths = list(map(_length, self._vectors))
+        self._shapes = list(map(_shape, self._others))
+        self._addresses = list(map(_address, self.live))
+        self.generation += 1
+
+    def _is_unchanged(self) -> bool:
+        return (
+            self._structure.holds()
+            and list(map(_address, self.live)) == self._addresses
+            and list(map(_length, self._vectors)) == self._lengths
+            and list(map(_shape, self._others)) == self._shapes
+            and not any(map(_requires_grad, self._frozen))
+        )
+
+    def _followed(self) -> list[str]:
+        return [*self.names, *self.statistic_names]
+
+    def _is_thawed(self, name: str, slot: Slot) -> bool:
+        known = self.kinds.get(name)
+        return known is not None and known.reason == FROZEN and slot.tensor.requires_grad
+
+    def _refuse_changes(self, named: Named, kinds: dict[str, Decision]) -> None:
+        followed = set(self._followed())
+        now = {n for n in named.slots if kinds[n].kind is not Kind.NEWEST}
+        changed = {n: how for n in sorted(followed & now) if (how := self._change(named.slots[n]))}
+        changed |= {n: _THAWED for n, s in named.slots.items() if self._is_thawed(n, s)}
+        if missing := followed - now:
+            changed |= {n: f"is tied to {named.ties[n]} now" for n in missing & named.ties.keys()}
+        missing, unexpected = followed - now - named.ties.keys(), now - followed
+        if missing or unexpected or changed:
+            raise MismatchError.of(
+                f"{type(self.model).__name__} is not the model that is being averaged any more.",
+                missing=missing,
+                unexpected=unexpected,
+                changed=changed,
+                advice="Nothing was updated. Make a new Average for the changed model, or undo the change.",
+            )
+
+    def _change(self, slot: Slot) -> str:
+        was, now = self._signatures[slot.name], _signature(slot.tensor)
+        return "" if was == now else f"{now}, was {was}"
+
+
+_THAWED = (
+    "was frozen when averaging began and trains now, and its value from before its first step is "
+    "gone. Attach the average to the optimizer (its hook takes it up in time), or name it in "
+    "include= from the start"
+)
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What every module of the model holds, by identity: whether it still does is fast to tell."""
+
+    holders: list[dict[str, Any]]
+    counts: list[int]
+    filled: Sequence[Callable[[], Iterable[Any]]]
+    contents: list[Any]
+
+    @classmethod
+    def of(cls, model: Module) -> _Structure:
+        modules = {id(module): module for _, module in named_modules(model)}.values()
+        holders = [h for m in modules for h in (m._modules, m._parameters, m._buffers)]
+        filled = [holder.values for holder in holders if holder]
+        contents = list(chain.from_iterable(values() for values in filled))
+        return cls(holders, list(map(len, holders)), filled, contents)
+
+    def holds(self) -> bool:
+        if list(map(len, self.holders)) != self.counts:
+            return False
+        return all(map(is_, chain.from_iterable([v() for v in self.filled]), self.contents))
+
+
+def _signature(tensor: Tensor) -> str:
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _storage(tensor: Tensor) -> int:
+    # Tensors without memory (empty, meta) share nothing.
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _refuse_sharded(name: str, tensor: Tensor) -> None:
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            raise ArgumentError(
+                f"{name} is sharded (a DTensor); Average works on the tensors of one device. "
+                "Average the model before it is sharded, or the checkpoints that it writes."
+            )

@@ -1,0 +1,46 @@
+"""The schedules of the arms, and when they average."""
+
+import pytest
+
+from polyak.reference_run.arm import arm_schedule, steps_per_epoch
+from polyak.reference_run.recipe import Recipe, load_recipe
+
+STEPS = 94
+
+
+def test_steps_of_an_epoch():
+    assert steps_per_epoch(Recipe(), 6000) == STEPS
+    assert steps_per_epoch(Recipe(batch_size=100), 6000) == 60
+
+
+def test_sgd_is_constant_then_linear_then_held():
+    rate = arm_schedule(Recipe(), "sgd", STEPS)
+    assert rate(0) == rate(20 * STEPS - 1) == 0.05
+    assert rate(28 * STEPS) == pytest.approx((0.05 + 0.0005) / 2)
+    assert rate(36 * STEPS) == pytest.approx(0.0005) == rate(40 * STEPS - 1)
+    assert rate.averaging_points() == ()
+
+
+def test_averaging_arms_follow_sgd_up_to_the_branch():
+    sgd, swa, cyclic = (arm_schedule(Recipe(), arm, STEPS) for arm in ("sgd", "swa", "cyclic"))
+    assert all(sgd(i) == swa(i) == cyclic(i) for i in range(30 * STEPS))
+    assert [swa(i) for i in range(30 * STEPS, 40 * STEPS)] == pytest.approx([0.05] * 10 * STEPS)
+    cycle = [cyclic(i) for i in range(30 * STEPS, 32 * STEPS)]
+    assert cycle[0] == pytest.approx(0.1, rel=0.01)
+    assert cycle[-1] == pytest.approx(0.01)
+    assert swa.averaging_points() == tuple(range(30 * STEPS, 40 * STEPS + 1, STEPS))
+    assert cyclic.averaging_points() == tuple(range(30 * STEPS, 40 * STEPS + 1, 2 * STEPS))
+
+
+def test_averaging_each_step():
+    swa = arm_schedule(Recipe(swa_average="step"), "swa", STEPS)
+    assert len(swa.averaging_points()) == 10 * STEPS + 1
+
+
+def test_the_note_is_the_classical_curve():
+    recipe = load_recipe("note")
+    cyclic = arm_schedule(recipe, "cyclic", STEPS)
+    assert [p / STEPS for p in cyclic.averaging_points()] == [100, 110, 120, 130, 140]
+    assert cyclic(50 * STEPS - 1) == 0.1
+    assert cyclic(75 * STEPS) == pytest.approx(0.055)
+    assert arm_schedule(recipe, "sgd", STEPS)(139 * STEPS) == pytest.approx(0.01)

@@ -1,0 +1,86 @@
+"""The small network, and models of one's own that do or do not fit."""
+
+import pytest
+import torch
+
+from polyak.errors import ArgumentError
+from polyak.reference_run.data import Data, Split
+from polyak.reference_run.models import Net, build_model
+from polyak.reference_run.recipe import Recipe
+
+
+@pytest.fixture
+def data():
+    split = Split(torch.randn(4, 3, 20, 20), torch.tensor([0, 1, 2, 3]))
+    return Data(train=split, validation=split, test=split)
+
+
+@pytest.mark.parametrize(("size", "inputs"), [(28, 400), (18, 144), (21, 144), (10, 16)])
+def test_the_hidden_layer_takes_what_the_image_leaves(size, inputs):
+    net = Net(in_channels=3, n_outputs=7, image_size=size)
+    assert net.hidden.in_features == inputs
+    assert net(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_layers_of_the_network():
+    assert [(m.in_channels, m.out_channels) for m in (Net().conv1, Net().conv2)] == [
+        (1, 8),
+        (8, 16),
+    ]
+    assert Net().hidden.out_features == 128
+    assert not any("running" in name for name in Net().state_dict())
+    assert "norm2.running_var" in Net(batchnorm=True).state_dict()
+
+
+def test_images_that_are_too_small():
+    with pytest.raises(ArgumentError, match="image_size is 9; expected 10 or more"):
+        Net(image_size=9)
+
+
+def test_the_recipe_decides(data):
+    net = build_model(Recipe(batchnorm=True), data)
+    assert isinstance(net.norm1, torch.nn.BatchNorm2d)
+    assert (net.conv1.in_channels, net.output.out_features, net.hidden.in_features) == (3, 4, 144)
+
+
+SOURCE = """
+import torch
+def good(in_channels, n_outputs, image_size):
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(in_channels * image_size**2, n_outputs))
+def not_a_module(**sizes):
+    return 3
+def no_arguments():
+    return good(1, 4, 20)
+def wrong_outputs(**sizes):
+    return good(**{**sizes, "n_outputs": 5})
+def wrong_inputs(**sizes):
+    return good(**{**sizes, "in_channels": 1})
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    (tmp_path / "own_models_for_tests.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    return "own_models_for_tests"
+
+
+def test_a_model_of_ones_own(models, data):
+    model = build_model(Recipe(model=f"{models}:good"), data)
+    assert model(data.train.images).shape == (4, 4)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not_a_module", "gave a int; expected a torch.nn.Module"),
+        ("no_arguments", "could not be called with in_channels=3, n_outputs=4, image_size=20"),
+        ("wrong_outputs", r"is \(2, 5\); expected logits \(2, 4\)"),
+        ("wrong_inputs", r"does not take images of \(3, 20, 20\)"),
+    ],
+)
+def test_models_that_do_not_fit(models, data, name, message):
+    with pytest.raises(ArgumentError, match=message):
+        build_model(Recipe(model=f"{models}:{name}"), data)

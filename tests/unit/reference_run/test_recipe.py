@@ -1,0 +1,89 @@
+"""Recipes: shipped, typed, saved, compared, refused."""
+
+import dataclasses
+
+import pytest
+
+from polyak.errors import ArgumentError, FormatError
+from polyak.reference_run.recipe import Recipe, load_recipe, quick_version, shipped_recipes
+
+
+def test_the_shipped_recipes():
+    assert shipped_recipes() == ["annealing-wins", "batchnorm", "default", "fashion", "note"]
+    assert load_recipe("default") == Recipe()
+    assert all(load_recipe(name).name == name for name in shipped_recipes())
+
+
+@pytest.mark.parametrize("name", ["annealing-wins", "batchnorm", "default", "fashion", "note"])
+def test_a_saved_recipe_reads_back_the_same(name, tmp_path):
+    recipe = load_recipe(name)
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe
+    assert quick_version(recipe).epochs == 8
+
+
+def test_overrides_replace_fields_and_are_checked():
+    assert load_recipe("default", {"epochs": 12, "rate": 1}).rate == 1.0
+    with pytest.raises(ArgumentError, match=r"epochs is 1\.5; expected int"):
+        load_recipe("default", {"epochs": 1.5})
+    with pytest.raises(ArgumentError, match="unknown speed"):
+        load_recipe("default", {"speed": 3})
+    with pytest.raises(ArgumentError, match="flips is 1; expected bool"):
+        load_recipe("default", {"flips": 1})
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    with pytest.raises(ArgumentError, match=r"No recipe 'defualt'.*annealing-wins, batchnorm"):
+        load_recipe("defualt")
+
+
+def test_a_file_that_is_not_toml(tmp_path):
+    path = tmp_path / "broken.toml"
+    path.write_text("epochs = = 3")
+    with pytest.raises(FormatError, match="not a TOML file"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", 0, "epochs is 0; expected 1 or more"),
+        ("seeds", 0, "seeds is 0"),
+        ("rate", -0.1, "rate is -0.1; expected a positive"),
+        ("rate", float("nan"), "rate is nan"),
+        ("swa_rate", 0.0, "swa_rate is 0.0"),
+        ("cycle_epochs", 0, "cycle_epochs is 0"),
+        ("cycle_low", 0.2, "cycle_low is 0.2, above cycle_high"),
+        ("momentum", 1.0, "expected 0 <= momentum < 1"),
+        ("weight_decay", -1.0, "weight_decay is -1.0"),
+        ("final_ratio", 0.0, "final_ratio is 0.0"),
+        ("constant_until", 0.95, "constant_until <= annealed_at"),
+        ("branch_at", 1.0, "branch_at is 1.0"),
+        ("epochs", 1, "at least one epoch before and one after"),
+        ("annealing", "sudden", "linear or cosine"),
+        ("swa_average", "year", "epoch or step"),
+        ("arms", ("swa",), "expected sgd, then"),
+        ("arms", ("sgd", "adam"), "expected sgd, then"),
+        ("shift", 99, "shift is 99"),
+        ("name", "../x", "plain folder name"),
+    ],
+)
+def test_values_outside_their_domain(field, value, message):
+    with pytest.raises(ArgumentError, match=message):
+        Recipe(**{field: value})
+
+
+def test_fields_that_exclude_each_other():
+    with pytest.raises(ArgumentError, match="data and data_folder exclude"):
+        Recipe(data="a:b", data_folder="c")
+    with pytest.raises(ArgumentError, match="model and batchnorm exclude"):
+        Recipe(model="a:b", batchnorm=True)
+
+
+def test_differences_name_the_fields():
+    other = dataclasses.replace(Recipe(), epochs=20, flips=False)
+    assert Recipe().differences(other) == [
+        "epochs: 40 here, 20 there",
+        "flips: True here, False there",
+    ]
