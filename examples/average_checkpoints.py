@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import polyak
-from polyak.batchnorm.update_file import update_bn_file
+from polyak.batchnorm import update_bn_file
 from polyak.errors import StaleStatistics
 from polyak.reference_run.data import Data, embedded_data
 from polyak.reference_run.models import Net

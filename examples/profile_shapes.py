@@ -17,7 +17,7 @@ PROFILES = {
     "Window(250)": Window(250),
     "EMA.from_half_life(100)": EMA.from_half_life(100),
     "PowerEMA.from_relative_std(0.1)": PowerEMA.from_relative_std(0.1),
-    'Annealed.shaped("cosine")': Annealed.shaped("cosine"),
+    'Annealed.from_shape("cosine")': Annealed.from_shape("cosine"),
 }
 
 

@@ -10,11 +10,15 @@ from matplotlib import pyplot as plt
 import polyak
 from polyak.report.drawing import style
 
-BEFORE = ((50, polyak.Constant(0.1)), (50, polyak.Cosine(0.1, 0.01)))
+BEFORE = ((50, polyak.schedules.Constant(0.1)), (50, polyak.schedules.Cosine(0.1, 0.01)))
 # The paper's cycles: each ends at its lowest rate, where the weights are taken.
-PAPER = polyak.chain(*BEFORE, (40, polyak.CyclicLinear(high=0.05, low=0.01, cycle=10)))
+PAPER = polyak.schedules.chain(
+    *BEFORE, (40, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=10))
+)
 # SequentialLR([ConstantLR, CosineAnnealingLR, CyclicLR]) is lowest in the first step of each cycle.
-TORCH = polyak.chain(*BEFORE, (41, polyak.Sawtooth(high=0.05, low=0.01, cycle=10)))
+TORCH = polyak.schedules.chain(
+    *BEFORE, (41, polyak.schedules.Sawtooth(high=0.05, low=0.01, cycle=10))
+)
 
 
 def main(path: str) -> None:

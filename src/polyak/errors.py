@@ -20,7 +20,10 @@ A message says what was wrong, what was found, what was expected, and what to do
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class PolyakError(Exception):
@@ -94,3 +97,53 @@ class EmptyAverage(PolyakWarning):
 
 class StaleStatistics(PolyakWarning):
     """BatchNorm statistics that do not belong to the averaged weights."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ArgumentError with the message unless the condition holds."""
+    if not condition:
+        raise ArgumentError(message)
+
+
+def check_match(
+    have: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    what: str,
+    advice: str = "",
+    *,
+    allow_unexpected: bool = False,
+) -> None:
+    """Raise MismatchError that names every difference between two mappings from names.
+
+    The values are whatever must be equal, as it should read in the message: shapes, dtypes.
+    """
+    changed = {
+        name: f"{have[name]}, expected {expected[name]}"
+        for name in have.keys() & expected.keys()
+        if have[name] != expected[name]
+    }
+    missing = expected.keys() - have.keys()
+    unexpected = set() if allow_unexpected else have.keys() - expected.keys()
+    if missing or unexpected or changed:
+        raise MismatchError.of(
+            what, missing=missing, unexpected=unexpected, changed=changed, advice=advice
+        )
+
+
+# Frames between a call of the user's and the warning that it causes: our own, hooks that torch
+# calls, context managers, and the standard library's copying.
+_NOT_THE_CALLER = {"polyak", "torch", "contextlib", "copy", "functools"}
+
+
+def warn(message: str, category: type[PolyakWarning] = PolyakWarning) -> None:
+    """Warn at the line outside polyak whose call led here, however deep inside polyak this is."""
+    depth = 1
+    frame = sys._getframe(1)
+    while frame.f_back and _package_of(frame) in _NOT_THE_CALLER:
+        frame = frame.f_back
+        depth += 1
+    warnings.warn(message, category, stacklevel=depth + 1)
+
+
+def _package_of(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

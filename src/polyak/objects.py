@@ -1,22 +1,23 @@
-"""Objects named on the command line: `package.module:function`."""
+"""Objects by their names: `package.module:function`, and packages that load theirs when asked."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from polyak.errors import ArgumentError
 
 
-def object_at(spelling: str) -> Callable[..., Any]:
+def load_object(spelling: str) -> Callable[..., Any]:
     """Import the callable at `package.module:function`; the working folder is searched too.
 
     Raises ArgumentError where there is none.
 
-    >>> object_at("math:sqrt")(4)
+    >>> load_object("math:sqrt")(4)
     2.0
     """
     module_name, colon, name = spelling.partition(":")
@@ -38,3 +39,25 @@ def object_at(spelling: str) -> Callable[..., Any]:
         )
     result: Callable[..., Any] = found
     return result
+
+
+def lazy_names(
+    package: str, home_of: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package that loads its names on first use (PEP 562).
+
+    `home_of` says in which module each name is defined. Modules of the package are found as well.
+    """
+    names = sorted(home_of)
+
+    def load(name: str) -> Any:
+        if name in home_of:
+            value = getattr(importlib.import_module(home_of[name]), name)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}"):
+            value = importlib.import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: list(names), names

@@ -37,9 +37,17 @@ TABLE: list[Schedule] = [
     Warmup(5, Cosine(0.1, 0.0, steps=20)),
     CYCLIC.per_epoch(3),
     chain((50, Constant(0.1)), (50, Cosine(0.1, 0.01)), (40, CYCLIC)),
-    chain((30, CYCLIC), (20, Constant(0.01)), (41, Sawtooth(0.05, 0.01, 10)), (1, Constant(0.1))),
-    chain((10, Triangular(0.1, 0.01, 4)), (20, chain((5, Linear(0.01, 0.05)), (15, CYCLIC)))),
-    chain((5, Constant(0.1)), (6, CyclicLinear(0.1, 0.01, cycle=2))).per_epoch(4),
+    chain(
+        (30, CYCLIC),
+        (20, Constant(0.01)),
+        (41, Sawtooth(high=0.05, low=0.01, cycle=10)),
+        (1, Constant(0.1)),
+    ),
+    chain(
+        (10, Triangular(high=0.1, low=0.01, cycle=4)),
+        (20, chain((5, Linear(0.01, 0.05)), (15, CYCLIC))),
+    ),
+    chain((5, Constant(0.1)), (6, CyclicLinear(high=0.1, low=0.01, cycle=2))).per_epoch(4),
     Warmup(4, chain((5, Constant(0.1)), (9, Linear(0.1, 0.0)))),
     chain((6, Warmup(3, Linear(0.1, 0.0))), (8, Cosine(0.1, 0.01).per_epoch(3))),
 ]

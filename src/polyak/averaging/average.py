@@ -56,7 +56,7 @@ class Outlet:
         average raises NonFiniteError before anything is lent.
         """
         following, held = self._following, self._held
-        if held.is_lent or self._is_empty("the model keeps its own weights", depth=5):
+        if held.is_lent or self._is_empty("the model keeps its own weights"):
             yield self.model
             return
         following.refuse_during_loan("applied()")
@@ -112,12 +112,12 @@ class Outlet:
         """
         save(self._following, self._held, path, overwrite=overwrite)
 
-    def _is_empty(self, consequence: str, depth: int = 4) -> bool:
+    def _is_empty(self, consequence: str) -> bool:
         if not self._held.is_empty():
             return False
         if not self._held.said_empty:
             self._held.said_empty = True
-            values.warn_empty(self, consequence, depth)
+            values.warn_empty(self, consequence)
         return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.state import spelled
 from polyak.averaging.tracker import Following
-from polyak.errors import ArgumentError, PolyakWarning, UsageError
+from polyak.errors import ArgumentError, UsageError, warn
 
 
 class Attachment:
@@ -169,12 +168,10 @@ def _watch_copies(optimizer: Optimizer, attachment: Attachment) -> Callable[[], 
     reduce = optimizer.__reduce_ex__
 
     def noticed(protocol: Any) -> Any:
-        warnings.warn(
+        warn(
             f"This {type(optimizer).__name__} is being copied or pickled, and hooks are not: the copy's "
             "steps will not reach the average that is attached here. Attach it to the copy if that one "
             "is to train; to save an optimizer, save its state_dict().",
-            PolyakWarning,
-            stacklevel=3,
         )
         return reduce(protocol)
 

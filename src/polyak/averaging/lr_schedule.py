@@ -36,7 +36,7 @@ class LRSchedule(LRScheduler):
 
     >>> import torch, polyak
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    >>> schedule = polyak.chain((2, polyak.Constant(0.1)), (2, polyak.Linear(0.1, 0.05)))
+    >>> schedule = polyak.schedules.chain((2, polyak.schedules.Constant(0.1)), (2, polyak.schedules.Linear(0.1, 0.05)))
     >>> lr = polyak.LRSchedule(optimizer, schedule)
     >>> for _ in range(3):
     ...     optimizer.step()
@@ -46,11 +46,11 @@ class LRSchedule(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, schedule: Schedule, scales: Sequence[float] | None = None
+        self, optimizer: Optimizer, schedule: Schedule, *, scales: Sequence[float] | None = None
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise ArgumentError(
-                f"Expected a schedule, as polyak.chain or polyak.Constant make; found {schedule!r}."
+                f"Expected a schedule, as polyak.schedules.chain or polyak.schedules.Constant make; found {schedule!r}."
             )
         if not isinstance(optimizer, Optimizer):
             raise ArgumentError(f"Expected a torch optimizer; found {type(optimizer).__name__}.")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-import polyak
 from polyak.averaging.tracker import Following, Held
 from polyak.averaging.values import copies, refuse_nonfinite_average
-from polyak.errors import StaleStatistics, UsageError
+from polyak.errors import StaleStatistics, UsageError, warn
 from polyak.files import refuse_existing, replacing
 from polyak.tensors.names import named_tensors
+from polyak.version import __version__
 
 _HOST = torch.device("cpu")
 
@@ -64,7 +63,7 @@ def provenance(following: Following, held: Held) -> dict[str, str]:
     clock = held.clock.read()
     return {
         "format": "pt",
-        "polyak": polyak.__version__,
+        "polyak": __version__,
         "profile": repr(held.profile),
         "unit": following.unit or "updates",
         "time": repr(clock.time),
@@ -82,9 +81,8 @@ def batchnorm_status(following: Following, held: Held) -> str:
 
 def warn_stale() -> None:
     """Say that the BatchNorm statistics belong to other weights than the average."""
-    warnings.warn(
+    warn(
         "The BatchNorm statistics of this average are those of the newest weights, not its own. Call "
         "average.update_bn(batches) before saving; the file says that they are stale.",
         StaleStatistics,
-        stacklevel=4,
     )

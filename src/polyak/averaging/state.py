@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import polyak
 from polyak.averaging.tracker import Following, Held
 from polyak.errors import ArgumentError, FormatError, MismatchError
 from polyak.maths.profiles import Profile
-from polyak.maths.text import spell
+from polyak.maths.text import format_profile
 from polyak.tensors.blend import accumulator_dtype
+from polyak.version import __version__
 
 VERSION = 1
 _NUMBERS = ("time", "count", "squares", "latest")
@@ -34,7 +34,7 @@ _NEEDED |= {"statistics_are_fresh", "layer_modes"}
 def spelled(profile: Profile) -> str:
     """The profile as the command line spells it; a profile of one's own as it prints."""
     try:
-        return spell(profile)
+        return format_profile(profile)
     except ArgumentError:
         return repr(profile)
 
@@ -47,7 +47,7 @@ def state_of(following: Following, held: Held) -> dict[str, Any]:
     kept = {"tensors": {}} if held.store is None else held.store.state(roster.names)
     return {
         "version": VERSION,
-        "polyak": polyak.__version__,
+        "polyak": __version__,
         "profile": spelled(held.profile),
         "unit": following.unit,
         "time": clock.time,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -13,7 +12,7 @@ from torch.nn import Module
 
 from polyak.averaging.accumulators import Running
 from polyak.averaging.tracker import Following, Held
-from polyak.errors import EmptyAverage, MismatchError
+from polyak.errors import EmptyAverage, MismatchError, warn
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
 from polyak.tensors.swap import lent, recomputed, refresh
@@ -85,12 +84,11 @@ def copy_into(model: Module, values: dict[str, Tensor]) -> None:
     refresh(model)
 
 
-def warn_empty(owner: object, consequence: str, depth: int) -> None:
-    """Say that nothing has been averaged, and what follows; `depth` calls up is the user's line."""
-    warnings.warn(
+def warn_empty(owner: object, consequence: str) -> None:
+    """Say that nothing has been averaged, and what follows."""
+    warn(
         f"{owner!r} is empty: nothing has been averaged yet, so {consequence}.",
         EmptyAverage,
-        stacklevel=depth,
     )
 
 

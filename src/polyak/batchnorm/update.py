@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from polyak.batchnorm.batches import Forward, checked, one_pass, run
 from polyak.batchnorm.collector import Buffers, Recorder, merge_ranks
 from polyak.batchnorm.layers import chosen_layers, norm_layers, unmeasured_layers
 from polyak.batchnorm.moments import Moments
-from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError
+from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, warn
 from polyak.tensors.modes import lent_modes, set_mode
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -159,7 +158,7 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
             " leave out passes= and layers="
         )
     if layers is None and (left_out := unmeasured_layers(model)):
-        warnings.warn(_LEFT_OUT.format(", ".join(left_out)), StaleStatistics, stacklevel=2)
+        warn(_LEFT_OUT.format(", ".join(left_out)), StaleStatistics)
     titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
     feeds = [one_pass(batches, limit=limit, title=title if progress else None) for title in titles]
     if estimator == "torch":

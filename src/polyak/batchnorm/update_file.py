@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from polyak.batchnorm.layers import norm_layers
 from polyak.batchnorm.update import update_bn
-from polyak.checkpoints.merging.average import averaged_tensors
+from polyak.checkpoints.merging.average import iter_averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, MismatchError
 from polyak.files import refuse_existing, replacing
@@ -50,7 +50,7 @@ def update_bn_file(
         raise ArgumentError("The model has no layers with running statistics: nothing to update.")
     with open_checkpoint(source) as opened:
         ties, metadata = dict(opened.ties), dict(opened.metadata)
-    state = dict(averaged_tensors([source], "swa"))
+    state = dict(iter_averaged_tensors([source], "swa"))
     _load(model, state, ties, source)
     update_bn(model, batches, limit=limit, layers=layers.values())
     found = model.state_dict()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-import polyak
 from polyak.errors import ArgumentError, PolyakError
+from polyak.version import __version__
 
-app = App(name="polyak", help="Average the weights of neural networks.", version=polyak.__version__)
+app = App(name="polyak", help="Average the weights of neural networks.", version=__version__)
 # One line a command: app.command("polyak.cli.train:train"), in the order of --help.
 app.command(
     "polyak.cli.train:train",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from polyak.maths.text import schedule_from
+from polyak.maths.text import parse_schedule
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +41,7 @@ def schedule(
     """
     from rich.console import Console
 
-    chain = schedule_from(pieces or CLASSICAL)
+    chain = parse_schedule(pieces or CLASSICAL)
     console = Console(highlight=False)
     console.print(_pieces(chain))
     console.print(_points(chain))

@@ -31,9 +31,9 @@ def update_bn(
     from rich.console import Console
 
     from polyak.batchnorm.update_file import update_bn_file
-    from polyak.objects import object_at
+    from polyak.objects import load_object
 
-    build, batches = object_at(model), object_at(data)
+    build, batches = load_object(model), load_object(data)
     layers = update_bn_file(
         file, build(), batches(), output=output, overwrite=overwrite, limit=limit
     )

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from polyak.errors import ArgumentError
-
 
 def exp(x: float) -> float:
     """`e^x`."""
@@ -45,12 +43,6 @@ def at_most(x: float, limit: float) -> float:
         return min(x, limit)
     result: float = x.clip(max=limit)
     return result
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ArgumentError with the message unless the condition holds."""
-    if not condition:
-        raise ArgumentError(message)
 
 
 def _elementwise(name: str, x: Any) -> float:

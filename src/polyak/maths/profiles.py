@@ -13,14 +13,6 @@ averaging in any unit that only grows (steps, captures, samples, tokens). All el
 
 Every formula is written in operators that floats, NumPy arrays and 0-d tensors share, so that the
 share can be computed on a device from a time that lives there.
-
-What every profile can do, given its cumulative share.
-
-The profiles for which one running average is exact.
-
-The profiles that need what was stored: snapshots, a trajectory, or files.
-
-A profile that begins later.
 """
 
 from __future__ import annotations
@@ -29,14 +21,14 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyak.errors import ArgumentError
-from polyak.maths.elementwise import at_least, at_most, exp, expm1, log1p, require
+from polyak.errors import ArgumentError, require
+from polyak.maths.elementwise import at_least, at_most, exp, expm1, log1p
 
 __all__ = [
     "EMA",
@@ -212,7 +204,7 @@ class EMA(Profile):
     """
 
     decay: float
-    keep_initial: bool = False
+    keep_initial: bool = field(default=False, kw_only=True)
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -384,7 +376,7 @@ class Annealed(Profile):
 
     Source: arXiv 2507.17634.
 
-    >>> Annealed.shaped("linear").weights([1, 2]).tolist()
+    >>> Annealed.from_shape("linear").weights([1, 2]).tolist()
     [0.5, 0.5]
     """
 
@@ -404,7 +396,7 @@ class Annealed(Profile):
         )
 
     @classmethod
-    def shaped(cls, shape: str) -> Annealed:
+    def from_shape(cls, shape: str) -> Annealed:
         r"""One of the usual decays along $u$: linear $1 - u$, cosine $(1 + \cos \pi u) / 2$,
         sqrt $1 - \sqrt u$.
 
@@ -424,7 +416,7 @@ class Annealed(Profile):
     def __repr__(self) -> str:
         # It stands in files, so it must not hold an address.
         if self.shape is not None:
-            return f"Annealed.shaped({self.shape!r})"
+            return f"Annealed.from_shape({self.shape!r})"
         owner = getattr(self.curve, "__module__", "")
         name = getattr(self.curve, "__qualname__", type(self.curve).__qualname__)
         return f"Annealed(curve={owner}.{name})"

@@ -13,14 +13,6 @@ counts *completed* steps, so weights taken after 100 are those that steps 0 to 9
 (0.1, 0.034)
 >>> schedule.averaging_points()
 (100, 110, 120, 130, 140)
-
-What every schedule can do, given the rate of a step.
-
-Schedules without cycles: constant, linear, cosine.
-
-The cyclic schedules, which know where they touch their lowest point.
-
-Schedules made of schedules: one after another, or warmed up.
 """
 
 from __future__ import annotations
@@ -35,8 +27,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Self, final
 
-from polyak.errors import ArgumentError
-from polyak.maths.elementwise import require
+from polyak.errors import ArgumentError, require
 
 __all__ = [
     "Chain",
@@ -97,7 +88,7 @@ class Schedule(ABC):
         All steps of epoch e use the rate of e, and what was averaged after e epochs is averaged
         after e * steps steps.
 
-        >>> from polyak import CyclicLinear
+        >>> from polyak.schedules import CyclicLinear
         >>> CyclicLinear(high=0.1, low=0.01, cycle=2).per_epoch(100).averaging_points(600)
         (0, 200, 400, 600)
         """
@@ -266,7 +257,7 @@ class Cosine(_Falling):
         return (1 + math.cos(math.pi * elapsed)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Cyclic(Schedule):
     """The same `cycle` steps again and again, averaged once in each."""
 
@@ -311,7 +302,7 @@ class _Cyclic(Schedule):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CyclicLinear(_Cyclic):
     r"""The cyclic schedule of the SWA paper: each cycle falls from near `high` to exactly `low`.
 
@@ -346,7 +337,7 @@ class CyclicLinear(_Cyclic):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sawtooth(_Cyclic):
     r"""The curve of torch's ``CyclicLR(base_lr=low, max_lr=high, step_size_up=1, ...)``.
 
@@ -379,7 +370,7 @@ class Sawtooth(_Cyclic):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Triangular(_Cyclic):
     r"""The schedule of Fast Geometric Ensembling: down to `low` in mid-cycle, and up again.
 
@@ -425,7 +416,7 @@ def chain(*pieces: tuple[int, Schedule]) -> Chain:
 
     Raises ArgumentError without pieces, or for a piece of less than one step.
 
-    >>> from polyak import Constant, Linear
+    >>> from polyak.schedules import Constant, Linear
     >>> schedule = chain((2, Constant(0.4)), (2, Linear(0.4, 0.2)))
     >>> [round(schedule(s), 3) for s in range(6)]
     [0.4, 0.4, 0.4, 0.3, 0.2, 0.2]
@@ -515,7 +506,7 @@ class Warmup(Schedule):
 
     Source: Goyal et al. 2017, arXiv 1706.02677.
 
-    >>> from polyak import Constant
+    >>> from polyak.schedules import Constant
     >>> [round(Warmup(4, Constant(0.1))(s), 3) for s in range(6)]
     [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]
     """

@@ -1,18 +1,16 @@
-"""Reads ``method:name=value,name=value``, the way profiles and schedules are written as text.
-
-Profiles and schedules as text: how the command line and files name them.
+"""Profiles and schedules as text, `method:name=value,name=value`, as the command line and files have them.
 
 ==================================================  ===============================================
 ``swa``                                             ``SWA()``
 ``ema:half_life=3000``, ``ema:decay=0.999``         ``EMA``; ``keep_initial=true`` may follow
 ``power:std=0.1``, ``power:gamma=6.94``             ``PowerEMA``
 ``window:length=10000``                             ``Window``
-``annealed:shape=cosine``                           ``Annealed.shaped``: linear, cosine or sqrt
+``annealed:shape=cosine``                           ``Annealed.from_shape``: linear, cosine or sqrt
 ``ema:half_life=3000,start=50000``                  ``After``: any of them with a later start
 ==================================================  ===============================================
 
 Parameters are always named: nobody can tell what ``ema:0.999`` or ``ema:500`` is meant to be.
-A schedule is a list of pieces, each with its number of steps (`schedule_from`).
+A schedule is a list of pieces, each with its number of steps (`parse_schedule`).
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ class Method:
     examples: tuple[str, ...] = field(default=())
 
 
-def read(text: str, methods: Mapping[str, Method]) -> Any:
+def parse(text: str, methods: Mapping[str, Method]) -> Any:
     """What the text stands for.
 
     Raises ArgumentError for an unknown method or parameter, a value without its name, one that is
@@ -84,7 +82,7 @@ def _usage(method: Method) -> str:
     return " or ".join(method.examples)
 
 
-def a_number(text: str, value: str) -> float:
+def parse_float(text: str, value: str) -> float:
     """A float."""
     try:
         return float(value)
@@ -92,7 +90,7 @@ def a_number(text: str, value: str) -> float:
         raise ArgumentError(f"{value!r} in {text!r} is not a number.") from None
 
 
-def a_count(text: str, value: str) -> int:
+def parse_int(text: str, value: str) -> int:
     """A whole number."""
     try:
         return int(value)
@@ -100,54 +98,54 @@ def a_count(text: str, value: str) -> int:
         raise ArgumentError(f"{value!r} in {text!r} is not a whole number.") from None
 
 
-def a_choice(text: str, value: str) -> bool:
+def parse_bool(text: str, value: str) -> bool:
     """True or false."""
     if value.lower() not in ("true", "false"):
         raise ArgumentError(f"{value!r} in {text!r}; expected true or false.")
     return value.lower() == "true"
 
 
-def a_word(text: str, value: str) -> str:
+def parse_str(text: str, value: str) -> str:
     """As it stands."""
     return value
 
 
 def number(value: float) -> str:
-    """The shortest text that `a_number` reads as exactly this."""
+    """The shortest text that `parse_float` reads as exactly this."""
     return repr(float(value)).removesuffix(".0")
 
 
-def profile_from(text: str) -> Profile:
+def parse_profile(text: str) -> Profile:
     """The profile that the text names; see the table of this module.
 
     Raises ArgumentError for an unknown method or parameter, a value without its name, and whatever
     the profile itself refuses.
 
-    >>> profile_from("window:length=10000")
+    >>> parse_profile("window:length=10000")
     Window(length=10000.0)
-    >>> profile_from("swa:start=500")
+    >>> parse_profile("swa:start=500")
     After(start_at=500.0, profile=SWA())
     """
-    profile: Profile = read(text, _PROFILES)
+    profile: Profile = parse(text, _PROFILES)
     return profile
 
 
-def spell(profile: Profile) -> str:
-    """The text that names the profile; `profile_from` gives it back.
+def format_profile(profile: Profile) -> str:
+    """The text that names the profile; `parse_profile` gives it back.
 
     Raises ArgumentError for an annealing curve of one's own, which has no name.
 
-    >>> spell(EMA.from_half_life(3000)), spell(EMA(0.999)), spell(After(10, SWA()))
+    >>> format_profile(EMA.from_half_life(3000)), format_profile(EMA(0.999)), format_profile(After(10, SWA()))
     ('ema:half_life=3000', 'ema:decay=0.999', 'swa:start=10')
     """
     match profile:
         case After():
-            inner = spell(_innermost(profile))
+            inner = format_profile(_innermost(profile))
             text = f"{inner}{',' if ':' in inner else ':'}start={number(profile.start)}"
         case SWA():
             text = "swa"
         case EMA():
-            text = _spell_ema(profile)
+            text = _format_ema(profile)
         case PowerEMA(gamma):
             text = f"power:{_shortest('gamma', gamma, 'std', profile.relative_std, _gamma_of)}"
         case Window(length):
@@ -161,17 +159,17 @@ def spell(profile: Profile) -> str:
     return text
 
 
-def schedule_from(pieces: Iterable[str]) -> schedules.Chain:
+def parse_schedule(pieces: Iterable[str]) -> schedules.Chain:
     """The chain of these pieces: constant, linear, cosine, cyclic, sawtooth or triangular.
 
-    Raises ArgumentError as `profile_from` does.
+    Raises ArgumentError as `parse_profile` does.
 
-    >>> schedule = schedule_from(["linear:start=0.1,end=0.05,steps=8",
+    >>> schedule = parse_schedule(["linear:start=0.1,end=0.05,steps=8",
     ...                           "cyclic:high=0.05,low=0.01,cycle=2,steps=4"])
     >>> schedule.averaging_points()
     (8, 10, 12)
     """
-    return schedules.chain(*(read(piece, _PIECES) for piece in pieces))
+    return schedules.chain(*(parse(piece, _PIECES) for piece in pieces))
 
 
 def _profile(build: Callable[..., Profile]) -> Callable[[dict[str, Any]], Profile]:
@@ -193,30 +191,30 @@ def _power(std: float | None = None, **values: Any) -> Profile:
     return PowerEMA(**values) if std is None else PowerEMA.from_relative_std(std)
 
 
-_START = {"start": a_number}
+_START = {"start": parse_float}
 _PROFILES = {
     "swa": Method(_profile(SWA), _START, examples=("swa",)),
     "ema": Method(
         _profile(_ema),
-        {"half_life": a_number, "decay": a_number, "keep_initial": a_choice, **_START},
+        {"half_life": parse_float, "decay": parse_float, "keep_initial": parse_bool, **_START},
         needs=(("half_life", "decay"),),
         examples=("ema:half_life=3000", "ema:decay=0.999"),
     ),
     "power": Method(
         _profile(_power),
-        {"std": a_number, "gamma": a_number, **_START},
+        {"std": parse_float, "gamma": parse_float, **_START},
         needs=(("std", "gamma"),),
         examples=("power:std=0.1",),
     ),
     "window": Method(
         _profile(Window),
-        {"length": a_number, **_START},
+        {"length": parse_float, **_START},
         needs=(("length",),),
         examples=("window:length=10000",),
     ),
     "annealed": Method(
-        _profile(Annealed.shaped),
-        {"shape": a_word, **_START},
+        _profile(Annealed.from_shape),
+        {"shape": parse_str, **_START},
         needs=(("shape",),),
         examples=("annealed:shape=cosine",),
     ),
@@ -227,7 +225,7 @@ EXAMPLES = tuple(example for method in _PROFILES.values() for example in method.
 
 def _piece(build: Callable[..., schedules.Schedule], example: str) -> Method:
     names = [part.split("=")[0] for part in example.partition(":")[2].split(",")]
-    readers = {name: a_count if name in ("cycle", "steps") else a_number for name in names}
+    readers = {name: parse_int if name in ("cycle", "steps") else parse_float for name in names}
 
     def make(values: dict[str, Any]) -> tuple[int, schedules.Schedule]:
         return values.pop("steps"), build(**values)
@@ -250,7 +248,7 @@ def _innermost(profile: Profile) -> Profile:
     return _innermost(profile.profile) if isinstance(profile, After) else profile
 
 
-def _spell_ema(profile: EMA) -> str:
+def _format_ema(profile: EMA) -> str:
     half_life = -1 / math.log2(profile.decay)
     text = _shortest("decay", profile.decay, "half_life", half_life, _decay_of)
     return f"ema:{text}{',keep_initial=true' if profile.keep_initial else ''}"

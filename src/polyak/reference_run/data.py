@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from polyak.errors import ArgumentError, FormatError
-from polyak.objects import object_at
+from polyak.objects import load_object
 from polyak.reference_run.recipe import Recipe
 
 _UNSIGNED_BYTES = 0x08
@@ -292,7 +292,7 @@ def own_data(spelling: str) -> Data:
 
     Images are float32 `(n, channels, size, size)`, labels int64 `(n,)` from 0 on.
     """
-    given = object_at(spelling)()
+    given = load_object(spelling)()
     names = [f.name for f in fields(Data)]
     if isinstance(given, Data):
         given = {name: (getattr(given, name).images, getattr(given, name).labels) for name in names}

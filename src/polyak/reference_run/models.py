@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 from polyak.errors import ArgumentError
-from polyak.objects import object_at
+from polyak.objects import load_object
 from polyak.reference_run.data import Data
 from polyak.reference_run.recipe import Recipe
 from polyak.tensors.modes import lent_modes
@@ -82,7 +82,7 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
 
 def _called(spelling: str, sizes: dict[str, int]) -> object:
     try:
-        return object_at(spelling)(**sizes)
+        return load_object(spelling)(**sizes)
     except TypeError as error:
         given = ", ".join(f"{name}={value}" for name, value in sizes.items())
         raise ArgumentError(

@@ -15,7 +15,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-import polyak
 from polyak.errors import ArgumentError, OutputError
 from polyak.files import refuse_existing, replacing
 from polyak.reference_run.flatness import Landscape, averaging_arm, detail_for, measure
@@ -33,6 +32,7 @@ from polyak.report.sections import (
 from polyak.report.sentences import difference
 from polyak.report.tables import BASELINE, METRICS, Finals, Metric, Row, row_label, spelled
 from polyak.study.paired import t_quantile
+from polyak.version import __version__
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _context(
         "landscape_note": "" if land is None else _landscape_note(land),
         "recipe": recipe.to_toml(),
         "command": f"polyak report {run.folder}",
-        "versions": f"polyak {polyak.__version__}, torch {torch.__version__}",
+        "versions": f"polyak {__version__}, torch {torch.__version__}",
     }
 
 

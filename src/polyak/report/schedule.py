@@ -29,7 +29,7 @@ def plot_schedule(schedule: Schedule, ax: Axes | None = None, *, steps: int | No
     where matplotlib is not installed.
 
     >>> import polyak
-    >>> schedule = polyak.chain((50, polyak.Constant(0.1)), (40, polyak.CyclicLinear(0.05, 0.01, 10)))
+    >>> schedule = polyak.schedules.chain((50, polyak.schedules.Constant(0.1)), (40, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=10)))
     >>> ax = polyak.plot_schedule(schedule)
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['Base LR schedule', 'SWA LR schedule', 'Averaged weights']

@@ -1,1 +1,28 @@
 """What an average is worth: metrics, flatness, planes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polyak.objects import lazy_names
+
+_HOME_OF = {
+    "Plane": "polyak.study.landscape",
+    "Segments": "polyak.study.landscape",
+    "Surface": "polyak.study.surface",
+    "along_line": "polyak.study.landscape",
+    "along_rays": "polyak.study.landscape",
+    "along_segments": "polyak.study.landscape",
+    "on_plane": "polyak.study.landscape",
+}
+
+if TYPE_CHECKING:
+    from polyak.study.landscape import Plane as Plane
+    from polyak.study.landscape import Segments as Segments
+    from polyak.study.landscape import along_line as along_line
+    from polyak.study.landscape import along_rays as along_rays
+    from polyak.study.landscape import along_segments as along_segments
+    from polyak.study.landscape import on_plane as on_plane
+    from polyak.study.surface import Surface as Surface
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

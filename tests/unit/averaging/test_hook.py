@@ -174,8 +174,9 @@ class TestScaler:
 
 class TestAtSchedule:
     def schedule(self):
-        return polyak.chain(
-            (4, polyak.Constant(0.1)), (6, polyak.CyclicLinear(high=0.05, low=0.01, cycle=3))
+        return polyak.schedules.chain(
+            (4, polyak.schedules.Constant(0.1)),
+            (6, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=3)),
         )
 
     def test_it_takes_the_weights_at_the_averaging_points(self):
@@ -208,7 +209,9 @@ class TestAtSchedule:
 
     def test_a_schedule_that_averages_from_the_start_takes_the_first_weights(self):
         model, optimizer = problem()
-        lr = polyak.LRSchedule(optimizer, polyak.CyclicLinear(high=0.05, low=0.01, cycle=2))
+        lr = polyak.LRSchedule(
+            optimizer, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=2)
+        )
         average = Average(model, SWA())
         average.attach(optimizer, at=lr)
         taken = [model.weight.detach().clone()]
@@ -221,7 +224,9 @@ class TestAtSchedule:
 
     def test_a_resumed_schedule_takes_no_first_weights(self):
         model, optimizer = problem()
-        lr = polyak.LRSchedule(optimizer, polyak.CyclicLinear(high=0.05, low=0.01, cycle=2))
+        lr = polyak.LRSchedule(
+            optimizer, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=2)
+        )
         average = Average(model, SWA())
         average.attach(optimizer, at=lr)
         lr.load_state_dict({"step": 1, "scales": [1.0]})

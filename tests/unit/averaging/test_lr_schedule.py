@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as torch_lr
 
-from polyak import Constant, Cosine, CyclicLinear, Linear, LRSchedule, chain
+from polyak import LRSchedule
 from polyak.errors import ArgumentError, FormatError
+from polyak.schedules import Constant, Cosine, CyclicLinear, Linear, chain
 
 SCHEDULE = chain(
     (5, Constant(0.1)), (5, Cosine(0.1, 0.01)), (20, CyclicLinear(high=0.05, low=0.01, cycle=5))

@@ -342,7 +342,7 @@ def test_a_dtype_that_stalls_is_refused(dtype):
 
 def test_what_cannot_be_followed_is_refused():
     with pytest.raises(ArgumentError, match="average_checkpoints"):
-        Average(Odd(), polyak.Annealed.shaped("cosine"))
+        Average(Odd(), polyak.Annealed.from_shape("cosine"))
     with pytest.raises(ArgumentError, match="torch module"):
         Average([nn.Linear(1, 1)], SWA())
     with pytest.raises(ArgumentError, match="nonfinite"):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import polyak
-from polyak.checkpoints.merging.average import average_checkpoints, averaged_tensors
+from polyak.checkpoints.merging.average import average_checkpoints, iter_averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import (
     ArgumentError,
@@ -309,7 +309,7 @@ def test_wrong_calls(tmp_path):
         (lambda: average_checkpoints(paths, {paths[0]: "swa"}), "is an input"),
         (lambda: average_checkpoints(str(paths[0]), {out: "swa"}), "inputs is one path"),
         (lambda: average_checkpoints(paths[0], {out: "swa"}), "inputs is one path"),
-        (lambda: dict(averaged_tensors(str(paths[0]), "swa")), "inputs is one path"),
+        (lambda: dict(iter_averaged_tensors(str(paths[0]), "swa")), "inputs is one path"),
         (lambda: average_checkpoints(paths, str(out)), "expected a mapping of path to method"),
         (lambda: average_checkpoints(paths, {out: polyak.SWA}), "expected a profile like"),
         (lambda: average_checkpoints(paths, {out: ["a", 1]}), "expected a profile like"),
@@ -371,7 +371,7 @@ def test_only_a_folder_that_a_merge_wrote_is_replaced(tmp_path):
 def test_tensors_one_by_one(tmp_path):
     states = [random_state(torch.bfloat16, ids=torch.arange(3)) for _ in range(3)]
     paths = stored_checkpoints(tmp_path, states)
-    streamed = dict(averaged_tensors(paths, "ema:half_life=100"))
+    streamed = dict(iter_averaged_tensors(paths, "ema:half_life=100"))
     whole = merged(paths, tmp_path, "ema:half_life=100")
     assert streamed.keys() == whole.keys()
     assert all(torch.equal(streamed[name], whole[name]) for name in whole)

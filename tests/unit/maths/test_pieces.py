@@ -12,7 +12,7 @@ from polyak.maths.pieces import effective_samples, piece_weights
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
 
 PROFILES = [
-    SWA(), EMA(0.99), EMA(0.9, keep_initial=True), PowerEMA(6.94), Window(1000), Annealed.shaped("cosine"),
+    SWA(), EMA(0.99), EMA(0.9, keep_initial=True), PowerEMA(6.94), Window(1000), Annealed.from_shape("cosine"),
     After(0, SWA()),
 ]  # fmt: skip
 
@@ -50,11 +50,11 @@ def test_known_values():
     np.testing.assert_allclose(piece_weights(Window(3), [1, 2, 4, 8]), [0, 0, 0, 1])
     np.testing.assert_allclose(piece_weights(Window(6), [1, 2, 4, 8]), [0, 0, 2 / 6, 4 / 6])
     # Annealing along 1 - sqrt in five equal pieces: the mean of sqrt over each piece falls likewise.
-    found = piece_weights(Annealed.shaped("sqrt"), [1, 2, 3, 4, 5])
+    found = piece_weights(Annealed.from_shape("sqrt"), [1, 2, 3, 4, 5])
     np.testing.assert_allclose(found, np.diff(np.sqrt(np.arange(6) / 5)))
     # A linear decay is the plain mean of evenly spaced weights, wherever they begin.
     np.testing.assert_allclose(
-        piece_weights(Annealed.shaped("linear"), [700, 800, 900]), [1 / 3] * 3
+        piece_weights(Annealed.from_shape("linear"), [700, 800, 900]), [1 / 3] * 3
     )
 
 
@@ -63,7 +63,7 @@ def test_a_longer_stretch_counts_more():
 
 
 def test_one_file():
-    for profile in (SWA(), EMA(0.5), Window(3), Annealed.shaped("linear")):
+    for profile in (SWA(), EMA(0.5), Window(3), Annealed.from_shape("linear")):
         assert piece_weights(profile, [500]).tolist() == [1.0]
 
 

@@ -92,7 +92,7 @@ def test_a_window_that_has_moved_on_holds_nothing():
 
 def test_linear_annealing_is_the_plain_mean():
     np.testing.assert_allclose(
-        Annealed.shaped("linear").weights(range(1, 9)), np.full(8, 1 / 8), rtol=1e-12
+        Annealed.from_shape("linear").weights(range(1, 9)), np.full(8, 1 / 8), rtol=1e-12
     )
 
 
@@ -124,7 +124,7 @@ def quadratic(u: float) -> float:
         (lambda: PowerEMA.from_relative_std(0.2887), r"0 < std < 0\.2887"),
         (lambda: Window(0), "positive"),
         (lambda: Window(math.inf), "finite"),
-        (lambda: Annealed.shaped("exponential"), "cosine, linear, sqrt"),
+        (lambda: Annealed.from_shape("exponential"), "cosine, linear, sqrt"),
         (lambda: Annealed(lambda u: 1 - u / 2), "exactly 0 at 1"),
         (lambda: Annealed(lambda u: math.exp(-u)), "exactly 0 at 1"),
         (lambda: Annealed(lambda u: (1 - u) * (1 + 9 * u)), "rises"),

@@ -118,7 +118,7 @@ def test_fge_in_its_own_words():
             (1 - 2 * t) * high + 2 * t * low if t <= 0.5 else (2 - 2 * t) * low + (2 * t - 1) * high
         )
 
-    schedule = Triangular(high, low, cycle)
+    schedule = Triangular(high=high, low=low, cycle=cycle)
     assert [schedule(s) for s in range(20)] == pytest.approx([alpha(s + 1) for s in range(20)])
     assert schedule.averaging_points(20) == (3, 9, 15)
     assert schedule(2) == low

@@ -131,7 +131,7 @@ def test_dropout_and_batchnorm_resume_to_the_bit(short, tmp_path, monkeypatch):
         def __init__(self, **sizes):
             super().__init__(Net(**sizes, batchnorm=True), torch.nn.Dropout(0.2))
 
-    monkeypatch.setattr("polyak.reference_run.models.object_at", lambda spelling: Dropping)
+    monkeypatch.setattr("polyak.reference_run.models.load_object", lambda spelling: Dropping)
     recipe = dataclasses.replace(short, model="any:thing", seeds=1, shift=1)
     expected = results(train(recipe, tmp_path / "alone").folder)
 

@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from polyak import (
-    Constant,
-    Cosine,
-    CyclicLinear,
-    Sawtooth,
-    chain,
-    plot_schedule,
-)
+from polyak import plot_schedule
 from polyak.errors import ArgumentError, MissingExtra, OutputError
 from polyak.report.schedule import save_schedule_plot
+from polyak.schedules import Constant, Cosine, CyclicLinear, Sawtooth, chain
 
 CYCLIC = CyclicLinear(high=0.05, low=0.01, cycle=10)
 SCHEDULE = chain((50, Constant(0.1)), (50, Cosine(0.1, 0.01)), (40, CYCLIC))
@@ -56,7 +50,9 @@ def test_three_colours_and_their_names(ax):
 
 
 def test_several_averaging_parts_are_named_once(ax):
-    schedule = chain((20, CYCLIC), (10, Constant(0.02)), (11, Sawtooth(0.05, 0.01, 5)))
+    schedule = chain(
+        (20, CYCLIC), (10, Constant(0.02)), (11, Sawtooth(high=0.05, low=0.01, cycle=5))
+    )
     plot_schedule(schedule, ax)
     assert labels(ax) == ["Base LR schedule", "SWA LR schedule", "Averaged weights"]
     assert len(ax.patches) == 3

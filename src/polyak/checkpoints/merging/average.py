@@ -90,7 +90,7 @@ def average_checkpoints(
         return _summary(merge, time.perf_counter() - begin, published=published)
 
 
-def averaged_tensors(
+def iter_averaged_tensors(
     inputs: Iterable[PathLike], how: How, **options: Unpack[Options]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an average one by one, for whoever writes them elsewhere: (name, tensor).
@@ -103,7 +103,7 @@ def averaged_tensors(
     >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> for step in (100, 200):
     ...     save_file({"w": torch.full((2,), float(step))}, folder / f"step-{step}.safetensors")
-    >>> dict(averaged_tensors(folder.glob("*.safetensors"), "swa"))
+    >>> dict(iter_averaged_tensors(folder.glob("*.safetensors"), "swa"))
     {'w': tensor([150., 150.])}
     """
     with prepared(inputs, {"memory://averaged.safetensors": how}, Settings.of(options)) as merge:

@@ -11,7 +11,6 @@ import math
 import os
 import shlex
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from polyak.checkpoints.merging.weights import (
 )
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
-from polyak.errors import ArgumentError, StaleStatistics
+from polyak.errors import ArgumentError, StaleStatistics, warn
 
 PathLike = str | os.PathLike[str]
 
@@ -230,12 +229,11 @@ def warn_of_stale(merge: Merge, file: str | None = None) -> None:
     first = merge.blueprints[0]
     written = shlex.quote(str(first.target / next(iter(first.layouts))))
     if merge.batchnorm == "stale" and len(merge.inputs) > 1:
-        warnings.warn(
+        warn(
             "The BatchNorm statistics are those of the newest checkpoint and do not belong to the "
             f"averaged weights. Set them before use: polyak update-bn {file or written} "
             "--model package.module:function --data package.module:function",
             StaleStatistics,
-            stacklevel=4,
         )
 
 

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import polyak
 from polyak.checkpoints.merging.options import Settings
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError
 from polyak.maths.pieces import effective_samples, piece_weights
 from polyak.maths.profiles import SWA, Profile
-from polyak.maths.text import profile_from
+from polyak.maths.text import parse_profile
+from polyak.version import __version__
 
 How = Profile | str | Sequence[float]
 """How an output is made: a profile, its spelling, or a weight for every input as given."""
@@ -69,7 +69,7 @@ def recipe_for(
     Raises ArgumentError for weights that do not fit the inputs or do not sum to 1, and for profiles
     that need steps where there are none.
     """
-    profile = profile_from(how) if isinstance(how, str) else how
+    profile = parse_profile(how) if isinstance(how, str) else how
     if not isinstance(profile, Profile):
         weights = _explicit(profile, settings)
         if len(weights) != len(inputs):
@@ -97,7 +97,7 @@ def metadata_of(
     steps = [one.step for one in inputs]
     time = steps[-1] if recipe.unit == "steps" and steps[-1] is not None else len(counted)
     made = {
-        "polyak": polyak.__version__,
+        "polyak": __version__,
         "profile": recipe.label,
         "unit": recipe.unit,
         "time": str(time),
