@@ -23,7 +23,7 @@ from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.saving import save
 from polyak.averaging.state import check_state, load_into, spelled, state_of
 from polyak.averaging.tracker import Following, Held, Options
-from polyak.batchnorm import unmeasured_layers, update_bn
+from polyak.batchnorm import unsupported_norm_layers, update_bn
 from polyak.errors import ArgumentError, MismatchError, UsageError
 from polyak.maths.profiles import Profile
 from polyak.tensors.policy import Policy, patterns
@@ -91,7 +91,7 @@ class Outlet:
             options.setdefault("layers", layers)
         with self.applied():
             update_bn(self.model, batches, **options)
-        self._held.statistics_are_fresh = not unmeasured_layers(self.model)
+        self._held.statistics_are_fresh = not unsupported_norm_layers(self.model)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The state dict of the averaged model, as copies in the dtypes of the weights.

@@ -15,7 +15,7 @@ from torch.nn import Module
 from polyak.averaging.accumulators import Running, Snapshots
 from polyak.averaging.clock import Clock, Number
 from polyak.averaging.offload import Staging, stages
-from polyak.batchnorm import norm_layers, trained_layers, unmeasured_layers
+from polyak.batchnorm import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError
 from polyak.maths.profiles import After, Profile, Window
 from polyak.tensors.binding import Roster
@@ -188,7 +188,7 @@ class Following:
         """Whether there are statistics that follow the weights."""
         if not self.roster.statistics:
             return False
-        if unmeasured_layers(self.roster.model):
+        if unsupported_norm_layers(self.roster.model):
             return True
         layers = self.layers_to_refresh()
         return bool(trained_layers(self.roster.model) if layers is None else layers)
