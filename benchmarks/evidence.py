@@ -9,8 +9,8 @@
 The rates of SGD, of the constant-rate arm and of the cyclic arm are tuned with equal trials: four
 each, two seeds that are not reported, by the error on the validation images (NLL where equal). Then
 five other seeds, on the test images. Parts: `weak` and `strong` regularisation, 40 epochs; `budgets`,
-20 and 30 epochs under weak regularisation, tuned anew. Interrupted, it goes on where it was: jobs
-whose records are in the results file are not done again.
+20 and 30 epochs under weak regularisation, tuned separately. After an interruption it continues: jobs
+whose records are in the results file are not run again.
 """
 
 from __future__ import annotations
@@ -162,12 +162,12 @@ def main() -> None:
     parser.add_argument("--write-docs", action="store_true", help="put the tables into the docs")
     given = parser.parse_args()
     if given.quick and given.output == RESULTS:
-        parser.error("--quick needs an --output of its own: its figures are no evidence")
+        parser.error("--quick needs a different --output: its figures are not evidence")
     results = Results(given.output)
     if not (given.summary or given.write_docs):
         run(QUICK if given.quick else Plan(), given.parts, results, given.processes)
     if not results.records:
-        parser.error(f"{given.output} holds no records yet: run without --summary first")
+        parser.error(f"{given.output} has no records yet: run without --summary first")
     print(page(results.records))
     if given.write_docs:
         write_docs(results.records)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from evidence_tables import Finals, Place, Record, spelled, table
+from evidence_tables import Finals, Place, Record, format_estimate, table
 
 from polyak.study.paired import Estimate, estimate, paired
 
 UNITS = {"error": ("error", "points", 2), "nll": ("NLL", "nats", 3),
          "nll_scaled": ("NLL after temperature scaling", "nats", 3)}  # fmt: skip
 ARMS = {"swa": "constant rate", "cyclic": "cyclic rate"}
-SIGNS = {-1: "lower", 0: "not told apart", 1: "higher"}
+SIGNS = {-1: "lower", 0: "not significant", 1: "higher"}
 LEGEND = (
-    "A difference is the mean over the seeds ± half its 95% interval, *not told apart* where that "
-    "holds 0; lower is better. *Weak* regularisation is flips; *strong* is flips, shifts by a "
+    "A difference is the mean over the seeds ± half its 95% interval, *not significant* if that "
+    "contains 0; lower is better. *Weak* regularisation is flips; *strong* is flips, shifts by a "
     "pixel, and BatchNorm."
 )
 
@@ -39,7 +39,7 @@ def in_short(records: list[Record]) -> str:
         for arm, rate in ARMS.items():
             place, sgd = (*part, arm, "swa"), (*part, "sgd", "iterate")
             if place in finals.by_place:
-                cells = [spelled(finals.difference(place, sgd, m), d)
+                cells = [format_estimate(finals.difference(place, sgd, m), d)
                          for m, (_, _, d) in UNITS.items()]  # fmt: skip
                 rows.append([part[0], rate, *cells])
     head = ["regularisation", "while averaging", *(f"{n}, {u}" for n, u, _ in UNITS.values())]
@@ -132,7 +132,7 @@ def _told(finals: Finals, place: Place, base: Place, metric: str = "error") -> s
 
 
 def _short(value: Estimate, unit: str, digits: int) -> str:
-    return f"{spelled(value, digits).strip('*')} {unit} ({SIGNS[value.sign]})"
+    return f"{format_estimate(value, digits).strip('*')} {unit} ({SIGNS[value.sign]})"
 
 
 def _regime(part: tuple[str, int], told: Iterable[str], what: str = "") -> str:

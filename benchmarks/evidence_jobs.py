@@ -14,7 +14,7 @@ import torch
 
 from polyak import SWA, Average
 from polyak.reference_run.arm import Arm, final_record, validation_record
-from polyak.reference_run.data import embedded_data
+from polyak.reference_run.data import load_data
 from polyak.reference_run.flatness import LOSS, N_RAYS, REACH, image_surface
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe, load_recipe
@@ -72,7 +72,7 @@ def _branches(job: Job) -> list[dict[str, Any]]:
         for rate in rates:
             arm = _branched(job, name, rate, state)
             _train(arm, arm.recipe.branch_epoch, job.epochs)
-            with arm.holding("swa") as model:
+            with arm.weights_applied("swa") as model:
                 worth = validation_record(model, arm.data, arm.hardware)
             records.append({"kind": "trial", "arm": name, "rate": rate, **worth})
     return records
@@ -118,7 +118,7 @@ def _watched(arm: Arm, sgd: Arm) -> list[dict[str, Any]]:
         records += [_stale(arm, averaged_statistics, "swa-averaged-statistics")]
     records += _worth(arm, arm.name)
     arm.averages["swa-each-step"] = each_step
-    with arm.holding("swa-each-step") as model:
+    with arm.weights_applied("swa-each-step") as model:
         records.append(_record(arm, model, arm.name, "swa-each-step"))
     return [*records, _surroundings(arm, sgd, path)]
 
@@ -126,7 +126,7 @@ def _watched(arm: Arm, sgd: Arm) -> list[dict[str, Any]]:
 def _worth(arm: Arm, name: str) -> list[dict[str, Any]]:
     records = []
     for kind in arm.kinds():
-        with arm.holding(kind) as model:
+        with arm.weights_applied(kind) as model:
             records.append(_record(arm, model, name, kind))
     return records
 
@@ -171,13 +171,13 @@ def _branch_state(job: Job) -> dict[str, Any]:
 def _branched(job: Job, name: str, rate: float, state: dict[str, Any]) -> Arm:
     arm = _arm(job, name, rate)
     arm.load_state_dict(copy.deepcopy(state))
-    arm.take_entering_weights()
+    arm.average_initial_weights()
     return arm
 
 
 def _arm(job: Job, name: str, rate: float | None = None) -> Arm:
     recipe = _recipe(job, name, rate)
-    return Arm(recipe, embedded_data(), Hardware.named("cpu"), seed=job.seed, name=name)
+    return Arm(recipe, load_data(recipe), Hardware.named("cpu"), seed=job.seed, name=name)
 
 
 def _recipe(job: Job, name: str, rate: float | None) -> Recipe:

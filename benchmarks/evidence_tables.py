@@ -93,7 +93,7 @@ def values(finals: Finals, records: list[Record]) -> str:
     """Means of everything."""
     rows = [
         [f"{place[0]}, {place[1]} epochs", NAMES[place[2:]],
-         *(spelled(finals.mean(place, m), digits, half=False) for m, (_, digits) in METRICS.items())]
+         *(format_estimate(finals.mean(place, m), digits, half=False) for m, (_, digits) in METRICS.items())]
         for place in finals.by_place
     ]  # fmt: skip
     n = max(len(seeds) for seeds in finals.by_place.values())
@@ -137,9 +137,9 @@ def surfaces(finals: Finals, records: list[Record]) -> str:
         rises = {name: [r["rises"][name][-1] for r in found] for name in ("sgd", "iterate", "swa")}
         rows.append([
             regime,
-            *(spelled(estimate(rises[name]), 3, half=False) for name in rises),
-            spelled(paired(rises["swa"], rises["sgd"]), 3),
-            spelled(paired(rises["swa"], rises["iterate"]), 3),
+            *(format_estimate(estimate(rises[name]), 3, half=False) for name in rises),
+            format_estimate(paired(rises["swa"], rises["sgd"]), 3),
+            format_estimate(paired(rises["swa"], rises["iterate"]), 3),
             f"{max(r['barrier'] for r in found):.4f}",
             f"{estimate([r['loss_at_checkpoints'] for r in found]).mean:.3f}",
         ])  # fmt: skip
@@ -193,7 +193,10 @@ def _differences(finals: Finals, title: str, pairs: list[tuple[Place, Place]]) -
         if place in finals.by_place and base in finals.by_place:
             against = f"{place[0]}: {NAMES[place[2:]]} ({place[1]} epochs) − {NAMES[base[2:]]}"
             against += f" ({base[1]})" if base[1] != place[1] else ""
-            cells = [spelled(finals.difference(place, base, m), d) for m, (_, d) in METRICS.items()]
+            cells = [
+                format_estimate(finals.difference(place, base, m), d)
+                for m, (_, d) in METRICS.items()
+            ]
             rows.append([against, *cells])
     if not rows:
         return ""
@@ -207,8 +210,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spelled(value: Estimate, digits: int, *, half: bool = True) -> str:
-    """Mean ± standard error, or a difference ± half its 95% interval, bold where that holds no 0."""
+def format_estimate(value: Estimate, digits: int, *, half: bool = True) -> str:
+    """Mean ± standard error, or a difference ± half its 95% interval, bold if that does not contain 0."""
     spread = value.half_width() if half else value.error
     text = f"{value.mean:{'+' if half else ''}.{digits}f}".replace("-", "−")
     if spread is not None:

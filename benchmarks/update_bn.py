@@ -1,4 +1,4 @@
-"""update_bn against torch's own, in the same run: `python benchmarks/update_bn.py [--rounds N]`.
+"""update_bn against torch's, in the same run: `python benchmarks/update_bn.py [--rounds N]`.
 
 Each model runs over the same batches; the result is checked against float64 before it is timed.
 The bounds: 1.05 of torch's time, 1.25 on a network so small that the bookkeeping shows.

@@ -1,10 +1,10 @@
-"""Kill training runs at random moments, resume them, and compare every bit with a run left alone.
+"""Kill training runs at random times, resume them, and compare every bit with an uninterrupted run.
 
     python scripts/kill_train.py --kills 50
 
-Each run is killed with SIGKILL or SIGINT some moments after a random line of its output, resumed,
-killed again, until it is done; then its metrics and weights are compared byte by byte with those of
-a run that nobody touched. A run that ends before its kill is replaced by a new one.
+Each run is killed with SIGKILL or SIGINT shortly after a random line of its output, resumed and
+killed again until it is done; then its metrics and weights are compared byte by byte with those of
+an uninterrupted run. A run that ends before its kill is replaced by a new one.
 """
 
 import argparse

@@ -68,7 +68,7 @@ def test_the_best_rate_is_the_lowest_error_then_the_lowest_likelihood(evidence, 
     assert results.best_rate(("weak", 40), "sgd") == 0.1
 
 
-def test_it_goes_on_where_it_was_and_cuts_a_half_line_off(evidence, tmp_path):
+def test_it_continues_and_cuts_off_a_half_line(evidence, tmp_path):
     job = evidence.Job("trial", "weak", 40, 100, 0.05)
     path = tmp_path / "evidence.jsonl"
     results = evidence.Results(path)
@@ -99,7 +99,7 @@ def test_a_job_trains_every_kind_of_average(evidence, monkeypatch):
             for s in (whole.train, whole.validation, whole.test)
         )
     )
-    monkeypatch.setattr(evidence_jobs, "embedded_data", lambda: small)
+    monkeypatch.setattr(evidence_jobs, "load_data", lambda recipe: small)
     monkeypatch.setattr(evidence_jobs, "_SURFACE_IMAGES", 50)
     job = evidence.Job("final", "strong", 4, 0, 0.05, (("swa", (0.05,)), ("cyclic", (0.1,))))
     _, records = evidence_jobs.carry_out(job)

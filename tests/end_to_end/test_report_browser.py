@@ -5,6 +5,8 @@ import shutil
 import pytest
 from reference.tiny_run import make_run
 
+from polyak.reference_run.flatness import measure_landscape
+from polyak.reference_run.run import Run
 from polyak.report.page import write_report
 
 FLAGS = [
@@ -35,7 +37,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return write_report(make_run(tmp_path_factory.mktemp("runs") / "tiny"))
+    folder = make_run(tmp_path_factory.mktemp("runs") / "tiny")
+    measure_landscape(Run(folder))
+    return write_report(folder)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "polyak.cli.train_display.write_report", lambda folder: folder / "report.html"
     )
+    monkeypatch.setattr("polyak.cli.train_display.measure_landscape", lambda run: None)
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_quick_is_the_run_in_miniature_and_flags_still_count(there):
     )
 
 
-def test_a_recipe_of_ones_own(there):
+def test_a_custom_recipe(there):
     (there / "mine.toml").write_text("epochs = 2\nseeds = 1\narms = ['sgd']\n")
     assert polyak("train", "mine.toml", "--data", "few_images:few", "--no-flips") == 0
     recipe = Run(there / "runs" / "mine").recipe
@@ -116,7 +117,7 @@ def test_another_recipe_on_resume_says_what_differs(there, capsys):
     assert "rate: 0.1 here, 0.05 there" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(there, capsys, monkeypatch):
+def test_ctrl_c_says_how_to_continue(there, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -144,7 +145,7 @@ def test_a_report_that_cannot_be_written_leaves_a_whole_run(there, capsys, monke
     assert polyak("train", *SHORT) == 1
     shown = capsys.readouterr()
     assert "averaged model  runs/default/swa.safetensors" in shown.out
-    assert "for its report: polyak report runs/default" in shown.out
+    assert "For its report: polyak report runs/default" in shown.out
     assert "No space left on device" in shown.err
 
 
@@ -191,7 +192,8 @@ sys.exit(app.run(sys.argv[1:]))
 
 def test_a_disk_that_fills_keeps_the_previous_checkpoint(there, capsys):
     arguments = ["train", *SHORT, "--arms", "sgd", "--seeds", "1", "--output", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(there)}
+    path = os.pathsep.join([str(there), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, *arguments],
         capture_output=True,

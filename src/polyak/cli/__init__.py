@@ -1,7 +1,7 @@
 """The command line: parse, one library call, print.
 
-Each command lives in its own file and is loaded when it is asked for, so that `polyak --help` does
-not pay for importing torch. Exit codes: 0; 2 for wrong usage; 1 for the rest.
+Each command is in its own file and is loaded when it is called, so that `polyak --help` does not
+pay for importing torch. Exit codes: 0; 2 for wrong usage; 1 for the rest.
 """
 
 from __future__ import annotations

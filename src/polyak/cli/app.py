@@ -1,7 +1,8 @@
-"""The application and its commands, by import path."""
+"""The application: its commands by import path, and how errors are printed."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cyclopts import App
@@ -10,7 +11,7 @@ from polyak.errors import ArgumentError, PolyakError
 from polyak.version import __version__
 
 app = App(name="polyak", help="Average the weights of neural networks.", version=__version__)
-# One line a command: app.command("polyak.cli.train:train"), in the order of --help.
+# One entry for each command, in the order of --help.
 app.command(
     "polyak.cli.train:train",
     help="Train with SGD and with weight averaging at the same budget, and compare.",
@@ -19,7 +20,7 @@ app.command(
     "polyak.cli.schedule:schedule",
     help="Print or draw a learning-rate schedule and when it averages.",
 )
-app.command("polyak.cli.report:report", help="Make the page of a finished run again.")
+app.command("polyak.cli.report:report", help="Write the page of a run.")
 app.command("polyak.cli.report:compare", help="Put finished runs side by side.")
 app.command("polyak.cli.average:average", help="Average checkpoints, or convert one.")
 app.command(
@@ -31,15 +32,30 @@ app.command("polyak.cli.inspect:inspect", help="Print what is in checkpoints.")
 app.command("polyak.cli.diff:diff", help="Compare two checkpoints; exits like diff.")
 
 
+# `overwrite=True` or `key=`, and a flag in brackets after it.
+_KEYWORD = re.compile(r"\b([a-z]\w*)=(?:True\b|(?=[\s.,;:)]|$))(?: \(--[\w-]+\))?")
+
+
 def run(arguments: Sequence[str]) -> int:
-    """Parse and run. An error of ours becomes one message; exit code 2 for arguments, 1 for others."""
+    """Parse and run. A PolyakError becomes one message; exit code 2 for arguments, 1 for others."""
     try:
         result = app(list(arguments), exit_on_error=True, result_action="return_value")
     except PolyakError as error:
         from rich.console import Console
 
         Console(stderr=True).print(
-            str(error), style="red", markup=False, highlight=False, soft_wrap=True
+            in_flags(str(error)), style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 2 if isinstance(error, ArgumentError) else 1
     return result if isinstance(result, int) else 0
+
+
+def in_flags(message: str) -> str:
+    """A message of the library, which names keyword arguments, as the command line spells them.
+
+    >>> in_flags("a.pt exists. Choose another name, or pass overwrite=True to replace it.")
+    'a.pt exists. Choose another name, or pass --overwrite to replace it.'
+    >>> in_flags("Pass key=, or method='ema:decay=0.9'.")
+    "Pass --key, or method='ema:decay=0.9'."
+    """
+    return _KEYWORD.sub(lambda found: f"--{found[1].replace('_', '-')}", message)

@@ -1,7 +1,4 @@
-"""`polyak report`: the page of a run, made again.
-
-`polyak compare`: runs side by side.
-"""
+"""`polyak report`: the page of a run. `polyak compare`: runs side by side."""
 
 from __future__ import annotations
 
@@ -12,16 +9,18 @@ from cyclopts import Parameter
 
 
 def report(run: Annotated[Path, Parameter(help="Folder that polyak train wrote.")], /) -> None:
-    """Make the page of a finished run again: report.html and figures/ in its folder.
+    """Write the page of a run: report.html and figures/ in its folder.
 
-    The surface around its solutions is measured anew; the run itself is only read.
+    The surface around its solutions is measured first if it is not stored in the folder yet.
     """
     from rich.console import Console
 
-    from polyak.report.page import write_report
+    from polyak.reference_run import Run, measure_landscape
+    from polyak.report import write_report
 
     console = Console()
     with console.status("Measuring and drawing"):
+        measure_landscape(Run(run))
         path = write_report(run)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
@@ -51,9 +50,9 @@ def compare(
     finals = {name: Finals(run.finals()) for name, run in chosen.items()}
     for grid in [recipe_table(chosen), *(result_table(finals, metric) for metric in METRICS)]:
         columns = [Column(Text(name)) for name in grid.columns]
-        shown = Table(*columns, title=Text(grid.caption), title_justify="left")
+        printed = Table(*columns, title=Text(grid.caption), title_justify="left")
         for row in grid.rows:
-            shown.add_row(row.label, *(Text(cell.text) for cell in row.cells))
-        console.print(shown)
+            printed.add_row(row.label, *(Text(cell.text) for cell in row.cells))
+        console.print(printed)
     path = write_comparison(runs, output, overwrite=overwrite)
     console.print(f"Page: {path}", highlight=False, soft_wrap=True)

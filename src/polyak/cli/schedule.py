@@ -27,14 +27,14 @@ def schedule(
     plot: Annotated[Path | None, Parameter(name="--plot")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Print a learning-rate schedule and the moments at which weights are averaged; or draw it.
+    """Print a learning-rate schedule and when it averages the weights, or draw it.
 
     Args:
         pieces: One after another, each KIND:NAME=VALUE,...,steps=N. Kinds: constant:rate=,
             linear:start=,end=, cosine:start=,end=, and the cycles with high=,low=,cycle=:
             cyclic (SWA's), sawtooth (torch's CyclicLR), triangular (FGE's). For example:
             linear:start=0.1,end=0.05,steps=800 cyclic:high=0.05,low=0.01,cycle=50,steps=200.
-            Without any: 50 steps constant, 50 cosine, 40 of SWA's cycles.
+            Default: 50 steps constant, 50 cosine, 40 of SWA's cycles.
         plot: Draw it into this file: .png, .svg or .pdf.
         overwrite: Replace the file if it exists.
 
@@ -49,7 +49,7 @@ def schedule(
         from polyak.report.schedule import save_schedule_plot
 
         save_schedule_plot(chain, plot, overwrite=overwrite)
-        console.print(f"drawn in {plot}", soft_wrap=True)
+        console.print(f"Picture: {plot}", soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:
@@ -73,7 +73,7 @@ def _pieces(chain: Chain) -> Table:
 def _points(chain: Chain) -> Table | str:
     points = chain.averaging_points()
     if not points:
-        return "  Nothing is averaged: no piece has cycles.\n"
+        return "  Nothing is averaged: none of the pieces has cycles.\n"
     table = _table("averaged after", "rate just used")
     shown = _POINTS_SHOWN // 2
     for i, point in enumerate(points):

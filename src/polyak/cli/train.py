@@ -32,7 +32,7 @@ else:
         ],
         kw_only=True,
     )
-    Fields.__module__ = __name__  # cyclopts takes what claims to come from `types` for a builtin
+    Fields.__module__ = __name__  # cyclopts treats classes of the module `types` as builtins
 
 
 def train(
@@ -46,14 +46,14 @@ def train(
 ) -> None:
     """Train on real images with SGD and with weight averaging at the same budget, and compare.
 
-    The run lands in a folder of its own: recipe, metrics, weights, the averaged model
-    (swa.safetensors) and a report to look at. It can be stopped at any moment and gone on with.
+    The run is written to its own folder: recipe, metrics, weights, the averaged model
+    (swa.safetensors) and a report. You can stop it at any time and continue with --resume.
 
     Args:
         recipe: default, batchnorm, annealing-wins, note, fashion, or the path of a TOML file.
         quick: The same run in miniature: 8 epochs, 2 seeds, cycles and half-lives in proportion.
-        output: Folder of the run; runs/NAME, or the next free runs/NAME-2, unless given.
-        resume: Go on with the run that the same command began.
+        output: Folder of the run; runs/NAME by default, or the next free of runs/NAME-2, ...
+        resume: Continue the run that the same command began.
         fields: Any field of the recipe.
 
     """
@@ -73,7 +73,7 @@ def _given(fields: Any) -> dict[str, Any]:
 
 
 def _default_folder(name: str, *, resume: bool) -> Path:
-    """The next free of runs/name, runs/name-2, ...; with `resume`, the last that is there."""
+    """The next free of runs/name, runs/name-2, ...; with `resume`, the last that exists."""
     number = 1
     while _numbered(name, number).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""What `polyak train` shows while it runs, and at the end."""
+"""The output of `polyak train`: progress while it runs, and the results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from rich.live import Live
 from rich.table import Table
 
 from polyak.errors import MissingExtra, OutputError
+from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.loop import Watch, plan, train
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run
 from polyak.report.page import write_report
-from polyak.report.tables import BASELINE, METRICS, Finals, Metric, row_label, spelled
+from polyak.report.tables import BASELINE, METRICS, Finals, Metric, format_estimate, row_label
 
-_PLAIN_WIDTH = 100  # of tables in a file or a pipe, where nothing says how wide they may be
+_PLAIN_WIDTH = 100  # of tables in a file or a pipe, which have no width
 _LEGEND = """
 NLL, scaled: with the temperature that is best on the validation images.
 ECE: expected calibration error, 15 bins. Lower is better everywhere.
@@ -35,7 +36,7 @@ _NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA"}
 
 
 def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
-    """Train with a live table, or with plain lines where there is no terminal, then the results."""
+    """Train with a live table, or with plain lines if there is no terminal, then print the results."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
@@ -47,7 +48,8 @@ def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
             run = train(recipe, folder, resume=resume, watch=watch)
     except KeyboardInterrupt:
         console.print(
-            f"Stopped. The same command with --resume --output {folder} goes on.", highlight=False
+            f"Stopped. Continue with the same command and --resume --output {folder}.",
+            highlight=False,
         )
         raise
     _print_results(console, run)
@@ -58,7 +60,7 @@ def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> 
     left = TimeLeft()
     if not console.is_terminal:
         yield lambda record, done: console.print(
-            plain_line(recipe, record, left.spelled(done)), highlight=False, soft_wrap=True
+            plain_line(recipe, record, left.text(done)), highlight=False, soft_wrap=True
         )
         return
     table = LiveTable(recipe, before)
@@ -66,19 +68,19 @@ def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> 
 
         def watch(record: dict[str, Any], done: float) -> None:
             table.take(record)
-            live.update(table.render(left.spelled(done)))
+            live.update(table.render(left.text(done)))
 
         yield watch
 
 
 class TimeLeft:
-    """The time left, from the pace since the first epoch that ended under our eyes."""
+    """The time left, from the pace since the first epoch that was finished in this process."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
 
-    def spelled(self, done: float) -> str:
-        """`1:05 left`, given the fraction that is done; nothing before a second epoch ends."""
+    def text(self, done: float) -> str:
+        """`1:05 left`, given the finished fraction; empty before a second epoch ends."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
@@ -123,7 +125,7 @@ class LiveTable:
             self._latest[record["seed"], record["arm"]] = record
 
     def render(self, left: str) -> Table:
-        """The table as it stands."""
+        """The table with the latest records."""
         title = f"recipe {self._recipe.name}: error % / NLL on the validation images"
         table = _table(title, left or None)
         for name in ("seed", "arm", "epoch", "rate", "loss", *_NAMES.values()):
@@ -156,17 +158,20 @@ def _print_results(console: Console, run: Run) -> None:
     console.print(f"run folder      {run.folder}", highlight=False)
     if (run.folder / "swa.safetensors").exists():
         console.print(f"averaged model  {run.folder / 'swa.safetensors'}", highlight=False)
-    _print_report(console, run.folder)
+    _print_report(console, run)
 
 
-def _print_report(console: Console, folder: Path) -> None:
+def _print_report(console: Console, run: Run) -> None:
     console.print("Measuring and drawing the report ...", highlight=False)
     try:
-        console.print(f"report          {write_report(folder)}", highlight=False)
+        measure_landscape(run)
+        console.print(f"report          {write_report(run.folder)}", highlight=False)
     except MissingExtra as missing:
         console.print(f"report          none: {missing}", highlight=False)
     except OutputError:
-        console.print(f"The run is whole; for its report: polyak report {folder}", highlight=False)
+        console.print(
+            f"The run is complete. For its report: polyak report {run.folder}", highlight=False
+        )
         raise
 
 
@@ -176,19 +181,22 @@ def values_table(finals: Finals) -> Table:
     table = _metrics_table(title)
     for row in finals.rows:
         means = ((finals.mean(row, metric.key), _digits(metric)) for metric in METRICS)
-        table.add_row(row_label(row), *(spelled(mean, digits) for mean, digits in means))
+        table.add_row(row_label(row), *(format_estimate(mean, digits) for mean, digits in means))
     return table
 
 
 def differences_table(finals: Finals) -> Table:
-    """What every kind of weights differs from SGD's last iterate."""
+    """The difference of every kind of weights to SGD's last iterate."""
     table = _metrics_table("Difference to SGD, paired by seed: mean ± half the 95% interval")
     for row in finals.rows:
         if row != BASELINE:
             pairs = ((finals.difference(row, m.key), _digits(m)) for m in METRICS)
             table.add_row(
                 row_label(row),
-                *(spelled(value, digits, signed=True) if value else "" for value, digits in pairs),
+                *(
+                    format_estimate(value, digits, signed=True) if value else ""
+                    for value, digits in pairs
+                ),
             )
     return table
 
@@ -202,7 +210,7 @@ def _metrics_table(title: str) -> Table:
 
 
 def _table(title: str, caption: str | None = None) -> Table:
-    """Without edges and with narrow gaps: everything fits a terminal of 80 columns."""
+    """Without edges and with narrow gaps, to fit a terminal of 80 columns."""
     return Table(
         title=f"\n{title}",
         title_justify="left",

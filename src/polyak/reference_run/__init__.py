@@ -1,4 +1,4 @@
-"""The reference run: recipes, data, models, the loop."""
+"""The reference run: recipes, data, models, the training loop, and the surface around its results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ _HOME_OF = {
     "Run": "polyak.reference_run.run",
     "arm_schedule": "polyak.reference_run.arm",
     "load_recipe": "polyak.reference_run.recipe",
+    "measure_landscape": "polyak.reference_run.flatness",
     "shipped_recipes": "polyak.reference_run.recipe",
     "train": "polyak.reference_run.loop",
 }
 
 if TYPE_CHECKING:
     from polyak.reference_run.arm import arm_schedule as arm_schedule
+    from polyak.reference_run.flatness import measure_landscape as measure_landscape
     from polyak.reference_run.loop import train as train
     from polyak.reference_run.recipe import Recipe as Recipe
     from polyak.reference_run.recipe import load_recipe as load_recipe

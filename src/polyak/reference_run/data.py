@@ -1,16 +1,14 @@
-"""The IDX files of MNIST and its kin: a big-endian header, then bytes.
+"""The images of a run: those that ship, four IDX files, or custom ones; their order and augmentation.
 
-Permutations and augmentations, each a pure function of (seed, epoch, index).
-
-The draws for an epoch come from a counter-based generator keyed by (seed, epoch, purpose), of which
-image `index` takes the index-th: nothing carries over from one epoch to the next, so a resumed run
-sees what an uninterrupted one does, and so do the arms of one seed.
-
-The images a run trains on: those that ship, the full IDX files, or one's own.
+Permutations and augmentations are pure functions of (seed, epoch, index). The draws for an epoch come
+from a counter-based generator keyed by (seed, epoch, purpose), of which image `index` takes the
+index-th: no state carries over from one epoch to the next, so a resumed run sees what an
+uninterrupted one does, and so do the arms of one seed.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import math
@@ -32,7 +30,136 @@ from polyak.errors import ArgumentError, FormatError
 from polyak.objects import load_object
 from polyak.reference_run.recipe import Recipe
 
+EMBEDDED = Path(__file__).parent / "images" / "fashion.npz"
+EMBEDDED_SHA256 = "a8bb457daf23e0144f6a14ace76caac7a210c97ae8b87b8f9388ea9d475181de"
+N_CLASSES = 10
+MEAN, STD = 0.2860, 0.3530
+"""Of the pixels of Fashion-MNIST's training images, scaled to [0, 1]."""
 _UNSIGNED_BYTES = 0x08
+_PERMUTATION, _FLIPS, _SHIFTS = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images `(n, channels, height, width)`, float32, and labels `(n,)`, int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The images in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.images[start : start + size]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to train on, to validate on, and to test on."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def n_channels(self) -> int:
+        """The number of channels of an image."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image in pixels."""
+        return self.train.images.shape[2]
+
+    @property
+    def n_classes(self) -> int:
+        """One more than the largest label."""
+        return 1 + max(int(getattr(self, f.name).labels.max()) for f in fields(self))
+
+    def digest(self) -> str:
+        """SHA-256 of all images and labels, which tells whether two runs use the same data."""
+        total = hashlib.sha256()
+        for f in fields(self):
+            split = getattr(self, f.name)
+            for tensor in (split.images, split.labels):
+                total.update(str(tuple(tensor.shape)).encode())
+                total.update(tensor.numpy().data)
+        return total.hexdigest()
+
+
+def load_data(recipe: Recipe) -> Data:
+    """The data of a recipe, on the CPU; the same data is loaded once per process.
+
+    Raises ArgumentError if `data` names nothing that fits, FormatError for files that are missing,
+    cut short or damaged, or hold labels out of range.
+    """
+    return _loaded(recipe.data, recipe.data_folder)
+
+
+@functools.lru_cache(maxsize=1)  # a run and its report use the same data
+def _loaded(function: str, folder: str) -> Data:
+    if function:
+        return custom_data(function)
+    return idx_data(Path(folder)) if folder else embedded_data()
+
+
+def embedded_data() -> Data:
+    """The images that ship: 6,000 to train on, 2,000 to validate on, 4,000 to test on.
+
+    The first of Fashion-MNIST in the official order (Xiao et al. 2017, arXiv 1708.07747; MIT).
+
+    >>> data = embedded_data()
+    >>> len(data.train), len(data.validation), len(data.test), tuple(data.train.images.shape[1:])
+    (6000, 2000, 4000, (1, 28, 28))
+    """
+    try:
+        with np.load(EMBEDDED) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise FormatError(f"{EMBEDDED} cannot be read ({error}). Reinstall polyak.") from error
+    if embedded_digest(arrays) != EMBEDDED_SHA256:
+        raise FormatError(f"{EMBEDDED} is not the file that polyak shipped. Reinstall polyak.")
+    images, labels = arrays["train_images"], arrays["train_labels"]
+    return Data(
+        train=_split(images[:6000], labels[:6000]),
+        validation=_split(images[6000:], labels[6000:]),
+        test=_split(arrays["test_images"], arrays["test_labels"]),
+    )
+
+
+def embedded_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over the arrays in the order of their names, whatever the compression was."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode())
+        total.update(np.ascontiguousarray(arrays[name]).data)
+    return total.hexdigest()
+
+
+def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
+    scaled = torch.from_numpy(images.astype(np.float32)).unsqueeze(1).div_(255)
+    return Split(scaled.sub_(MEAN).div_(STD), torch.from_numpy(labels.astype(np.int64)))
+
+
+def idx_data(folder: Path) -> Data:
+    """The four IDX files of an MNIST-like set, gzipped or not; the last twelfth validates."""
+    images = read_images(folder, "train-images-idx3-ubyte")
+    labels = read_labels(folder, "train-labels-idx1-ubyte", len(images), N_CLASSES)
+    test_images = read_images(folder, "t10k-images-idx3-ubyte")
+    test_labels = read_labels(folder, "t10k-labels-idx1-ubyte", len(test_images), N_CLASSES)
+    if images.shape[1:] != test_images.shape[1:]:
+        raise FormatError(
+            f"{folder}: training images are {images.shape[1:]} pixels, test images "
+            f"{test_images.shape[1:]}; expected the same."
+        )
+    cut = len(images) - len(images) // 12
+    return Data(
+        train=_split(images[:cut], labels[:cut]),
+        validation=_split(images[cut:], labels[cut:]),
+        test=_split(test_images, test_labels),
+    )
 
 
 def read_images(folder: Path, name: str) -> NDArray[np.uint8]:
@@ -95,11 +222,61 @@ def _content(path: Path) -> bytes:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-_PERMUTATION, _FLIPS, _SHIFTS = 0, 1, 2
+def custom_data(function: str) -> Data:
+    """What `package.module:function` returns: `{"train": (images, labels), "validation": .., "test": ..}`.
+
+    Images are float32 `(n, channels, size, size)`, labels int64 `(n,)` from 0 on.
+    """
+    given = load_object(function)()
+    names = [f.name for f in fields(Data)]
+    if isinstance(given, Data):
+        given = {name: (getattr(given, name).images, getattr(given, name).labels) for name in names}
+    if not isinstance(given, Mapping) or set(given) != set(names):
+        found = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+        raise ArgumentError(
+            f"{function} returned {found}; expected a mapping with train, validation and test, each "
+            "a pair (images, labels)."
+        )
+    data = Data(**{name: _custom_split(function, name, given[name]) for name in names})
+    shapes = {name: tuple(getattr(data, name).images.shape[1:]) for name in names}
+    if len(set(shapes.values())) > 1:
+        raise ArgumentError(f"{function}: images are {shapes}; expected one shape.")
+    return data
+
+
+def _custom_split(function: str, name: str, pair: Any) -> Split:
+    try:
+        images, labels = (torch.as_tensor(part) for part in pair)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{function}: {name} is not a pair (images, labels) of tensors or arrays ({error})."
+        ) from error
+    problem = _problem(images, labels)
+    if problem:
+        raise ArgumentError(f"{function}: {name} {problem}")
+    return Split(images.contiguous(), labels.to(torch.int64).contiguous())
+
+
+def _problem(images: Tensor, labels: Tensor) -> str:
+    if images.ndim != 4 or images.dtype != torch.float32 or images.shape[2] != images.shape[3]:
+        return (
+            f"images are {images.dtype} {tuple(images.shape)}; expected float32 "
+            "(n, channels, size, size)."
+        )
+    if labels.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+        return (
+            f"labels are {labels.dtype} {tuple(labels.shape)}; expected {len(images)} integers, "
+            "at least one."
+        )
+    if int(labels.min()) < 0:
+        return f"labels begin at {int(labels.min())}; expected classes counted from 0."
+    if not bool(torch.isfinite(images).all()):
+        return "images hold NaN or infinity; expected finite numbers."
+    return ""
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order in which an epoch takes `n` images, int64 `(n,)`.
+    """The order of `n` images in an epoch, int64 `(n,)`.
 
     >>> sorted(permutation(0, 5, 4).tolist())
     [0, 1, 2, 3]
@@ -109,10 +286,10 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random flips and shifts for one epoch: what each image gets depends on its index alone.
+    """Random flips and shifts for one epoch; those of an image depend only on its index.
 
-    `flipped` is bool `(n,)`, `shifts` int64 `(n, 2)`, rows and columns in pixels, or None for
-    neither. Shifted images are filled with the value at their top left corner, their background.
+    `flipped` is bool `(n,)`, `shifts` int64 `(n, 2)`, rows and columns in pixels; each is None if
+    there are none. Shifted images are filled with the value of their top left corner, the background.
     """
 
     flipped: Tensor | None
@@ -129,7 +306,7 @@ class Augmentation:
         )
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """The images `(b, c, h, w)` that stand at `indices` in the data, augmented."""
+        """The images `(b, c, h, w)`, which have these `indices` in the data, augmented."""
         if self.flipped is not None:
             flipped = self.flipped[indices].to(images.device)
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
@@ -163,184 +340,3 @@ def shifted(images: Tensor, shifts: Tensor) -> Tensor:
 def _generator(seed: int, epoch: int, purpose: int) -> np.random.Generator:
     key = np.random.SeedSequence([seed, epoch, purpose])
     return np.random.Generator(np.random.Philox(key))
-
-
-EMBEDDED = Path(__file__).parent / "images" / "fashion.npz"
-EMBEDDED_SHA256 = "a8bb457daf23e0144f6a14ace76caac7a210c97ae8b87b8f9388ea9d475181de"
-N_CLASSES = 10
-MEAN, STD = 0.2860, 0.3530
-"""Of the pixels of Fashion-MNIST's training images, scaled to [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images `(n, channels, height, width)`, float32, and labels `(n,)`, int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """The images in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.images[start : start + size]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images to train on, to choose by, and to report on."""
-
-    train: Split
-    validation: Split
-    test: Split
-
-    @property
-    def n_channels(self) -> int:
-        """Colours of an image."""
-        return self.train.images.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of an image in pixels."""
-        return self.train.images.shape[2]
-
-    @property
-    def n_classes(self) -> int:
-        """One more than the largest label."""
-        return 1 + max(int(getattr(self, f.name).labels.max()) for f in fields(self))
-
-    def digest(self) -> str:
-        """SHA-256 of all images and labels: whether two runs saw the same data."""
-        total = hashlib.sha256()
-        for f in fields(self):
-            split = getattr(self, f.name)
-            for tensor in (split.images, split.labels):
-                total.update(str(tuple(tensor.shape)).encode())
-                total.update(tensor.numpy().data)
-        return total.hexdigest()
-
-
-def load_data(recipe: Recipe) -> Data:
-    """The data a recipe asks for, on the CPU.
-
-    Raises ArgumentError where `data` names nothing that fits, FormatError for files that are
-    missing, cut short or damaged, or hold labels out of range.
-    """
-    if recipe.data:
-        return own_data(recipe.data)
-    if recipe.data_folder:
-        return idx_data(Path(recipe.data_folder))
-    return embedded_data()
-
-
-def embedded_data() -> Data:
-    """The images that ship: 6,000 to train on, 2,000 for validation, 4,000 to test.
-
-    The first of Fashion-MNIST in the official order (Xiao et al. 2017, arXiv 1708.07747; MIT).
-
-    >>> data = embedded_data()
-    >>> len(data.train), len(data.validation), len(data.test), tuple(data.train.images.shape[1:])
-    (6000, 2000, 4000, (1, 28, 28))
-    """
-    try:
-        with np.load(EMBEDDED) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{EMBEDDED} cannot be read ({error}). Install polyak again.") from error
-    if embedded_digest(arrays) != EMBEDDED_SHA256:
-        raise FormatError(f"{EMBEDDED} is not the file that polyak shipped. Install polyak again.")
-    images, labels = arrays["train_images"], arrays["train_labels"]
-    return Data(
-        train=_split(images[:6000], labels[:6000]),
-        validation=_split(images[6000:], labels[6000:]),
-        test=_split(arrays["test_images"], arrays["test_labels"]),
-    )
-
-
-def embedded_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 over the arrays in the order of their names, whatever the compression was."""
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode())
-        total.update(np.ascontiguousarray(arrays[name]).data)
-    return total.hexdigest()
-
-
-def idx_data(folder: Path) -> Data:
-    """The four IDX files of an MNIST-like set, gzipped or not; the last twelfth validates."""
-    images = read_images(folder, "train-images-idx3-ubyte")
-    labels = read_labels(folder, "train-labels-idx1-ubyte", len(images), N_CLASSES)
-    test_images = read_images(folder, "t10k-images-idx3-ubyte")
-    test_labels = read_labels(folder, "t10k-labels-idx1-ubyte", len(test_images), N_CLASSES)
-    if images.shape[1:] != test_images.shape[1:]:
-        raise FormatError(
-            f"{folder}: training images are {images.shape[1:]} pixels, test images "
-            f"{test_images.shape[1:]}; expected the same."
-        )
-    cut = len(images) - len(images) // 12
-    return Data(
-        train=_split(images[:cut], labels[:cut]),
-        validation=_split(images[cut:], labels[cut:]),
-        test=_split(test_images, test_labels),
-    )
-
-
-def own_data(spelling: str) -> Data:
-    """What `package.module:function` gives: `{"train": (images, labels), "validation": .., "test": ..}`.
-
-    Images are float32 `(n, channels, size, size)`, labels int64 `(n,)` from 0 on.
-    """
-    given = load_object(spelling)()
-    names = [f.name for f in fields(Data)]
-    if isinstance(given, Data):
-        given = {name: (getattr(given, name).images, getattr(given, name).labels) for name in names}
-    if not isinstance(given, Mapping) or set(given) != set(names):
-        found = sorted(given) if isinstance(given, Mapping) else type(given).__name__
-        raise ArgumentError(
-            f"--data {spelling} gave {found}; expected a mapping with train, validation and test, "
-            "each a pair (images, labels)."
-        )
-    data = Data(**{name: _own_split(spelling, name, given[name]) for name in names})
-    shapes = {name: tuple(getattr(data, name).images.shape[1:]) for name in names}
-    if len(set(shapes.values())) > 1:
-        raise ArgumentError(f"--data {spelling}: images are {shapes}; expected one shape.")
-    return data
-
-
-def _own_split(spelling: str, name: str, pair: Any) -> Split:
-    try:
-        images, labels = (torch.as_tensor(part) for part in pair)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"--data {spelling}: {name} is not a pair (images, labels) of tensors or arrays "
-            f"({error})."
-        ) from error
-    problem = _problem(images, labels)
-    if problem:
-        raise ArgumentError(f"--data {spelling}: {name} {problem}")
-    return Split(images.contiguous(), labels.to(torch.int64).contiguous())
-
-
-def _problem(images: Tensor, labels: Tensor) -> str:
-    if images.ndim != 4 or images.dtype != torch.float32 or images.shape[2] != images.shape[3]:
-        return (
-            f"images are {images.dtype} {tuple(images.shape)}; expected float32 "
-            "(n, channels, size, size)."
-        )
-    if labels.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
-        return (
-            f"labels are {labels.dtype} {tuple(labels.shape)}; expected {len(images)} integers, "
-            "at least one."
-        )
-    if int(labels.min()) < 0:
-        return f"labels reach down to {int(labels.min())}; expected classes counted from 0."
-    if not bool(torch.isfinite(images).all()):
-        return "images hold NaN or infinity; expected finite numbers."
-    return ""
-
-
-def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
-    scaled = torch.from_numpy(images.astype(np.float32)).unsqueeze(1).div_(255)
-    return Split(scaled.sub_(MEAN).div_(STD), torch.from_numpy(labels.astype(np.int64)))

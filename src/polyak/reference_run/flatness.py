@@ -1,14 +1,18 @@
-"""The surface around the solutions of a run, measured on the run's own images."""
+"""The surface around the solutions of a run, measured once on the run's own images and stored."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from polyak.errors import FormatError
+from polyak.files import replacing
 from polyak.reference_run.data import Data, Split
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.run import Run
@@ -26,13 +30,14 @@ from polyak.study.landscape import (
 from polyak.study.surface import Surface
 
 LOSS, ERROR = "train_loss", "test_error"
+_FILE = "landscape.json"
 _BATCH = 250  # small batches stay in the cache: half the time of 2,000 at once
 _SHORT_RUN = 200_000  # images seen in training
 
 
 @dataclass(frozen=True)
 class Detail:
-    """How finely a run is looked at: images of each split, and points of each picture."""
+    """The resolution of a measurement: images of each split, and points of each picture."""
 
     n_images: int
     n_line: int  # 4 k + 1, so that both ends are among the points
@@ -50,7 +55,7 @@ REACH = 0.6  # the longest ray, as a fraction of the length of SGD's weights
 
 @dataclass(frozen=True)
 class Landscape:
-    """What was measured around one seed's solutions; see `measure`."""
+    """Training loss and test error around the first seed's solutions; see `measure`."""
 
     arm: str
     detail: Detail
@@ -63,16 +68,40 @@ class Landscape:
     average: tuple[float, float, float]  # the average in the plane, and its distance from it
 
 
+def measure_landscape(run: Run) -> Landscape | None:
+    """The surface around a run's solutions; measured and stored in its folder if it is not yet.
+
+    None if no averaging arm has finished. Raises OutputError if the folder cannot be written,
+    FormatError if what is stored is damaged.
+    """
+    arm = run.averaging_arm()
+    if arm is None:
+        return None
+    if (stored := stored_landscape(run)) is not None:
+        return stored
+    land = measure(run, arm, detail_for(run))
+    with replacing(run.folder / _FILE) as part:
+        part.write_text(json.dumps(asdict(land), default=np.ndarray.tolist), encoding="utf-8")
+    return land
+
+
+def stored_landscape(run: Run) -> Landscape | None:
+    """What `measure_landscape` stored in the run's folder, or None. Raises FormatError if damaged."""
+    path = run.folder / _FILE
+    if not path.is_file():
+        return None
+    try:
+        return _landscape(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(
+            f"{path} is damaged ({error}). Delete it; `polyak report {run.folder}` measures again."
+        ) from error
+
+
 def detail_for(run: Run) -> Detail:
-    """`FULL`, or `SHORT` for a run so short that its report would take longer than it."""
+    """`FULL`, or `SHORT` for a run that would take less time than the full measurement."""
     seen = run.recipe.epochs * len(run.data.train) * run.recipe.seeds
     return SHORT if seen < _SHORT_RUN else FULL
-
-
-def averaging_arm(run: Run) -> str | None:
-    """The arm whose average is looked at: swa, else cyclic; None where neither has finished."""
-    done = {record["arm"] for record in run.finals() if record["seed"] == 0}
-    return next((arm for arm in ("swa", "cyclic") if arm in done), None)
 
 
 def measure(run: Run, arm: str, detail: Detail) -> Landscape:
@@ -80,8 +109,8 @@ def measure(run: Run, arm: str, detail: Detail) -> Landscape:
 
     Along the line from SGD's last weights to the average of `arm`; along `N_RAYS` random rays from
     SGD's weights, the arm's last iterate and its average; on the segments between consecutive
-    averaged weights; on the plane through the first, middle and last of them (where there are
-    three). BatchNorm statistics are measured anew at every point.
+    averaged weights; on the plane through the first, middle and last of them (if there are
+    three). BatchNorm statistics are measured again at every point.
     """
     hardware = Hardware.named(run.recipe.device)
     model = hardware.place(run.model())
@@ -108,13 +137,13 @@ def measure(run: Run, arm: str, detail: Detail) -> Landscape:
 def image_surface(model: nn.Module, data: Data, n_images: int, hardware: Hardware) -> Surface:
     """Training loss (without augmentation) and test error on the first `n_images` of each split.
 
-    Mean cross-entropy in nats, and error in percent. The model lies on the hardware; the surface is
-    a context, as `Surface` is.
+    Mean cross-entropy in nats, and error in percent. The model is on the hardware; enter the surface
+    to measure, as any `Surface`.
     """
     train, test = (_placed(split, n_images, hardware) for split in (data.train, data.test))
     n_train, n_test = (sum(len(labels) for _, labels in split) for split in (train, test))
 
-    def worth(model: nn.Module) -> Mapping[str, float]:
+    def loss_and_error(model: nn.Module) -> Mapping[str, float]:
         with hardware.precision():
             loss = sum(
                 float(cross_entropy(model(images).float(), labels, reduction="sum"))
@@ -123,7 +152,7 @@ def image_surface(model: nn.Module, data: Data, n_images: int, hardware: Hardwar
             wrong = sum(int((model(images).argmax(1) != labels).sum()) for images, labels in test)
         return {LOSS: loss / n_train, ERROR: 100 * wrong / n_test}
 
-    return Surface(model, worth, refresh=[images for images, _ in train])
+    return Surface(model, loss_and_error, refresh=[images for images, _ in train])
 
 
 def _placed(split: Split, n_images: int, hardware: Hardware) -> list[tuple[Tensor, Tensor]]:
@@ -156,3 +185,27 @@ def _plane(
     middle = (low + high) / 2
     x, y = (np.linspace(m - half, m + half, n_grid).tolist() for m in middle)
     return on_plane(surface, plane, x, y), feet, centre
+
+
+def _landscape(values: dict[str, Any]) -> Landscape:
+    """The inverse of `asdict` and JSON's lists."""
+    segments, grid = values["segments"], values["grid"]
+    x, y, distance = map(float, values["average"])
+    return Landscape(
+        arm=str(values["arm"]),
+        detail=Detail(**values["detail"]),
+        line=Line(**_arrays(values["line"])),
+        rays={name: Rays(**_arrays(rays)) for name, rays in values["rays"].items()},
+        epochs=[int(epoch) for epoch in values["epochs"]],
+        segments=None if segments is None else Segments(**_arrays(segments)),
+        grid=None if grid is None else Grid(**_arrays(grid)),
+        path=np.array(values["path"], float).reshape(-1, 2),
+        average=(x, y, distance),
+    )
+
+
+def _arrays(fields: Any) -> Any:
+    """Lists as arrays, also those in mappings; numbers as they are."""
+    if isinstance(fields, dict):
+        return {name: _arrays(value) for name, value in fields.items()}
+    return np.array(fields, float) if isinstance(fields, list) else fields

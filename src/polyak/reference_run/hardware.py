@@ -1,4 +1,4 @@
-"""Where a run computes, and how: device, memory format, precision, and what pins its results."""
+"""The hardware of a run: device, memory format, precision, and what its bits depend on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from polyak.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device. Images are channels-last everywhere; a GPU computes in bfloat16 autocast."""
+    """A device. Images are channels-last on all of them; a GPU computes in bfloat16 autocast."""
 
     device: torch.device
 
     @classmethod
     def named(cls, name: str) -> Hardware:
-        """`cpu`, `cuda`, or `auto`: cuda where there is one. Raises ArgumentError for others."""
+        """`cpu`, `cuda`, or `auto`: cuda if there is one. Raises ArgumentError for others."""
         if name not in ("auto", "cpu", "cuda"):
             raise ArgumentError(f"device is {name!r}; expected auto, cpu or cuda.")
         available = torch.cuda.is_available()
@@ -29,7 +29,7 @@ class Hardware:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, channels-last."""
-        # torch's stubs know no memory_format on Module.to; its documentation does.
+        # torch's stubs lack memory_format on Module.to; its documentation has it.
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def images(self, batch: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ class Hardware:
         return nullcontext()
 
     def environment(self) -> dict[str, str]:
-        """What must be the same for a resumed run to end in the same bits."""
+        """What must be equal for a resumed run to end in the same bits."""
         on_gpu = self.device.type == "cuda"
         return {
-            "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
+            "torch": str(torch.__version__),  # a subclass of str, which weights_only refuses
             "threads": str(torch.get_num_threads()),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "cpu instructions": torch.backends.cpu.get_cpu_capability(),

@@ -1,12 +1,8 @@
-"""The weights that a run keeps: those of its first seed, and the averaged model.
+"""The training loop: every arm of every seed, epoch by epoch, each epoch ending in a checkpoint.
 
-What `--resume` goes on from: one file, replaced as a whole at the end of each epoch.
-
-A line that says what it is, the SHA-256 of the rest, and the rest: plain values and tensors as
-`torch.save` writes them, read back with `weights_only=True`. torch does not notice a flipped bit in
-a tensor; the checksum does.
-
-The loop: every arm of every seed, epoch by epoch, each ending in a checkpoint.
+A checkpoint is one file, replaced as a whole: a line that says what it is, the SHA-256 of the rest,
+and the rest as `torch.save` writes it, read back with `weights_only=True`. torch does not notice a
+flipped bit in a tensor; the checksum does.
 """
 
 from __future__ import annotations
@@ -31,116 +27,35 @@ from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe
-from polyak.reference_run.run import Journal, Run, run_folder, weights_path
-
-_KEPT_SEED = 0
-
-
-def keep_averaged(folder: Path, arm: Arm, epoch: int) -> None:
-    """Keep the weights that were averaged after so many epochs."""
-    if arm.seed == _KEPT_SEED:
-        _keep_iterate(weights_path(folder, arm.seed, arm.name, f"epoch-{epoch:03d}"), arm.model)
-
-
-def keep_arm(folder: Path, arm: Arm) -> None:
-    """Keep an arm's last iterate and averages; the first SWA is the run's `swa.safetensors`."""
-    if arm.seed != _KEPT_SEED:
-        return
-    _keep_iterate(weights_path(folder, arm.seed, arm.name, "iterate"), arm.model)
-    for kind, average in arm.averages.items():
-        average.save(weights_path(folder, arm.seed, arm.name, kind), overwrite=True)
-    if arm.name == next((name for name in arm.recipe.arms if name != "sgd"), None):
-        arm.averages["swa"].save(folder / "swa.safetensors", overwrite=True)
-
-
-def _keep_iterate(path: Path, model: nn.Module) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, overwrite=True) as part:
-        part.write_bytes(save(_plain(model.state_dict())))
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors takes no channels-last tensor, and none that shares memory with another.
-    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-
+from polyak.reference_run.run import MetricsLog, Run, run_folder, weights_path
 
 _MAGIC = b"polyak run checkpoint 1\n"
-
-
-@dataclass(frozen=True)
-class RunCheckpoint:
-    """A run after `done` epochs of all its arms.
-
-    `metrics_bytes` is the length of `metrics.jsonl` then, `arm` the state of the arm in progress
-    (None between arms), `branch` the state at which the averaging arms leave SGD.
-    """
-
-    environment: dict[str, str]
-    data: str
-    done: int
-    metrics_bytes: int
-    arm: dict[str, Any] | None
-    branch: dict[str, Any] | None
-
-    def save(self, path: Path) -> None:
-        """Replace the file at `path`, or leave it as it was and raise OutputError."""
-        buffer = io.BytesIO()
-        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, buffer)
-        content = buffer.getvalue()
-        with replacing(path, overwrite=True) as part:
-            part.write_bytes(_MAGIC + hashlib.sha256(content).digest() + content)
-
-    def check(self, environment: dict[str, str], data: str) -> None:
-        """Refuse, with UsageError, to go on where the result would not be the same bits."""
-        changed = [
-            f"{name}: {self.environment.get(name)} then, {environment[name]} now"
-            for name in environment
-            if self.environment.get(name) != environment[name]
-        ]
-        if changed:
-            raise UsageError(
-                "This run cannot be resumed here, its bits would differ: "
-                + "; ".join(changed)
-                + ". Resume it as it was started (OMP_NUM_THREADS sets the threads), "
-                "or start anew with another --output."
-            )
-        if self.data != data:
-            raise UsageError(
-                "The data is not what this run began with. Give it the same data, "
-                "or start anew with another --output."
-            )
-
-
-def read_checkpoint(path: Path) -> RunCheckpoint | None:
-    """The checkpoint at `path`, or None where there is none yet.
-
-    Raises FormatError for a file that is damaged or something else.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
-    if not content.startswith(_MAGIC):
-        raise FormatError(
-            f"{path} is not a checkpoint of this version of polyak: it begins with "
-            f"{content[:24]!r}. Start anew with another --output."
-        )
-    digest, body = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
-    if hashlib.sha256(body).digest() != digest:
-        raise FormatError(
-            f"{path} is damaged: its checksum does not fit its {len(content)} bytes. The metrics "
-            "and weights in the run's folder are whole; start anew with another --output."
-        )
-    try:
-        return RunCheckpoint(**torch.load(io.BytesIO(body), weights_only=True))
-    except (RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        raise FormatError(f"{path} cannot be read: {error}.") from error
-
+_KEPT_SEED = 0  # the one whose weights are kept
 
 Watch = Callable[[dict[str, Any], float], None]
-"""Called with each record as it is written, and the fraction of the run that is done."""
+"""Called with each record as it is written, and the finished fraction of the run."""
+
+
+def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | None = None) -> Run:
+    """Run a recipe in a folder and return the run.
+
+    With `resume`, continue after the last checkpoint in the folder and end in the same bits as a run
+    that was never interrupted. torch's random state is restored.
+
+    Raises ArgumentError for a model or data that do not fit, before the folder is created;
+    OutputError if the folder is not empty or cannot be written; UsageError if the run in it was
+    started with another recipe, other data or another number of threads, or is being written;
+    FormatError for a damaged checkpoint; NonFiniteError when the loss becomes NaN. Finished epochs
+    are kept.
+    """
+    hardware = Hardware.named(recipe.device)
+    data = load_data(recipe)
+    devices = [hardware.device] if hardware.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        build_model(recipe, data)  # refused before the folder is created if it does not fit
+        with run_folder(folder, recipe, resume=resume):
+            _Loop(recipe, data, hardware, folder, watch).run()
+    return Run(folder)
 
 
 @dataclass(frozen=True)
@@ -166,27 +81,6 @@ def plan(recipe: Recipe) -> list[Unit]:
     ]
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | None = None) -> Run:
-    """Carry out a recipe in a folder and return the run.
-
-    With `resume`, go on after the last checkpoint in the folder and end in the same bits as a run
-    that was never interrupted. torch's random state is given back as it was.
-
-    Raises ArgumentError for a model or data that do not fit, before there is a folder; OutputError
-    for a folder that is not empty or cannot be written, UsageError where the
-    run in it was begun otherwise (recipe, data, threads) or is being written, FormatError for a
-    damaged checkpoint, NonFiniteError when the loss becomes NaN. What was finished is kept.
-    """
-    hardware = Hardware.named(recipe.device)
-    data = load_data(recipe)
-    devices = [hardware.device] if hardware.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        build_model(recipe, data)  # one that does not fit is refused before there is a folder
-        with run_folder(folder, recipe, resume=resume):
-            _Loop(recipe, data, hardware, folder, watch).run()
-    return Run(folder)
-
-
 class _Loop:
     def __init__(
         self, recipe: Recipe, data: Data, hardware: Hardware, folder: Path, watch: Watch | None
@@ -201,16 +95,16 @@ class _Loop:
         self.done = 0
 
     def run(self) -> None:
-        """All units that are not done yet."""
+        """Train all units that are not done yet."""
         checkpoint = self._resume()
-        self.journal = Journal(
+        self.log = MetricsLog(
             self.folder / "metrics.jsonl", checkpoint.metrics_bytes if checkpoint else 0
         )
         try:
             for unit in self.units[self.done :]:
-                self._carry_out(unit)
+                self._run_unit(unit)
         finally:
-            self.journal.close()
+            self.log.close()
 
     def _resume(self) -> RunCheckpoint | None:
         checkpoint = read_checkpoint(self.path)
@@ -223,13 +117,13 @@ class _Loop:
             self.arm.load_state_dict(checkpoint.arm)
         return checkpoint
 
-    def _carry_out(self, unit: Unit) -> None:
+    def _run_unit(self, unit: Unit) -> None:
         try:
             self._commit(self._train(unit))
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"Seed {unit.seed}, arm {unit.arm}, epoch {unit.epoch + 1}: {error} The epochs "
-                "before it are kept. Lower the rate of this arm (--rate, --swa-rate, --cycle-high)."
+                "before it are kept. Lower the rate of this arm (rate, swa_rate or cycle_high)."
             ) from error
 
     def _train(self, unit: Unit) -> list[dict[str, Any]]:
@@ -251,7 +145,7 @@ class _Loop:
         arm = self._new_arm(unit)
         if unit.arm != "sgd" and self.branch is not None:
             arm.load_state_dict(self.branch)
-            arm.take_entering_weights()
+            arm.average_initial_weights()
             if arm.averages["swa"].count:
                 keep_averaged(self.folder, arm, unit.epoch)
         return arm
@@ -260,13 +154,13 @@ class _Loop:
         return Arm(self.recipe, self.data, self.hardware, seed=unit.seed, name=unit.arm)
 
     def _commit(self, records: list[dict[str, Any]]) -> None:
-        self.journal.append(records)
+        self.log.append(records)
         self.done += 1
         RunCheckpoint(
             environment=self.hardware.environment(),
             data=self.digest,
             done=self.done,
-            metrics_bytes=self.journal.length,
+            metrics_bytes=self.log.length,
             arm=self.arm.state_dict() if self.arm else None,
             branch=self.branch,
         ).save(self.path)
@@ -276,7 +170,7 @@ class _Loop:
     def _epoch_record(self, arm: Arm, unit: Unit, loss: float) -> dict[str, Any]:
         evaluations = {}
         for kind in arm.kinds():
-            with arm.holding(kind) as model:
+            with arm.weights_applied(kind) as model:
                 evaluations[kind] = validation_record(model, self.data, self.hardware)
         step = arm.lr.last_epoch
         return {
@@ -294,9 +188,109 @@ class _Loop:
     def _finals(self, arm: Arm, unit: Unit) -> list[dict[str, Any]]:
         finals = []
         for kind in arm.kinds():
-            with arm.holding(kind) as model:
+            with arm.weights_applied(kind) as model:
                 worth = final_record(model, self.data, self.hardware)
             finals.append(
                 {"kind": "final", "seed": unit.seed, "arm": unit.arm, "weights": kind, **worth}
             )
         return finals
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A run after `done` of its units.
+
+    `metrics_bytes` is the length of `metrics.jsonl` at that time, `arm` the state of the arm in
+    progress (None between arms), `branch` the state at which the averaging arms leave SGD.
+    """
+
+    environment: dict[str, str]
+    data: str
+    done: int
+    metrics_bytes: int
+    arm: dict[str, Any] | None
+    branch: dict[str, Any] | None
+
+    def save(self, path: Path) -> None:
+        """Replace the file at `path`, or leave it as it was and raise OutputError."""
+        buffer = io.BytesIO()
+        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, buffer)
+        content = buffer.getvalue()
+        with replacing(path, overwrite=True) as part:
+            part.write_bytes(_MAGIC + hashlib.sha256(content).digest() + content)
+
+    def check(self, environment: dict[str, str], data: str) -> None:
+        """Raise UsageError if a run resumed here would not end in the same bits."""
+        changed = [
+            f"{name}: {self.environment.get(name)} then, {environment[name]} now"
+            for name in environment
+            if self.environment.get(name) != environment[name]
+        ]
+        if changed:
+            raise UsageError(
+                "Cannot resume here: the result would not be bit-for-bit the same ("
+                + "; ".join(changed)
+                + "). Resume as the run was started (OMP_NUM_THREADS sets the threads), or start "
+                "again in another folder."
+            )
+        if self.data != data:
+            raise UsageError(
+                "The data is not what this run began with. Resume with the same data, or start "
+                "again in another folder."
+            )
+
+
+def read_checkpoint(path: Path) -> RunCheckpoint | None:
+    """The checkpoint at `path`, or None if there is none yet.
+
+    Raises FormatError for a file that is damaged or something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
+    if not content.startswith(_MAGIC):
+        raise FormatError(
+            f"{path} is not a checkpoint of this version of polyak: it begins with "
+            f"{content[:24]!r}. Start again in another folder."
+        )
+    digest, body = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
+    if hashlib.sha256(body).digest() != digest:
+        raise FormatError(
+            f"{path} is damaged: the checksum of its {len(content)} bytes does not match. The "
+            "metrics and weights in the run's folder are intact; start again in another folder."
+        )
+    try:
+        return RunCheckpoint(**torch.load(io.BytesIO(body), weights_only=True))
+    except (RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        raise FormatError(f"{path} cannot be read: {error}.") from error
+
+
+def keep_averaged(folder: Path, arm: Arm, epoch: int) -> None:
+    """Keep the weights that were averaged after `epoch` epochs."""
+    if arm.seed == _KEPT_SEED:
+        _keep_iterate(weights_path(folder, arm.seed, arm.name, f"epoch-{epoch:03d}"), arm.model)
+
+
+def keep_arm(folder: Path, arm: Arm) -> None:
+    """Keep an arm's last iterate and averages; the first SWA is the run's `swa.safetensors`."""
+    if arm.seed != _KEPT_SEED:
+        return
+    _keep_iterate(weights_path(folder, arm.seed, arm.name, "iterate"), arm.model)
+    for kind, average in arm.averages.items():
+        average.save(weights_path(folder, arm.seed, arm.name, kind), overwrite=True)
+    if arm.name == next((name for name in arm.recipe.arms if name != "sgd"), None):
+        arm.averages["swa"].save(folder / "swa.safetensors", overwrite=True)
+
+
+def _keep_iterate(path: Path, model: nn.Module) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, overwrite=True) as part:
+        part.write_bytes(save(_plain(model.state_dict())))
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors takes no channels-last tensor, and none that shares memory with another.
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

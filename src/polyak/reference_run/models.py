@@ -1,4 +1,4 @@
-"""The small network that SWA is often taught with, and the model a recipe asks for."""
+"""The small network that SWA is often taught with, and the model of a recipe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Net(nn.Module):
     """Two 3x3 convolutions of 8 and 16 channels, a hidden layer of 128, the outputs.
 
     Each convolution is followed by BatchNorm if asked for, ReLU and 2x2 max-pooling. Input
-    `(n, in_channels, image_size, image_size)`, output logits `(n, n_outputs)`. As often taught the
-    hidden layer takes 16 x 3 x 3 values, which fits images of 18 to 21 pixels; this one takes the
-    image size (28 pixels leave 5 x 5).
+    `(n, in_channels, image_size, image_size)`, output logits `(n, n_outputs)`. The usual version has
+    a hidden layer for 16 x 3 x 3 values, which fits images of 18 to 21 pixels; here it is sized for
+    `image_size` (28 pixels leave 5 x 5).
 
-    Raises ArgumentError for images below 10 pixels, of which nothing would be left.
+    Raises ArgumentError for images below 10 pixels, of which the two poolings leave nothing.
 
     >>> Net()(torch.zeros(2, 1, 28, 28)).shape, Net(image_size=18).hidden.in_features
     (torch.Size([2, 10]), 144)
@@ -39,8 +39,8 @@ class Net(nn.Module):
         side = ((image_size - 2) // 2 - 2) // 2
         if side < 1:
             raise ArgumentError(
-                f"image_size is {image_size}; expected 10 or more, so that something is left "
-                "after two convolutions and two poolings."
+                f"image_size is {image_size}; expected 10 or more, because two convolutions and two "
+                "poolings leave nothing of smaller images."
             )
         self.conv1 = nn.Conv2d(in_channels, 8, kernel_size=3)
         self.norm1 = nn.BatchNorm2d(8) if batchnorm else nn.Identity()
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the classes."""
-        # ReLU keeps the order of numbers, so that pooling first gives the same at a quarter of it.
+        # ReLU is monotonic, so pooling first gives the same at a quarter of the cost.
         features = relu(max_pool2d(self.norm1(self.conv1(images)), 2))
         features = relu(max_pool2d(self.norm2(self.conv2(features)), 2))
         logits: Tensor = self.output(relu(self.hidden(features.flatten(1))))
@@ -59,10 +59,10 @@ class Net(nn.Module):
 
 
 def build_model(recipe: Recipe, data: Data) -> nn.Module:
-    """The recipe's model for images and classes such as these, on the CPU, with fresh weights.
+    """The recipe's model for this data, on the CPU, with newly initialised weights.
 
-    A function of one's own is called with `in_channels`, `n_outputs` and `image_size`. Raises
-    ArgumentError where it gives no module, or one whose output is not `(n, n_outputs)`.
+    A custom function is called with `in_channels`, `n_outputs` and `image_size`. Raises ArgumentError
+    if it does not return a module, or the module's output is not `(n, n_outputs)`.
     """
     sizes = {
         "in_channels": data.n_channels,
@@ -74,35 +74,33 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
     model = _called(recipe.model, sizes)
     if not isinstance(model, nn.Module):
         raise ArgumentError(
-            f"--model {recipe.model} gave a {type(model).__name__}; expected a torch.nn.Module."
+            f"{recipe.model} returned a {type(model).__name__}; expected a torch.nn.Module."
         )
     _check_output(model, recipe.model, data)
     return model
 
 
-def _called(spelling: str, sizes: dict[str, int]) -> object:
+def _called(function: str, sizes: dict[str, int]) -> object:
     try:
-        return load_object(spelling)(**sizes)
+        return load_object(function)(**sizes)
     except TypeError as error:
         given = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        raise ArgumentError(
-            f"--model {spelling} could not be called with {given}: {error}."
-        ) from error
+        raise ArgumentError(f"{function} could not be called with {given}: {error}.") from error
 
 
-def _check_output(model: nn.Module, spelling: str, data: Data) -> None:
+def _check_output(model: nn.Module, function: str, data: Data) -> None:
     images = data.train.images[:2]
     try:
         with restored_modes(model), torch.no_grad():
             output = model.eval()(images)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"--model {spelling} does not take images of {tuple(images.shape[1:])}: {error}"
+            f"The model of {function} does not take images of {tuple(images.shape[1:])}: {error}"
         ) from error
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     expected = (len(images), data.n_classes)
     if found != expected:
         raise ArgumentError(
-            f"--model {spelling}: its output for {len(images)} images is {found}; expected logits "
-            f"{expected}, one for each class."
+            f"The model of {function} has the output {found} for {len(images)} images; expected "
+            f"logits {expected}, one for each class."
         )

@@ -1,6 +1,6 @@
-"""Recipes: everything that decides a reference run, in one flat, typed, frozen record.
+"""Recipes: all settings of a reference run in one flat, typed, frozen record.
 
-A recipe is a TOML file (those that ship lie in `recipes/`); every field is also a flag of
+A recipe is a TOML file (those that ship are in `recipes/`); every field is also a flag of
 `polyak train`, and the resolved recipe is saved with the run. No torch here: `polyak train --help`
 reads this module.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from polyak.errors import ArgumentError, FormatError
+from polyak.errors import ArgumentError, FormatError, require
 
 RECIPES = Path(__file__).parent / "recipes"
 ARMS = ("sgd", "swa", "cyclic")
@@ -59,11 +59,11 @@ class Recipe:
     flips: bool = _field(True, "Flip training images left to right at random.")
     shift: int = _field(0, "Shift training images by up to this many pixels at random.")
     batchnorm: bool = _field(False, "The small network with BatchNorm.")
-    model: str = _field("", "package.module:function that builds a model of your own.")
-    data: str = _field("", "package.module:function that gives data of your own.")
+    model: str = _field("", "package.module:function that builds a custom model.")
+    data: str = _field("", "package.module:function that returns custom data.")
     data_folder: str = _field("", "Folder with the four IDX files of a full MNIST-like set.")
-    seeds: int = _field(3, "How many seeds, counted from 0.")
-    device: str = _field("auto", "cpu, cuda, or auto: cuda where there is one.")
+    seeds: int = _field(3, "Number of seeds, counted from 0.")
+    device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.")
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -73,7 +73,7 @@ class Recipe:
 
     @property
     def branch_epoch(self) -> int:
-        """After how many epochs the averaging arms leave the SGD arm."""
+        """The number of epochs after which the averaging arms leave the SGD arm."""
         return round(self.branch_at * self.epochs)
 
     def differences(self, other: Recipe) -> list[str]:
@@ -126,7 +126,7 @@ def recipe_from(values: Mapping[str, Any], *, where: str) -> Recipe:
     known = {f.name: types[f.name] for f in fields(Recipe)}
     if unknown := sorted(set(values) - set(known)):
         raise ArgumentError(
-            f"{where}: unknown {', '.join(unknown)}. A recipe knows {', '.join(known)}."
+            f"{where}: unknown {', '.join(unknown)}. The fields of a recipe are {', '.join(known)}."
         )
     return Recipe(**{name: _typed(name, known[name], value) for name, value in values.items()})
 
@@ -154,51 +154,42 @@ def _toml(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ArgumentError(message)
-
-
 def _check_counts(recipe: Recipe) -> None:
     for name in ("epochs", "batch_size", "cycle_epochs", "seeds"):
         value = getattr(recipe, name)
-        _require(value >= 1, f"Recipe field {name} is {value}; expected 1 or more.")
-    _require(0 <= recipe.shift <= 8, f"shift is {recipe.shift}; expected 0 to 8 pixels.")
+        require(value >= 1, f"Recipe field {name} is {value}; expected 1 or more.")
+    require(0 <= recipe.shift <= 8, f"shift is {recipe.shift}; expected 0 to 8 pixels.")
 
 
 def _check_rates(recipe: Recipe) -> None:
     for name in ("rate", "swa_rate", "cycle_high", "cycle_low", "ema_half_life"):
         value = getattr(recipe, name)
         ok = 0 < value < float("inf")
-        _require(ok, f"Recipe field {name} is {value}; expected a positive, finite number.")
-    _require(
+        require(ok, f"Recipe field {name} is {value}; expected a positive, finite number.")
+    require(
         recipe.cycle_low <= recipe.cycle_high,
         f"cycle_low is {recipe.cycle_low}, above cycle_high, {recipe.cycle_high}; "
         "a cycle falls from high to low.",
     )
-    _require(
-        0 <= recipe.momentum < 1, f"momentum is {recipe.momentum}; expected 0 <= momentum < 1."
-    )
-    _require(
+    require(0 <= recipe.momentum < 1, f"momentum is {recipe.momentum}; expected 0 <= momentum < 1.")
+    require(
         0 <= recipe.weight_decay < float("inf"),
-        f"weight_decay is {recipe.weight_decay}; expected a finite number from 0 on.",
+        f"weight_decay is {recipe.weight_decay}; expected a finite number, 0 or more.",
     )
-    _require(
+    require(
         0 < recipe.final_ratio <= 1,
         f"final_ratio is {recipe.final_ratio}; expected 0 < final_ratio <= 1.",
     )
 
 
 def _check_times(recipe: Recipe) -> None:
-    _require(
+    require(
         0 <= recipe.constant_until <= recipe.annealed_at <= 1,
         f"constant_until is {recipe.constant_until} and annealed_at {recipe.annealed_at}; "
         "expected 0 <= constant_until <= annealed_at <= 1, fractions of the budget.",
     )
-    _require(
-        0 < recipe.branch_at < 1, f"branch_at is {recipe.branch_at}; expected a fraction of 1."
-    )
-    _require(
+    require(0 < recipe.branch_at < 1, f"branch_at is {recipe.branch_at}; expected a fraction of 1.")
+    require(
         len(recipe.arms) == 1 or 1 <= recipe.branch_epoch < recipe.epochs,
         f"With {recipe.epochs} epochs the averaging arms would leave SGD after epoch "
         f"{recipe.branch_epoch} (branch_at {recipe.branch_at}); they need at least one epoch "
@@ -210,22 +201,22 @@ def _check_choices(recipe: Recipe) -> None:
     choices = {"annealing": ("linear", "cosine"), "swa_average": ("epoch", "step")}
     for name, allowed in choices.items():
         value = getattr(recipe, name)
-        _require(value in allowed, f"{name} is {value!r}; expected {' or '.join(allowed)}.")
-    _require(
+        require(value in allowed, f"{name} is {value!r}; expected {' or '.join(allowed)}.")
+    require(
         recipe.arms == tuple(a for a in ARMS if a in recipe.arms) and "sgd" in recipe.arms,
-        f"arms is {list(recipe.arms)}; expected sgd, then any of swa and cyclic, in this order.",
+        f"arms is {list(recipe.arms)}; expected sgd, then swa, cyclic or both, in this order.",
     )
-    _require(
+    require(
         bool(recipe.name) and "/" not in recipe.name and not recipe.name.startswith("."),
         f"name is {recipe.name!r}; expected a plain folder name.",
     )
-    _require(
+    require(
         not (recipe.data and recipe.data_folder),
-        "data and data_folder exclude each other; give one.",
+        "data and data_folder exclude each other; pass only one.",
     )
-    _require(
+    require(
         not (recipe.model and recipe.batchnorm),
-        "model and batchnorm exclude each other: batchnorm belongs to polyak's own network.",
+        "model and batchnorm exclude each other: batchnorm is an option of polyak's own network.",
     )
 
 

@@ -1,17 +1,16 @@
-"""Writing a run folder: one writer at a time, and nothing that a crash could leave half done.
-
-Reading a run folder.
+"""The folder of a run: read through `Run`, written by one process at a time.
 
 ::
 
-    recipe.toml                            the resolved recipe
-    metrics.jsonl                          a line for each epoch of each arm, and for each final result
-    swa.safetensors                        the averaged model, with what it is made of
-    weights/seed-0/<arm>.safetensors       the last iterate (first seed only, as all of weights/)
+    recipe.toml                                the resolved recipe
+    metrics.jsonl                              a line for each epoch of each arm and each final result
+    swa.safetensors                            the averaged model, with its provenance
+    landscape.json                             the surface around the solutions, once it was measured
+    weights/seed-0/<arm>.safetensors           the last iterate (weights/ holds the first seed only)
     weights/seed-0/<arm>-average.safetensors   the SWA of an averaging arm
     weights/seed-0/<arm>-ema.safetensors       the EMA
     weights/seed-0/<arm>-epoch-031.safetensors each of the weights that were averaged
-    checkpoints/                           what --resume goes on from
+    checkpoints/                               what a resumed run continues from
 """
 
 from __future__ import annotations
@@ -35,120 +34,22 @@ from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe, load_recipe
 
-
-@contextmanager
-def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
-    """Hold a run folder for writing: a new one, or with `resume` the one that this recipe began.
-
-    Raises OutputError where it exists already or cannot be written, UsageError where another run
-    is writing to it, or where it holds a run of another recipe.
-    """
-    with _writable(folder):
-        is_taken = folder.exists() and any(folder.iterdir())
-    if is_taken and not resume:
-        raise OutputError(
-            f"{folder} is not empty. Add --resume to go on with the run in it, "
-            "or choose another --output."
-        )
-    if resume:
-        _check_same_recipe(folder, recipe)
-    with _writable(folder):
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (folder / "checkpoints" / "lock").open("w")
-    with lock:
-        _lock(lock.fileno(), folder)
-        for left in folder.rglob(".*.part"):  # by a writer that was killed
-            left.unlink()
-        if not (folder / "recipe.toml").exists():
-            with replacing(folder / "recipe.toml") as part:
-                part.write_text(recipe.to_toml(), encoding="utf-8")
-        yield folder
-
-
-class Journal:
-    """`metrics.jsonl`: appended to, synced, and cut back to what a checkpoint knows of."""
-
-    def __init__(self, path: Path, length: int) -> None:
-        """Open for appending after the first `length` bytes; what follows them is dropped."""
-        self._path = path
-        found = path.stat().st_size if path.exists() else 0
-        if found < length:
-            raise OutputError(
-                f"{path} has {found} bytes, but the checkpoint knows of {length}: it was cut. "
-                "Start anew with another --output."
-            )
-        with _writable(path):
-            self._file = path.open("ab")
-            self._file.truncate(length)
-        self.length = length
-
-    def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write whole lines and sync them."""
-        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        with _writable(self._path):
-            self._file.write(text.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.length += len(text.encode())
-
-    def close(self) -> None:
-        """Close the file; OutputError where what a full disk refused is still to be written."""
-        with _writable(self._path):
-            self._file.close()
-
-
-def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    path = folder / "recipe.toml"
-    if not path.exists():
-        left = [p.name for p in folder.iterdir()] if folder.exists() else []
-        # A run that was killed before it wrote its recipe leaves these at most.
-        if [name for name in left if name != "checkpoints" and not name.endswith(".part")]:
-            raise UsageError(f"{folder} holds no run: it has no recipe.toml. Check --output.")
-        return
-    if differences := recipe.differences(load_recipe(str(path))):
-        raise UsageError(
-            f"The recipe is not the one that the run in {folder} began with:\n  "
-            + "\n  ".join(differences)
-            + "\nGive the same command with --resume, or start anew with another --output."
-        )
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"Another run is writing to {folder}. Wait for it, or choose another --output."
-        ) from error
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"Cannot write {path}: {error.strerror or error}. What was finished is kept; make room "
-            "or get the right to write, then go on with --resume, or choose another --output."
-        ) from error
-
-
 _SUFFIX_OF = {"iterate": "", "swa": "-average", "ema": "-ema"}
 
 
 class Run:
-    """A run folder: its recipe, records, weights, and the data and model it used.
+    """A run folder: its recipe, records and weights, and the data and model it used.
 
-    Raises ArgumentError where there is no run, FormatError where a file of it is damaged.
+    Raises ArgumentError if the folder is not a run, FormatError if one of its files is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._records: list[dict[str, Any]] = []
+        self._records_of: tuple[int, int] | None = None
         if not (self.folder / "recipe.toml").is_file():
             raise ArgumentError(
-                f"{self.folder} is not a run: it has no recipe.toml. Give the folder that "
+                f"{self.folder} is not a run: it has no recipe.toml. Pass a folder that "
                 "`polyak train` wrote."
             )
 
@@ -158,14 +59,18 @@ class Run:
         return load_recipe(str(self.folder / "recipe.toml"))
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of `metrics.jsonl`, in order; a last line that is cut short is left out."""
+        """All lines of `metrics.jsonl` in order, without a last line that is cut short.
+
+        The file is read again only after it has changed.
+        """
         path = self.folder / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        lines = text.split("\n")[:-1]  # what follows the last newline is not whole
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{path} is damaged: {error}.") from error
+        if not path.is_file():
+            return []
+        found = path.stat()
+        version = (found.st_size, found.st_mtime_ns)
+        if version != self._records_of:
+            self._records, self._records_of = _read_records(path), version
+        return list(self._records)
 
     def epochs(self, *, seed: int = 0, arm: str | None = None) -> list[dict[str, Any]]:
         """The records of one seed's epochs, of one arm or all."""
@@ -184,8 +89,13 @@ class Run:
         done = {(record["seed"], record["arm"]) for record in self.finals()}
         return len(done) == self.recipe.seeds * len(self.recipe.arms)
 
+    def averaging_arm(self) -> str | None:
+        """The arm whose average is compared: swa, else cyclic; None if neither has finished."""
+        done = {record["arm"] for record in self.finals() if record["seed"] == 0}
+        return next((arm for arm in ("swa", "cyclic") if arm in done), None)
+
     def averaged_epochs(self, arm: str, *, seed: int = 0) -> list[int]:
-        """After which epochs the weights that an arm's SWA is made of were taken and kept."""
+        """The epochs after which the weights of an arm's SWA were taken and kept."""
         names = (self.folder / "weights" / f"seed-{seed}").glob(f"{arm}-epoch-*.safetensors")
         return sorted(int(path.stem.rpartition("-")[2]) for path in names)
 
@@ -201,7 +111,7 @@ class Run:
             return load_file(path)
         except SafetensorError as error:
             raise FormatError(
-                f"{path} is damaged: {error}. Train again with another --output."
+                f"{path} is damaged: {error}. Train again in another folder."
             ) from error
 
     @functools.cached_property
@@ -210,11 +120,120 @@ class Run:
         return load_data(self.recipe)
 
     def model(self) -> nn.Module:
-        """The model of the run with fresh weights, ready for `load_state_dict`."""
+        """The model of the run with new weights, ready for `load_state_dict`."""
         return build_model(self.recipe, self.data)
 
 
 def weights_path(folder: Path, seed: int, arm: str, name: str) -> Path:
-    """Where weights lie in a run folder."""
+    """The file of some weights in a run folder."""
     suffix = _SUFFIX_OF.get(name, f"-{name}")
     return folder / "weights" / f"seed-{seed}" / f"{arm}{suffix}.safetensors"
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last part is empty or cut short
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path} is damaged: {error}.") from error
+
+
+@contextmanager
+def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
+    """Lock a run folder for writing: a new one, or with `resume` that of the same recipe.
+
+    Raises OutputError if it exists already or cannot be written, UsageError if another run is
+    writing to it, or if it holds a run of another recipe.
+    """
+    with _writable(folder):
+        is_taken = folder.exists() and any(folder.iterdir())
+    if is_taken and not resume:
+        raise OutputError(
+            f"{folder} is not empty. Pass resume=True to continue the run in it, or choose another "
+            "folder."
+        )
+    if resume:
+        _check_same_recipe(folder, recipe)
+    with _writable(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (folder / "checkpoints" / "lock").open("w")
+    with lock:
+        _lock(lock.fileno(), folder)
+        for left in folder.rglob(".*.part"):  # by a writer that was killed
+            left.unlink()
+        if not (folder / "recipe.toml").exists():
+            with replacing(folder / "recipe.toml") as part:
+                part.write_text(recipe.to_toml(), encoding="utf-8")
+        yield folder
+
+
+class MetricsLog:
+    """`metrics.jsonl`: appended to, synced, and cut back to the length in a checkpoint."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        """Open for appending after the first `length` bytes; the rest is dropped."""
+        self._path = path
+        found = path.stat().st_size if path.exists() else 0
+        if found < length:
+            raise OutputError(
+                f"{path} has {found} bytes, but had {length} when the checkpoint was written: it "
+                "was cut. Start again in another folder."
+            )
+        with _writable(path):
+            self._file = path.open("ab")
+            self._file.truncate(length)
+        self.length = length
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write whole lines and sync them."""
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with _writable(self._path):
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.length += len(text.encode())
+
+    def close(self) -> None:
+        """Close the file; OutputError if buffered lines cannot be written to a full disk."""
+        with _writable(self._path):
+            self._file.close()
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    path = folder / "recipe.toml"
+    if not path.exists():
+        left = [p.name for p in folder.iterdir()] if folder.exists() else []
+        # A run that was killed before it wrote its recipe leaves only these.
+        if [name for name in left if name != "checkpoints" and not name.endswith(".part")]:
+            raise UsageError(
+                f"{folder} does not hold a run: it has no recipe.toml. Check the folder."
+            )
+        return
+    if differences := recipe.differences(load_recipe(str(path))):
+        raise UsageError(
+            f"The recipe differs from that of the run in {folder}:\n  "
+            + "\n  ".join(differences)
+            + "\nResume it with the same recipe, or start again in another folder."
+        )
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"Another run is writing to {folder}. Wait for it, or choose another folder."
+        ) from error
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror or error}. Finished epochs are kept. Free disk "
+            "space or fix the permissions, then continue with resume=True, or choose another folder."
+        ) from error

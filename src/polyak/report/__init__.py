@@ -1,4 +1,4 @@
-"""Figures and the page: the only room that draws."""
+"""Figures and pages of runs: the only package that draws, and it only draws."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From a function that takes an `ax` to pictures: SVG for the page, PNG for everything else.
+"""Drawing of pictures: SVG for the page, PNG for everything else.
 
-The page shows one SVG in light and in dark: what is drawn in the foreground colour becomes
-`currentColor`, the background stays transparent, and the colours of the curves read on both.
+The page shows one SVG in light and in dark: the foreground colour becomes `currentColor`, the
+background stays transparent, and the colours of the curves are readable on both.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, GREY = "#3987d6", "#e07b00", "#1f9e77", "#8a8f98"
-"""Told apart by the colour-blind (Okabe and Ito's hues), at least 3:1 on white and on #14171c."""
+"""Distinguishable for the colour-blind (Okabe and Ito's hues), at least 3:1 on white and #14171c."""
 
-_INK = "#1b1f24"  # nothing but lines and text in the foreground: the page makes it currentColor
+_INK = "#1b1f24"  # only of lines and text in the foreground: the page makes it currentColor
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: what it is called, what it shows to who cannot see it, how it is drawn."""
+    """A picture: its name, its alt text, and how it is drawn."""
 
     name: str
     alt: str
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture drawn: an `<svg>` element for a page, and a PNG on white."""
+    """A drawn picture: an `<svg>` element for a page, and a PNG on white."""
 
     picture: Picture
     svg: str
@@ -50,7 +50,7 @@ class Drawing:
 def style() -> Iterator[None]:
     """Matplotlib with polyak's style file.
 
-    Raises MissingExtra where matplotlib is not installed.
+    Raises MissingExtra if matplotlib is not installed.
     """
     try:
         import matplotlib as mpl
@@ -68,7 +68,7 @@ def style() -> Iterator[None]:
 
 
 def draw(picture: Picture, prefix: str = "") -> Drawing:
-    """Draw a picture once, for the page and as a PNG; the ids of the SVG begin with `prefix`."""
+    """Draw a picture for the page and as a PNG; the ids of the SVG begin with `prefix`."""
     with style():
         from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """The pictures of a run: each a function that takes an `ax` and plain arrays.
 
-Nothing here knows runs, files or pages: `polyak.report.page` calls these functions, and so can you.
+They are independent of runs, files and pages, so that you can call them as well.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "sgd": BLUE, "cyclic": GREEN}
 LABELS = {"iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "cyclic": "cyclic"}
 
-HELD = 10
-"""The fewest predictions of a bin whose accuracy is drawn."""
+FEWEST = 10
+"""The smallest number of predictions for which the accuracy of a bin is drawn."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def plot_rates(
 ) -> None:
     """The rate of each arm, (x, rate), with its averaged weights marked.
 
-    x is completed epochs; the rate of a step is drawn over that step, and a marker sits at the
-    rate just used.
+    x is completed epochs; the rate of a step is drawn over that step, and a marker shows the rate
+    just used.
     """
     for name, (x, rate) in rates.items():
         ax.plot(x, rate, color=COLOURS.get(name, GREY), label=LABELS.get(name, name), lw=1.4)
@@ -66,7 +66,7 @@ def plot_history(
     ylim: tuple[float, float] | None = None,
     title: str = "",
 ) -> None:
-    """Values over epochs; `reference` is drawn across: what SGD ends with."""
+    """Values over epochs; `reference`, the final value of SGD, is drawn across."""
     from matplotlib.ticker import MaxNLocator
 
     for label, curve in curves.items():
@@ -89,15 +89,18 @@ def plot_reliability(
     title: str,
     colour: str = BLUE,
 ) -> None:
-    """Accuracy against confidence by bin; the bars below show how many predictions a bin holds.
+    """Accuracy against confidence by bin; the bars show the share of predictions in each bin.
 
-    Bins of fewer than `HELD` predictions are left out of the line: their accuracy is noise. On the diagonal a prediction made with 80% confidence is right in 80%
-    of cases; below it the network is too sure of itself.
+    Bins of fewer than `FEWEST` predictions are left out of the line: their accuracy is noise. On the
+    diagonal a prediction made with 80% confidence is right in 80% of cases; below it the network is
+    overconfident.
     """
-    held = np.asarray(count, float)
+    counts = np.asarray(count, float)
     x, y = np.asarray(confidence, float), np.asarray(accuracy, float)
-    ax.bar(x, held / held.sum(), width=0.04, color=GREY, alpha=0.5, label="share held")
-    x, y = x[held >= HELD], y[held >= HELD]
+    ax.bar(
+        x, counts / counts.sum(), width=0.04, color=GREY, alpha=0.5, label="share of predictions"
+    )
+    x, y = x[counts >= FEWEST], y[counts >= FEWEST]
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     ax.plot(x, y, "o-", ms=4, color=colour, label="accuracy")
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
@@ -107,7 +110,7 @@ def plot_reliability(
 def plot_line(
     ax: Axes, positions: ArrayLike, values: ArrayLike, *, ylabel: str, ends: Sequence[str]
 ) -> None:
-    """A value along the line between two networks, whose names stand at their places."""
+    """A value along the line between two networks, whose positions are marked with their names."""
     x, y = np.asarray(positions, float), np.asarray(values, float)
     ax.plot(x, y, color=GREEN, lw=1.6)
     for place, name, colour in zip((0.0, 1.0), ends, (BLUE, ORANGE), strict=True):
@@ -156,10 +159,10 @@ def plot_plane(
     *,
     title: str,
 ) -> None:
-    """Contours of a value on a plane, `values` (y, x), with named points (n, 2) upon it.
+    """Contours of a value on a plane, `values` (y, x), with named points (n, 2) on it.
 
-    Levels are spaced evenly in the logarithm of the height above the lowest value, as in the paper:
-    the bottom of a basin stays visible beside its walls.
+    Levels are evenly spaced in the logarithm of the height above the lowest value, as in the paper,
+    so that the bottom of a basin is visible beside its walls.
     """
     low, high = float(values.min()), float(values.max())
     span = max(high - low, 1e-12)
@@ -179,7 +182,7 @@ def plot_plane(
 
 
 def _even(levels: NDArray[Any]) -> BoundaryNorm:
-    """As many steps of colour between two low levels as between two high ones."""
+    """The same number of colours between two low levels as between two high ones."""
     from matplotlib.colors import BoundaryNorm
 
     return BoundaryNorm(levels, 256)
@@ -199,12 +202,12 @@ def plot_results(
     """Means with standard errors, a row for each label and a colour for each run."""
     colours = (BLUE, ORANGE, GREEN, GREY)
     for index, (name, row) in enumerate(values.items()):
-        held = [(i, value) for i, value in enumerate(row) if value is not None]
+        known = [(i, value) for i, value in enumerate(row) if value is not None]
         offset = 0.5 * ((index + 0.5) / len(values) - 0.5)
         ax.errorbar(
-            [value.mean for _, value in held],
-            [i + offset for i, _ in held],
-            xerr=[value.error or 0.0 for _, value in held],
+            [value.mean for _, value in known],
+            [i + offset for i, _ in known],
+            xerr=[value.error or 0.0 for _, value in known],
             fmt="o", ms=4, color=colours[index % len(colours)], label=name,
         )  # fmt: skip
     ax.set_yticks(range(len(labels)), list(labels))

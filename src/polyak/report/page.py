@@ -1,6 +1,7 @@
-"""The page of a run: one self-contained HTML file, light and dark, with every picture as a PNG too.
+"""The page of a run and of a comparison: self-contained HTML, drawn from what runs have stored.
 
-Runs side by side: what differs in their recipes, what each is worth, and their pictures.
+`write_report` makes the page of one run, with every picture as a PNG too; `write_comparison` puts
+runs side by side: the differences of their recipes, their results, and their pictures.
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ from jinja2 import Environment, PackageLoader
 
 from polyak.errors import ArgumentError, OutputError
 from polyak.files import refuse_existing, replacing
-from polyak.reference_run.flatness import Landscape, averaging_arm, detail_for, measure
+from polyak.reference_run.flatness import Landscape, stored_landscape
 from polyak.reference_run.run import Run
-from polyak.report import sections, sentences
+from polyak.report import sentences
 from polyak.report.drawing import Drawing, Picture, write_png
 from polyak.report.figures import plot_results
 from polyak.report.sections import (
+    RenderedSection,
     Section,
     history_section,
     landscape_sections,
+    reliability_section,
+    render,
     schedule_section,
-    shown,
 )
 from polyak.report.sentences import difference
-from polyak.report.tables import BASELINE, METRICS, Finals, Metric, Row, row_label, spelled
+from polyak.report.tables import (
+    BASELINE,
+    METRICS,
+    ArmWeights,
+    Finals,
+    Metric,
+    format_estimate,
+    row_label,
+)
 from polyak.study.paired import t_quantile
 from polyak.version import __version__
 
@@ -63,13 +74,14 @@ class Table:
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder and return the page's path.
 
-    The page needs no network and no script. It measures the surface around the first seed's
-    solutions (see `polyak.reference_run.flatness`), draws what `polyak.report.figures` has, and says in a
-    sentence under each picture what was measured. An older page is replaced.
+    The page needs no network and no script, and has a sentence under each picture. Everything on it
+    is drawn from what the run has stored: the surface around its solutions appears once
+    `polyak.reference_run.measure_landscape` has measured it. An older page is replaced.
 
     Raises:
-        ArgumentError: The folder is no run, or one that has not finished its first arm.
-        OutputError: The folder cannot be written.
+        ArgumentError: the folder is not a run, or none of its arms has finished.
+        FormatError: a file of the run is damaged.
+        OutputError: the folder cannot be written.
         MissingExtra: matplotlib is not installed.
 
     """
@@ -77,19 +89,18 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     finals = Finals(run.finals())
     if not finals.rows:
         raise ArgumentError(
-            f"{run.folder} has no final results yet. Let the run finish: "
+            f"{run.folder} has no final results yet. Finish the run: "
             f"polyak train --output {run.folder} --resume"
         )
-    arm = averaging_arm(run)
-    land = None if arm is None else measure(run, arm, detail_for(run))
-    parts = sections.shown(_sections(run, finals, land))
+    land = stored_landscape(run)
+    parts = render(_sections(run, finals, land))
     _write_pngs((d for part in parts for d in part.drawings), run.folder / "figures")
     html = environment().get_template("report.html.j2").render(_context(run, finals, land, parts))
     return write_page(html, run.folder / "report.html")
 
 
 def environment() -> Environment:
-    """The templates; whatever is put into them is escaped."""
+    """The templates; all values in them are escaped."""
     return Environment(
         loader=PackageLoader("polyak.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -130,70 +141,77 @@ def _column(metric: Metric) -> str:
     return f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit})"
 
 
-def _value(finals: Finals, row: Row, metric: Metric, best: dict[str, float]) -> Cell:
+def _value(finals: Finals, row: ArmWeights, metric: Metric, best: dict[str, float]) -> Cell:
     value = finals.mean(row, metric.key)
-    return Cell(spelled(value, metric.digits), "best" if value.mean == best[metric.key] else "")
+    return Cell(
+        format_estimate(value, metric.digits), "best" if value.mean == best[metric.key] else ""
+    )
 
 
-def _difference(finals: Finals, row: Row, metric: Metric) -> Cell:
+def _difference(finals: Finals, row: ArmWeights, metric: Metric) -> Cell:
     value = finals.difference(row, metric.key)
     if value is None:
         return Cell("")
     mark = {-1: "better", 0: "", 1: "worse"}[value.sign]
-    return Cell(spelled(value, metric.digits, signed=True), mark)
+    return Cell(format_estimate(value, metric.digits, signed=True), mark)
 
 
-def _sections(run: Run, finals: Finals, land: Landscape | None) -> list[sections.Section]:
-    parts = [sections.schedule_section(run), sections.history_section(run)]
-    parts.append(sections.reliability_section(finals, averaging_arm(run)))
+def _sections(run: Run, finals: Finals, land: Landscape | None) -> list[Section]:
+    parts = [schedule_section(run), history_section(run)]
+    parts.append(reliability_section(finals, run.averaging_arm()))
     return parts if land is None else [*parts, *landscape_sections(land)]
 
 
 def _context(
-    run: Run, finals: Finals, land: Landscape | None, parts: list[sections.Shown]
+    run: Run, finals: Finals, land: Landscape | None, parts: list[RenderedSection]
 ) -> dict[str, Any]:
     import torch
 
-    recipe, data = run.recipe, run.data
+    recipe, data, arm = run.recipe, run.data, run.averaging_arm()
     subtitle = (
         f"{recipe.epochs} epochs in every arm, {finals.n_seeds} seed(s), {len(data.train):,} images "
-        f"to train on, {len(data.validation):,} to validate, {len(data.test):,} to test."
+        f"to train on, {len(data.validation):,} to validate on, {len(data.test):,} to test on."
     )
     return {
         "name": recipe.name,
         "subtitle": subtitle,
-        "verdict": [] if land is None else sentences.verdict(finals, land.arm),
+        "verdict": [] if arm is None else sentences.verdict(finals, arm),
         "values": value_table(finals),
         "differences": difference_table(finals),
-        "about_differences": _about_differences(finals),
-        "about_table": sentences.about_table(finals),
+        "differences_note": _describe_differences(finals),
+        "table_note": sentences.describe_table(finals),
         "sections": parts,
-        "landscape_note": "" if land is None else _landscape_note(land),
+        "landscape_note": "" if arm is None else _landscape_note(run, land),
         "recipe": recipe.to_toml(),
         "command": f"polyak report {run.folder}",
         "versions": f"polyak {__version__}, torch {torch.__version__}",
     }
 
 
-def _about_differences(finals: Finals) -> str:
+def _describe_differences(finals: Finals) -> str:
     comparisons = (len(finals.rows) - 1) * len(METRICS)
     text = "Lower is better everywhere."
     if finals.n_seeds == 1:
-        return f"{text} One seed shows no spread: take no difference for more than that seed's."
+        return f"{text} One seed shows no spread: a difference may be due to the seed."
     factor = t_quantile(0.975, finals.n_seeds - 1)
     return (
-        f"{text} A difference is coloured where its 95% interval does not hold 0; of "
-        f"{comparisons} comparisons about {max(1, round(comparisons / 20))} would be by chance. "
-        f"With {finals.n_seeds} seeds an interval reaches {factor:.1f} standard errors to each "
-        "side, so what is not coloured is not shown to be equal either."
+        f"{text} A difference is coloured if its 95% interval does not contain 0; of {comparisons} "
+        f"comparisons about {max(1, round(comparisons / 20))} would be coloured by chance. With "
+        f"{finals.n_seeds} seeds an interval extends {factor:.1f} standard errors to each side, so a "
+        "difference without colour is not shown to be zero either."
     )
 
 
-def _landscape_note(land: Landscape) -> str:
+def _landscape_note(run: Run, land: Landscape | None) -> str:
+    if land is None:
+        return (
+            "The surface around the solutions has not been measured yet: "
+            f"polyak report {run.folder} measures it."
+        )
     return (
         "The surface was measured around the first seed's solutions, on the first "
         f"{land.detail.n_images:,} training images (without augmentation) and test images, with "
-        "BatchNorm statistics measured anew at every point where the network has them. "
+        "BatchNorm statistics measured again at every point if the network has them. "
         "Rays are random directions of unit length over all parameters, the same for each centre."
     )
 
@@ -203,7 +221,7 @@ def _write_pngs(drawings: Iterable[Drawing], folder: Path) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"Could not make {folder}: {error.strerror}. Make the run folder writable."
+            f"Could not create {folder}: {error.strerror}. Make the run folder writable."
         ) from error
     for drawing in drawings:
         write_png(drawing, folder)
@@ -218,17 +236,17 @@ def write_comparison(
     """Write one self-contained page that puts finished runs side by side; return its path.
 
     Raises:
-        ArgumentError: Fewer than two runs, the same run twice, or one without final results.
-        OutputError: The page exists and `overwrite` is False, or cannot be written.
+        ArgumentError: fewer than two runs, the same run twice, or one without final results.
+        OutputError: the page exists and `overwrite` is False, or cannot be written.
         MissingExtra: matplotlib is not installed.
 
     """
     refuse_existing(Path(path), overwrite=overwrite)
     runs = named_runs(folders)
     finals = {name: Finals(run.finals()) for name, run in runs.items()}
-    results, *parts = shown(
+    results, *parts = render(
         [
-            Section("What each is worth", about_results(finals), _pictures(finals)),
+            Section("What each is worth", describe_results(finals), _pictures(finals)),
             *(
                 part
                 for run in runs.values()
@@ -248,11 +266,11 @@ def write_comparison(
 
 
 def named_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
-    """The runs by the names of their folders, by whole paths where two names are the same."""
+    """The runs by the names of their folders, or by whole paths if two names are the same."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
         raise ArgumentError(
-            f"A comparison needs two or more different runs, got {', '.join(map(str, paths)) or 'none'}."
+            f"Found {', '.join(map(str, paths)) or 'no runs'}; a comparison needs two or more different runs."
         )
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
@@ -260,7 +278,7 @@ def named_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
     for run in runs.values():
         if not run.finals():
             raise ArgumentError(
-                f"{run.folder} has no final results yet. Let it finish: "
+                f"{run.folder} has no final results yet. Finish the run: "
                 f"polyak train --output {run.folder} --resume"
             )
     return runs
@@ -290,7 +308,7 @@ def result_table(finals: dict[str, Finals], metric: Metric) -> Table:
     return Table(caption, ["weights", *finals], rows)
 
 
-def about_results(finals: dict[str, Finals]) -> str:
+def describe_results(finals: dict[str, Finals]) -> str:
     """For each run, its SWA (of the constant-rate arm, or else the cyclic one) against its SGD."""
     parts = []
     for name, run in finals.items():
@@ -305,15 +323,15 @@ def about_results(finals: dict[str, Finals]) -> str:
     return "; ".join(parts) + "."
 
 
-def _all_rows(finals: dict[str, Finals]) -> list[Row]:
+def _all_rows(finals: dict[str, Finals]) -> list[ArmWeights]:
     return list(dict.fromkeys(row for run in finals.values() for row in run.rows))
 
 
-def _cell(finals: Finals, row: Row, metric: Metric, best: float) -> Cell:
+def _cell(finals: Finals, row: ArmWeights, metric: Metric, best: float) -> Cell:
     if row not in finals.rows:
         return Cell("")
     value = finals.mean(row, metric.key)
-    return Cell(spelled(value, metric.digits), "best" if value.mean == best else "")
+    return Cell(format_estimate(value, metric.digits), "best" if value.mean == best else "")
 
 
 def _pictures(finals: dict[str, Finals]) -> list[Picture]:

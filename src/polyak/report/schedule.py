@@ -1,4 +1,4 @@
-"""The picture of a learning-rate schedule: what is averaged, and when."""
+"""The picture of a learning-rate schedule and its averaging points."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ BASE, AVERAGING, TAKEN = "Base LR schedule", "SWA LR schedule", "Averaged weight
 
 
 def plot_schedule(schedule: Schedule, ax: Axes | None = None, *, steps: int | None = None) -> Axes:
-    """Draw a schedule: its base part, its averaging part, and the moments weights are taken.
+    """Draw a schedule: its base part, its averaging part, and the points at which weights are taken.
 
-    x is completed steps: the rate of step i is drawn over [i, i + 1], and a marker sits at the
+    x is completed steps: the rate of step i is drawn over [i, i + 1], and a marker shows the
     completed steps after which weights are averaged, at the rate that the last of them used.
-    `steps` is the schedule's own length unless given. Without an `ax` a new figure is made. The
-    colours come from the style file that ships with polyak. Returns the axes.
+    `steps` is the schedule's own length by default. Without an `ax` a new figure is created. The
+    colours are those of the style file that ships with polyak. Returns the axes.
 
-    Raises ArgumentError where the schedule has no length and `steps` is not given, and MissingExtra
-    where matplotlib is not installed.
+    Raises ArgumentError if the schedule has no length and `steps` is None, and MissingExtra if
+    matplotlib is not installed.
 
     >>> import polyak
     >>> schedule = polyak.schedules.chain((50, polyak.schedules.Constant(0.1)), (40, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=10)))
@@ -47,10 +47,10 @@ def plot_schedule(schedule: Schedule, ax: Axes | None = None, *, steps: int | No
 def save_schedule_plot(
     schedule: Schedule, path: Path, *, steps: int | None = None, overwrite: bool = False
 ) -> None:
-    """Write the picture to a file; its suffix (png, svg, pdf) says in which format.
+    """Write the picture to a file; its suffix (png, svg, pdf) determines the format.
 
-    Raises ArgumentError for a suffix that matplotlib does not write, OutputError where the file
-    exists or cannot be written.
+    Raises ArgumentError for a suffix that matplotlib does not write, OutputError if the file exists
+    or cannot be written.
     """
     steps = _length(schedule, steps)
     with style():
@@ -72,7 +72,7 @@ def save_schedule_plot(
 def _length(schedule: Schedule, steps: int | None) -> int:
     steps = schedule.total if steps is None else steps
     if steps is None:
-        raise ArgumentError(f"{schedule} goes on for ever; say how many steps to draw: steps=...")
+        raise ArgumentError(f"{schedule} never ends. Pass the number of steps to draw: steps=...")
     if steps < 1:
         raise ArgumentError(f"steps is {steps}; expected 1 or more.")
     return steps
@@ -92,7 +92,7 @@ def _draw(schedule: Schedule, ax: Axes, steps: int) -> None:
         used = [schedule(max(point - 1, 0)) for point in points]
         ax.plot(points, used, "o", color=taken, label=TAKEN, ms=5, zorder=3, clip_on=False)
     ax.set(xlabel="completed steps", ylabel="learning rate", xlim=(0, steps), ylim=(0, None))
-    # One entry for each kind, however many parts there are.
+    # One entry for each kind, whatever the number of parts.
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     names = [name for name in (BASE, AVERAGING, TAKEN) if name in handles]
     ax.legend([handles[name] for name in names], names)

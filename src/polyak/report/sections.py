@@ -1,7 +1,4 @@
-"""The parts of a run's page that show the surface around its solutions.
-
-The parts of a run's page: a title, pictures, and the sentence under them.
-"""
+"""The sections of a run's page: a title, pictures, and the sentence under them."""
 
 from __future__ import annotations
 
@@ -29,13 +26,152 @@ from polyak.report.figures import (
     plot_reliability,
     plot_segments,
 )
-from polyak.report.tables import BASELINE, Finals, Row, row_label
+from polyak.report.tables import BASELINE, ArmWeights, Finals, row_label
 
 VALUES = {LOSS: "training loss (nats)", ERROR: "test error (%)"}
 
 
+@dataclass(frozen=True)
+class Section:
+    """The content under one heading."""
+
+    title: str
+    sentence: str
+    pictures: list[Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RenderedSection:
+    """A section with its pictures drawn."""
+
+    title: str
+    sentence: str
+    drawings: list[Drawing]
+
+
+def render(parts: Iterable[Section]) -> list[RenderedSection]:
+    """Draw the pictures of some sections, with ids that are unique on a page."""
+    number = itertools.count()
+    return [
+        RenderedSection(
+            part.title, part.sentence, [draw(p, f"p{next(number)}-") for p in part.pictures]
+        )
+        for part in parts
+    ]
+
+
+def schedule_section(run: Run) -> Section:
+    """The rate of every arm, with the weights that are averaged."""
+    steps = steps_per_epoch(run.recipe, len(run.data.train))
+    total = run.recipe.epochs * steps
+    rates, averaged, ends, counts = {}, {}, {}, {}
+    for arm in run.recipe.arms:
+        schedule = arm_schedule(run.recipe, arm, steps)
+        start = 0 if arm == "sgd" else run.recipe.branch_epoch * steps
+        at = np.arange(start, total)
+        rate = np.array([schedule(int(step)) for step in at])
+        rates[arm] = (at + 1) / steps, rate
+        ends[arm] = float(rate.max()), float(rate.min())
+        if arm == "cyclic":  # its first step is already below the high rate
+            ends[arm] = run.recipe.cycle_high, run.recipe.cycle_low
+        points = [p for p in schedule.averaging_points() if p <= total]
+        if arm != "sgd":
+            counts[arm] = len(points)
+            marked = points if len(points) <= run.recipe.epochs + 1 else []
+            averaged[arm] = np.array(marked) / steps, np.array([schedule(p - 1) for p in marked])
+    picture = Picture(
+        "schedule",
+        "Learning rate of each arm over the epochs, with the averaged weights marked",
+        partial(plot_rates, rates=rates, averaged=averaged),
+    )
+    return Section("The schedule", sentences.describe_schedule(ends, counts), [picture])
+
+
+def history_section(run: Run) -> Section:
+    """Validation error and loss over time, a picture for each arm."""
+    pictures, told = [], []
+    for key, what, unit, digits in (("error", "error", "%", 1), ("nll", "NLL", " nats", 3)):
+        curves = {arm: found for arm in run.recipe.arms if (found := _history(run, arm, key))}
+        last = {
+            (arm, weights): float(y[-1])
+            for arm, series in curves.items()
+            for weights, (_, y) in series.items()
+        }
+        told.append(sentences.describe_history(last, unit, digits, what))
+        limits = _common_limits(curves)
+        for arm, series in curves.items():
+            lines = {
+                LABELS[weights]: Curve(x, y, COLOURS[weights], ":" if weights == "iterate" else "-")
+                for weights, (x, y) in series.items()
+            }
+            draw = partial(
+                plot_history,
+                curves=lines,
+                ylabel=f"validation {what}{' (%)' if unit == '%' else ' (nats)'}",
+                reference=None if arm == "sgd" else last[BASELINE],
+                ylim=limits,
+                title=f"{LABELS[arm]} arm",
+            )
+            alt = (
+                f"Validation {what} of the {LABELS[arm]} arm over the epochs, iterate and averages"
+            )
+            pictures.append(Picture(f"{key}-{arm}", alt, draw))
+    return Section("Error and loss over time", " ".join(told), pictures)
+
+
+def reliability_section(finals: Finals, arm: str | None) -> Section:
+    """Reliability diagrams of SGD, and of the averaging arm's last iterate and average."""
+    wanted: list[ArmWeights] = [BASELINE]
+    if arm is not None:
+        wanted += [(arm, "iterate"), (arm, "swa")]
+    bins = {row_label(row): finals.reliability(row) for row in wanted}
+    ece = {row_label(row): finals.mean(row, "ece").mean for row in wanted}
+    pictures = [
+        Picture(
+            f"reliability-{'-'.join(row)}",
+            f"Reliability diagram of {row_label(row)}: accuracy against confidence",
+            partial(
+                plot_reliability,
+                confidence=bins[row_label(row)]["confidence"],
+                accuracy=bins[row_label(row)]["accuracy"],
+                count=bins[row_label(row)]["count"],
+                title=row_label(row),
+                colour=COLOURS[row[1]],
+            ),
+        )
+        for row in wanted
+    ]
+    return Section(
+        "Is it as right as it is sure?", sentences.describe_reliability(bins, ece), pictures
+    )
+
+
+def _history(run: Run, arm: str, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By kind of weights: epochs, and the mean over the seeds that have them."""
+    sums: dict[str, dict[int, list[float]]] = {}
+    for record in run.records():
+        if record["kind"] == "epoch" and record["arm"] == arm:
+            for weights, values in record["evaluations"].items():
+                sums.setdefault(weights, {}).setdefault(record["epoch"], []).append(values[key])
+    return {
+        weights: (np.array(list(by)), np.array([np.mean(v) for v in by.values()]))
+        for weights, by in sums.items()
+    }
+
+
+def _common_limits(
+    curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
+) -> tuple[float, float]:
+    """One scale for all arms, without the first epochs, which would compress the rest."""
+    late = np.concatenate(
+        [y[len(y) // 8 :] for series in curves.values() for _, y in series.values()]
+    )
+    margin = 0.05 * float(late.max() - late.min())
+    return float(late.min()) - margin, float(late.max()) + margin
+
+
 def landscape_sections(land: Landscape) -> list[Section]:
-    """Line, rays, segments and plane."""
+    """The surface around the solutions: line, rays, segments and plane."""
     sections = [_line(land), _rays(land)]
     if land.segments is not None:
         names = [str(epoch) for epoch in land.epochs]
@@ -53,10 +189,10 @@ def landscape_sections(land: Landscape) -> list[Section]:
             )
             for key, label in VALUES.items()
         ]
-        sentence = sentences.about_segments(land.segments, land.epochs)
+        sentence = sentences.describe_segments(land.segments, land.epochs)
         sections.append(Section("From checkpoint to checkpoint", sentence, pictures))
         if land.grid is not None:
-            sections.append(_plane(land, sentences.about_plane(land, land.segments)))
+            sections.append(_plane(land, sentences.describe_plane(land, land.segments)))
     return sections
 
 
@@ -75,7 +211,7 @@ def _line(land: Landscape) -> Section:
         )
         for key, label in VALUES.items()
     ]
-    return Section("From SGD's solution to SWA's", sentences.about_line(land), pictures)
+    return Section("From SGD's solution to SWA's", sentences.describe_line(land), pictures)
 
 
 def _rays(land: Landscape) -> Section:
@@ -93,7 +229,7 @@ def _rays(land: Landscape) -> Section:
         )
         for key, label in VALUES.items()
     ]
-    return Section("Along random rays", sentences.about_rays(land.rays), pictures)
+    return Section("Along random rays", sentences.describe_rays(land.rays), pictures)
 
 
 def _plane(land: Landscape, sentence: str) -> Section:
@@ -118,140 +254,3 @@ def _plane(land: Landscape, sentence: str) -> Section:
     ]
     title = "The plane through the first, the middle and the last"
     return Section(title, sentence, pictures)
-
-
-@dataclass(frozen=True)
-class Section:
-    """What a reader sees under one heading."""
-
-    title: str
-    sentence: str
-    pictures: list[Picture] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A section with its pictures drawn."""
-
-    title: str
-    sentence: str
-    drawings: list[Drawing]
-
-
-def shown(parts: Iterable[Section]) -> list[Shown]:
-    """Draw every picture of some sections, with ids that differ all over a page."""
-    number = itertools.count()
-    return [
-        Shown(part.title, part.sentence, [draw(p, f"p{next(number)}-") for p in part.pictures])
-        for part in parts
-    ]
-
-
-def schedule_section(run: Run) -> Section:
-    """The rate of every arm, with the weights that are averaged."""
-    steps = steps_per_epoch(run.recipe, len(run.data.train))
-    total = run.recipe.epochs * steps
-    rates, averaged, ends, counts = {}, {}, {}, {}
-    for arm in run.recipe.arms:
-        schedule = arm_schedule(run.recipe, arm, steps)
-        start = 0 if arm == "sgd" else run.recipe.branch_epoch * steps
-        at = np.arange(start, total)
-        rate = np.array([schedule(int(step)) for step in at])
-        rates[arm] = (at + 1) / steps, rate
-        ends[arm] = float(rate.max()), float(rate.min())
-        if arm == "cyclic":  # its first step is already below what it falls from
-            ends[arm] = run.recipe.cycle_high, run.recipe.cycle_low
-        points = [p for p in schedule.averaging_points() if p <= total]
-        if arm != "sgd":
-            counts[arm] = len(points)
-            marked = points if len(points) <= run.recipe.epochs + 1 else []
-            averaged[arm] = np.array(marked) / steps, np.array([schedule(p - 1) for p in marked])
-    picture = Picture(
-        "schedule",
-        "Learning rate of each arm over the epochs, with the averaged weights marked",
-        partial(plot_rates, rates=rates, averaged=averaged),
-    )
-    return Section("The schedule", sentences.about_schedule(ends, counts), [picture])
-
-
-def history_section(run: Run) -> Section:
-    """Validation error and loss over time, a picture for each arm."""
-    pictures, said = [], []
-    for key, what, unit, digits in (("error", "error", "%", 1), ("nll", "NLL", " nats", 3)):
-        curves = {arm: found for arm in run.recipe.arms if (found := _history(run, arm, key))}
-        last = {
-            (arm, weights): float(y[-1])
-            for arm, series in curves.items()
-            for weights, (_, y) in series.items()
-        }
-        said.append(sentences.about_history(last, unit, digits, what))
-        limits = _common_limits(curves)
-        for arm, series in curves.items():
-            lines = {
-                LABELS[weights]: Curve(x, y, COLOURS[weights], ":" if weights == "iterate" else "-")
-                for weights, (x, y) in series.items()
-            }
-            draw = partial(
-                plot_history,
-                curves=lines,
-                ylabel=f"validation {what}{' (%)' if unit == '%' else ' (nats)'}",
-                reference=None if arm == "sgd" else last[BASELINE],
-                ylim=limits,
-                title=f"{LABELS[arm]} arm",
-            )
-            alt = (
-                f"Validation {what} of the {LABELS[arm]} arm over the epochs, iterate and averages"
-            )
-            pictures.append(Picture(f"{key}-{arm}", alt, draw))
-    return Section("Error and loss over time", " ".join(said), pictures)
-
-
-def reliability_section(finals: Finals, arm: str | None) -> Section:
-    """Reliability diagrams of SGD, and of the averaging arm's last iterate and average."""
-    wanted: list[Row] = [BASELINE]
-    if arm is not None:
-        wanted += [(arm, "iterate"), (arm, "swa")]
-    bins = {row_label(row): finals.reliability(row) for row in wanted}
-    ece = {row_label(row): finals.mean(row, "ece").mean for row in wanted}
-    pictures = [
-        Picture(
-            f"reliability-{'-'.join(row)}",
-            f"Reliability diagram of {row_label(row)}: accuracy against confidence",
-            partial(
-                plot_reliability,
-                confidence=bins[row_label(row)]["confidence"],
-                accuracy=bins[row_label(row)]["accuracy"],
-                count=bins[row_label(row)]["count"],
-                title=row_label(row),
-                colour=COLOURS[row[1]],
-            ),
-        )
-        for row in wanted
-    ]
-    return Section(
-        "Is it as right as it is sure?", sentences.about_reliability(bins, ece), pictures
-    )
-
-
-def _history(run: Run, arm: str, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By kind of weights: epochs, and the mean over the seeds that have them."""
-    sums: dict[str, dict[int, list[float]]] = {}
-    for record in run.records():
-        if record["kind"] == "epoch" and record["arm"] == arm:
-            for weights, values in record["evaluations"].items():
-                sums.setdefault(weights, {}).setdefault(record["epoch"], []).append(values[key])
-    return {
-        weights: (np.array(list(by)), np.array([np.mean(v) for v in by.values()]))
-        for weights, by in sums.items()
-    }
-
-
-def _common_limits(
-    curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]],
-) -> tuple[float, float]:
-    """One scale for all arms, without the first epochs, which would flatten the rest."""
-    late = np.concatenate(
-        [y[len(y) // 8 :] for series in curves.values() for _, y in series.values()]
-    )
-    margin = 0.05 * float(late.max() - late.min())
-    return float(late.min()) - margin, float(late.max()) + margin

@@ -1,6 +1,6 @@
-"""What there is to see in each picture, in one sentence written from the measured values.
+"""The sentence under each picture, written from the measured values.
 
-Either sign is a result: where averaging did not help, the sentence says so.
+Either sign is a result: if averaging did not help, the sentence says so.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from typing import Any
 import numpy as np
 
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
-from polyak.report.tables import BASELINE, Finals, Row, row_label
+from polyak.report.tables import BASELINE, ArmWeights, Finals, row_label
 from polyak.study.landscape import Rays, Segments
 from polyak.study.paired import Estimate
 
 ONE_BASIN = 0.05
-"""Checkpoints are in one basin where no barrier exceeds this fraction of the loss at their ends."""
+"""Checkpoints are in one basin if no barrier exceeds this fraction of the loss at their ends."""
 
 
 def difference(name: str, other: str, value: Estimate | None, unit: str, digits: int) -> str:
     """`SWA is 0.30 points below SGD (95% interval 0.10 to 0.50, 5 seeds)`.
 
-    Where the interval holds 0, or there is a single seed, the sentence claims nothing.
+    If the interval contains 0, or there is a single seed, no difference is claimed.
 
     >>> difference("SWA", "SGD", Estimate(-0.3, 0.02, 3), "points", 2)
     'SWA is 0.30 points below SGD (95% interval 0.21 to 0.39, 3 seeds)'
     """
     if value is None:
-        return f"there is no seed to compare {name} with {other}"
+        return f"no seed has both {name} and {other}"
     where = f"{abs(value.mean):.{digits}f} {unit} {'below' if value.mean < 0 else 'above'}"
     half = value.half_width()
     if half is None:
         return f"{name} is {where} {other}, in a single seed, which shows no spread"
     if value.sign == 0:
         spread = f"{where} on average, ± {half:.{digits}f} at 95%, {value.n} seeds"
-        return f"{name} is not told apart from {other} ({spread})"
+        return f"{name} is not significantly different from {other} ({spread})"
     low, high = abs(value.mean) - half, abs(value.mean) + half
     interval = f"95% interval {low:.{digits}f} to {high:.{digits}f}, {value.n} seeds"
     return f"{name} is {where} {other} ({interval})"
 
 
 def verdict(finals: Finals, arm: str) -> list[str]:
-    """The answer of the run: against its own iterate, against SGD, in error and in likelihood."""
+    """The results of the run: against its own iterate and against SGD, in error and in likelihood."""
     average, iterate = (arm, "swa"), (arm, "iterate")
     own = finals.difference(average, "error", to=iterate)
     sgd, nll, scaled = (finals.difference(average, key) for key in ("error", "nll", "nll_scaled"))
@@ -55,7 +55,7 @@ def verdict(finals: Finals, arm: str) -> list[str]:
     ]
 
 
-def about_table(finals: Finals) -> str:
+def describe_table(finals: Finals) -> str:
     """Which row is best, and whether that is an average."""
     rows = finals.rows
     best = min(rows, key=lambda row: finals.mean(row, "error").mean)
@@ -69,7 +69,7 @@ def about_table(finals: Finals) -> str:
     return text
 
 
-def about_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
+def describe_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
     """`arms` gives the highest and lowest rate of each, `averaged` how many weights it averages."""
     high, low = arms["sgd"]
     parts = [f"SGD falls from {high:.3g} to {low:.3g}"]
@@ -83,7 +83,7 @@ def about_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[st
     return "; ".join(parts) + "."
 
 
-def about_history(last: Mapping[Row, float], unit: str, digits: int, what: str) -> str:
+def describe_history(last: Mapping[ArmWeights, float], unit: str, digits: int, what: str) -> str:
     """`last` is the last validation value of each row, averaged over seeds."""
     sgd = last[BASELINE]
     parts = []
@@ -99,7 +99,7 @@ def about_history(last: Mapping[Row, float], unit: str, digits: int, what: str) 
     return "; ".join([start, *parts]) + "."
 
 
-def about_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str, float]) -> str:
+def describe_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str, float]) -> str:
     """How sure each network is against how often it is right, in percent."""
     parts = []
     for name, b in bins.items():
@@ -114,7 +114,7 @@ def about_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str, f
     return "; ".join(parts) + "."
 
 
-def about_line(land: Landscape) -> str:
+def describe_line(land: Landscape) -> str:
     """Where along the line each curve is lowest."""
     t = land.line.positions
     loss, error = land.line.values[LOSS], land.line.values[ERROR]
@@ -128,10 +128,10 @@ def about_line(land: Landscape) -> str:
         shift = "the test error is lowest farther towards SWA than the training loss is"
     elif error[at["SWA"]] <= error[at["SGD"]]:
         shift = (
-            "the two lowest points are not shifted in SWA's favour, though its error is no higher"
+            "the two lowest points are not shifted in SWA's favour, though its error is not higher"
         )
     else:
-        shift = "SWA's end has the higher error on these images: averaging did not help"
+        shift = "SWA has the higher error on these images: averaging did not help"
     return (
         f"Training loss is lowest at {_signed(at_loss)}, test error at {_signed(at_error)} (0 is SGD, "
         f"1 is SWA); {ends}: {shift}."
@@ -142,8 +142,8 @@ def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def about_rays(rays: Mapping[str, Rays]) -> str:
-    """How much the training loss rises to the end of the rays, mean over rays."""
+def describe_rays(rays: Mapping[str, Rays]) -> str:
+    """How much the training loss rises up to the end of the rays, mean over rays."""
     rise = {name: _rise(value) for name, value in rays.items()}
     reach = float(next(iter(rays.values())).distances[-1])
     listed = "{:.3f} nats from {}, {:.3f} from the {} and {:.3f} from {}".format(
@@ -151,11 +151,9 @@ def about_rays(rays: Mapping[str, Rays]) -> str:
     )
     sgd, swa = rise["SGD"], rise["SWA"]
     if swa < sgd:
-        end = f"SWA lies flatter than SGD, by a factor of {sgd / max(swa, 1e-9):.1f}"
+        end = f"SWA is flatter than SGD, by a factor of {sgd / max(swa, 1e-9):.1f}"
         if rise["last iterate"] < sgd - (sgd - swa) / 3:
-            end += (
-                "; so does the last iterate: the high rate has its part in it, not averaging alone"
-            )
+            end += "; so is the last iterate: the high rate contributes to it, not averaging alone"
     else:
         end = "SWA is not flatter than SGD"
     return f"At distance {reach:.1f} the training loss has risen by {listed}: {end}."
@@ -166,7 +164,7 @@ def _rise(rays: Rays) -> float:
     return float((rows[:, -1] - rows[:, 0]).mean())
 
 
-def about_segments(segments: Segments, epochs: list[int]) -> str:
+def describe_segments(segments: Segments, epochs: list[int]) -> str:
     """The highest barrier, and whether the checkpoints share a basin."""
     barriers = segments.barriers(LOSS)
     worst = int(barriers.argmax())
@@ -182,8 +180,8 @@ def about_segments(segments: Segments, epochs: list[int]) -> str:
     )
 
 
-def about_plane(land: Landscape, segments: Segments) -> str:
-    """The average against the iterates it is made of, whose values the segments hold."""
+def describe_plane(land: Landscape, segments: Segments) -> str:
+    """The average against the iterates it is made of, whose values are in the segments."""
     values = {key: segments.values[key] for key in (LOSS, ERROR)}
     iterates = {key: np.append(rows[:, 0], rows[-1, -1]) for key, rows in values.items()}
     at = int(np.abs(land.line.positions - 1).argmin())
@@ -196,5 +194,5 @@ def about_plane(land: Landscape, segments: Segments) -> str:
         f"a lower test error than {better} of them ({loss:.3f} nats and {error:.1f}%, theirs "
         f"{iterates[LOSS].mean():.3f} and {iterates[ERROR].mean():.1f}% on average)"
     )
-    end = "it lies inside, they at the walls" if 2 * below > n else "averaging did not help here"
+    end = "it is inside, they are at the walls" if 2 * below > n else "averaging did not help here"
     return f"{text}: {end}; it is {land.average[2]:.2f} away from this plane."

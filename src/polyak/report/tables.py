@@ -1,4 +1,4 @@
-"""The final results of a run, over its seeds: means, and paired differences to SGD."""
+"""The final results of a run over its seeds: means, and paired differences to SGD."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from polyak.report.figures import LABELS
 from polyak.study.paired import Estimate, estimate, paired
 
-Row = tuple[str, str]
-"""An arm and which of its weights: ("swa", "ema")."""
+ArmWeights = tuple[str, str]
+"""An arm and a kind of its weights: ("swa", "ema")."""
 
-BASELINE: Row = ("sgd", "iterate")
+BASELINE: ArmWeights = ("sgd", "iterate")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A column: how it is called, its unit, its digits, how much is worth a mention."""
+    """A column: its title, its unit, and its digits."""
 
     key: str
     title: str
@@ -37,34 +37,36 @@ class Finals:
     """The `final` records of a run by arm, weights and seed; every metric is better when lower."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
-        self._records: dict[Row, dict[int, Mapping[str, Any]]] = {}
+        self._records: dict[ArmWeights, dict[int, Mapping[str, Any]]] = {}
         for record in records:
             seeds = self._records.setdefault((record["arm"], record["weights"]), {})
             seeds[record["seed"]] = record
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ArmWeights]:
         """Every (arm, weights), in the order of the records."""
         return list(self._records)
 
     @property
     def n_seeds(self) -> int:
-        """Seeds of the row that has most."""
+        """The largest number of seeds of any row."""
         return max((len(seeds) for seeds in self._records.values()), default=0)
 
-    def mean(self, row: Row, metric: str) -> Estimate:
+    def mean(self, row: ArmWeights, metric: str) -> Estimate:
         """The metric's mean over the seeds of a row."""
         return estimate([record[metric] for record in self._records[row].values()])
 
-    def difference(self, row: Row, metric: str, *, to: Row = BASELINE) -> Estimate | None:
-        """`row` minus `to`, over the seeds that both have; None where they share none."""
+    def difference(
+        self, row: ArmWeights, metric: str, *, to: ArmWeights = BASELINE
+    ) -> Estimate | None:
+        """`row` minus `to`, over the seeds that both have; None if they share none."""
         mine, other = self._records.get(row, {}), self._records.get(to, {})
         seeds = sorted(mine.keys() & other.keys())
         if not seeds:
             return None
         return paired([mine[s][metric] for s in seeds], [other[s][metric] for s in seeds])
 
-    def reliability(self, row: Row) -> dict[str, list[float]]:
+    def reliability(self, row: ArmWeights) -> dict[str, list[float]]:
         """Confidence, accuracy and count by bin, pooled over the seeds by their counts."""
         bins = [record["reliability"] for record in self._records[row].values()]
         count = [sum(column) for column in zip(*(b["count"] for b in bins), strict=True)]
@@ -75,8 +77,8 @@ class Finals:
         return pooled
 
 
-def row_label(row: Row) -> str:
-    """How a row is called: `SWA arm, EMA`.
+def row_label(row: ArmWeights) -> str:
+    """The name of a row: `SWA arm, EMA`.
 
     >>> row_label(("sgd", "iterate")), row_label(("cyclic", "swa"))
     ('SGD', 'cyclic arm, SWA')
@@ -87,10 +89,10 @@ def row_label(row: Row) -> str:
     return f"{arm} arm, {'last iterate' if row[1] == 'iterate' else weights}"
 
 
-def spelled(value: Estimate, digits: int, *, signed: bool = False) -> str:
+def format_estimate(value: Estimate, digits: int, *, signed: bool = False) -> str:
     """`13.42 ± 0.10`: a mean with its standard error, or a difference with its 95% half width.
 
-    >>> spelled(Estimate(-0.5, 0.1, 3), 2, signed=True)
+    >>> format_estimate(Estimate(-0.5, 0.1, 3), 2, signed=True)
     '−0.50 ± 0.43'
     """
     spread = value.half_width() if signed else value.error

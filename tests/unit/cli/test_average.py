@@ -152,7 +152,7 @@ def test_a_second_run_does_not_eat_the_first(folder):
         (["runs/*", "-o", "a.safetensors"], 2, "Nothing fits runs/*"),
         (["-o", "a.safetensors"], 2, "no input"),
         (["run", "-o", "run"], 2, "is an input, or holds one"),
-        (["run", "-o", "a.safetensors", "--method", "ema:0.9"], 2, "name what you mean"),
+        (["run", "-o", "a.safetensors", "--method", "ema:0.9"], 2, "Name the parameter"),
     ],
 )
 def test_refusals(folder, capsys, arguments, code, message):

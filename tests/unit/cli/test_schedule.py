@@ -47,7 +47,7 @@ def test_the_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cyclic:0.1"], "name what you mean"),
+        (["cyclic:0.1"], "Name the parameter"),
         (["constant:rate=0.1"], "needs steps"),
         (["constant:rate=-1,steps=5"], "0 or more"),
         (["--plot", "picture.xyz"], ".png"),

@@ -1,4 +1,4 @@
-"""The images that ship, IDX folders, data of one's own; and what is wrong with them."""
+"""The images that ship, IDX folders, custom data; and what is wrong with them."""
 
 import gzip
 import struct
@@ -9,7 +9,7 @@ import torch
 
 from polyak.errors import ArgumentError, FormatError
 from polyak.reference_run import data as module
-from polyak.reference_run.data import Data, embedded_data, idx_data, load_data, own_data
+from polyak.reference_run.data import Data, custom_data, embedded_data, idx_data, load_data
 from polyak.reference_run.recipe import Recipe
 
 
@@ -97,7 +97,7 @@ def test_labels_out_of_range(folder):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def custom(tmp_path, monkeypatch):
     """Writes a module with a function `give` and returns its spelling."""
     monkeypatch.chdir(tmp_path)
 
@@ -111,8 +111,8 @@ def own(tmp_path, monkeypatch):
 PAIR = "(torch.zeros(4, 3, 10, 10), torch.tensor([0, 1, 2, 2]))"
 
 
-def test_data_of_ones_own(own):
-    data = own_data(own("good", f"dict(train={PAIR}, validation={PAIR}, test={PAIR})"))
+def test_custom_data(custom):
+    data = custom_data(custom("good", f"dict(train={PAIR}, validation={PAIR}, test={PAIR})"))
     assert isinstance(data, Data)
     assert (data.n_channels, data.n_classes, data.image_size) == (3, 3, 10)
 
@@ -121,7 +121,7 @@ def test_data_of_ones_own(own):
     ("name", "body", "message"),
     [
         ("a1", f"dict(train={PAIR})", "expected a mapping with train, validation and test"),
-        ("a2", "3", "gave int"),
+        ("a2", "3", "returned int"),
         ("a3", f"dict(train=5, validation={PAIR}, test={PAIR})", "not a pair"),
         (
             "a4",
@@ -136,7 +136,7 @@ def test_data_of_ones_own(own):
         (
             "a6",
             f"dict(train=(torch.zeros(2, 3, 10, 10), torch.tensor([0, -1])), validation={PAIR}, test={PAIR})",
-            "reach down to -1",
+            "begin at -1",
         ),
         (
             "a7",
@@ -150,9 +150,9 @@ def test_data_of_ones_own(own):
         ),
     ],
 )
-def test_data_of_ones_own_that_does_not_fit(own, name, body, message):
+def test_custom_data_that_does_not_fit(custom, name, body, message):
     with pytest.raises(ArgumentError, match=message):
-        own_data(own(name, body))
+        custom_data(custom(name, body))
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,12 @@ def test_data_of_ones_own_that_does_not_fit(own, name, body, message):
 )
 def test_names_of_nothing(spelling, message):
     with pytest.raises(ArgumentError, match=message):
-        own_data(spelling)
+        custom_data(spelling)
+
+
+def test_the_same_data_is_loaded_once(custom):
+    function = custom(
+        "counted", f"print('loading') or dict(train={PAIR}, validation={PAIR}, test={PAIR})"
+    )
+    first, again = (load_data(Recipe(data=function, epochs=n)) for n in (4, 5))
+    assert first is again

@@ -10,7 +10,7 @@ import torch
 from polyak.errors import FormatError, OutputError, UsageError
 from polyak.reference_run.loop import RunCheckpoint, read_checkpoint
 from polyak.reference_run.recipe import Recipe
-from polyak.reference_run.run import Journal, run_folder
+from polyak.reference_run.run import MetricsLog, run_folder
 
 RECIPE = Recipe(epochs=4)
 HERE = {"torch": "2.13", "threads": "2"}
@@ -29,12 +29,12 @@ def test_a_new_folder_holds_its_recipe(tmp_path):
 def test_a_folder_that_is_not_empty_is_refused_without_resume(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with (
-        pytest.raises(OutputError, match=r"is not empty\. Add --resume"),
+        pytest.raises(OutputError, match=r"is not empty\. Pass resume=True"),
         run_folder(tmp_path, RECIPE, resume=False),
     ):
         pass
     with (
-        pytest.raises(UsageError, match=r"holds no run: it has no recipe\.toml"),
+        pytest.raises(UsageError, match=r"does not hold a run: it has no recipe\.toml"),
         run_folder(tmp_path, RECIPE, resume=True),
     ):
         pass
@@ -62,7 +62,7 @@ def test_resuming_another_recipe_says_what_differs(tmp_path):
         pass
 
 
-def test_a_run_killed_before_its_recipe_begins_anew(tmp_path):
+def test_a_run_killed_before_its_recipe_starts_again(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with run_folder(tmp_path, RECIPE, resume=True):
         assert (tmp_path / "recipe.toml").exists()
@@ -77,16 +77,16 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         pass
 
 
-def test_metrics_are_cut_back_to_what_a_checkpoint_knows(tmp_path):
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    journal = Journal(path, 0)
-    journal.append([{"a": 1}])
-    known = journal.length
-    journal.append([{"b": 0.1}, {"c": 3}])
-    journal.close()
+    log = MetricsLog(path, 0)
+    log.append([{"a": 1}])
+    known = log.length
+    log.append([{"b": 0.1}, {"c": 3}])
+    log.close()
     with path.open("a") as file:
         file.write('{"half')
-    again = Journal(path, known)
+    again = MetricsLog(path, known)
     again.append([{"d": 4}])
     again.close()
     assert path.read_text() == '{"a": 1}\n{"d": 4}\n'
@@ -94,19 +94,19 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_knows(tmp_path):
 
 
 def test_a_full_disk_is_one_message_also_when_the_file_is_closed(tmp_path):
-    journal = Journal(tmp_path / "metrics.jsonl", 0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     with Path("/dev/full").open("wb") as full:
-        os.dup2(full.fileno(), journal._file.fileno())
+        os.dup2(full.fileno(), log._file.fileno())
     with pytest.raises(OutputError, match="No space left on device"):
-        journal.append([{"a": 1}])
+        log.append([{"a": 1}])
     with pytest.raises(OutputError, match="No space left on device"):  # what is buffered is tried
-        journal.close()
+        log.close()
 
 
-def test_metrics_shorter_than_the_checkpoint_knows(tmp_path):
+def test_metrics_shorter_than_at_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(OutputError, match="has 3 bytes, but the checkpoint knows of 99"):
-        Journal(tmp_path / "metrics.jsonl", 99)
+    with pytest.raises(OutputError, match="has 3 bytes, but had 99 when the checkpoint"):
+        MetricsLog(tmp_path / "metrics.jsonl", 99)
 
 
 def test_a_checkpoint_reads_back(tmp_path):

@@ -271,5 +271,5 @@ def test_weights_that_diverge_in_the_last_step_are_noticed_too(short, tmp_path, 
         return loss
 
     monkeypatch.setattr(Arm, "train_epoch", diverging)
-    with pytest.raises(NonFiniteError, match="Seed 0, arm sgd, epoch 1: logits hold NaN"):
+    with pytest.raises(NonFiniteError, match="Seed 0, arm sgd, epoch 1: The logits hold NaN"):
         train(short, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The small network, and models of one's own that do or do not fit."""
+"""The small network, and custom models that do or do not fit."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def models(tmp_path, monkeypatch):
     return "own_models_for_tests"
 
 
-def test_a_model_of_ones_own(models, data):
+def test_a_custom_model(models, data):
     model = build_model(Recipe(model=f"{models}:good"), data)
     assert model(data.train.images).shape == (4, 4)
     assert model.training
@@ -75,9 +75,9 @@ def test_a_model_of_ones_own(models, data):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("not_a_module", "gave a int; expected a torch.nn.Module"),
+        ("not_a_module", "returned a int; expected a torch.nn.Module"),
         ("no_arguments", "could not be called with in_channels=3, n_outputs=4, image_size=20"),
-        ("wrong_outputs", r"is \(2, 5\); expected logits \(2, 4\)"),
+        ("wrong_outputs", r"has the output \(2, 5\) for 2 images; expected logits \(2, 4\)"),
         ("wrong_inputs", r"does not take images of \(3, 20, 20\)"),
     ],
 )

@@ -14,7 +14,8 @@ def folder(tmp_path_factory):
 def test_report(folder, capsys):
     assert run(["report", str(folder)]) == 0
     assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
-    assert (folder / "report.html").is_file()
+    assert "Along random rays" in (folder / "report.html").read_text()
+    assert (folder / "landscape.json").is_file()
 
 
 def test_compare(folder, tmp_path, capsys, monkeypatch):

@@ -1,11 +1,15 @@
 """The page of a run and of a comparison: self-contained, complete, the same every time."""
 
 import re
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from reference.tiny_run import make_run
 
-from polyak.errors import ArgumentError, OutputError
+from polyak.errors import ArgumentError, FormatError, OutputError
+from polyak.reference_run.flatness import measure_landscape, stored_landscape
+from polyak.reference_run.run import Run
 from polyak.report.page import named_runs, write_comparison, write_report
 
 HEADINGS = [
@@ -23,13 +27,18 @@ HEADINGS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("runs") / "tiny")
-    write_report(folder)
+    measured_report(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(folder):
     return (folder / "report.html").read_text()
+
+
+def measured_report(folder):
+    measure_landscape(Run(folder))
+    return write_report(folder)
 
 
 def headings(page):
@@ -74,12 +83,12 @@ def test_the_same_run_gives_the_same_page(folder, page):
 
 
 def test_batchnorm_statistics_are_measured_at_every_point(tmp_path):
-    page = write_report(make_run(tmp_path / "normed", batchnorm=True)).read_text()
+    page = measured_report(make_run(tmp_path / "normed", batchnorm=True)).read_text()
     assert headings(page) == HEADINGS
 
 
 def test_a_run_of_sgd_alone_has_no_surface(tmp_path):
-    page = write_report(make_run(tmp_path / "<b>alone<b>", arms=("sgd",))).read_text()
+    page = measured_report(make_run(tmp_path / "<b>alone<b>", arms=("sgd",))).read_text()
     assert headings(page) == HEADINGS[:4]
     assert "<b>" not in page
     assert "&lt;b&gt;alone" in page
@@ -89,14 +98,41 @@ def test_a_run_that_was_stopped_shows_what_it_has(tmp_path):
     folder = make_run(tmp_path / "stopped")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"sgd"' in line))
-    page = write_report(folder).read_text()
+    page = measured_report(folder).read_text()
     assert headings(page) == HEADINGS[:4]
     assert "No average beat annealed SGD" not in page  # none was tried
 
 
 def test_the_cyclic_arm_stands_in_for_swa(tmp_path):
-    page = write_report(make_run(tmp_path / "note", arms=("sgd", "cyclic"))).read_text()
+    page = measured_report(make_run(tmp_path / "note", arms=("sgd", "cyclic"))).read_text()
     assert headings(page) == HEADINGS
+
+
+def test_it_draws_what_is_stored_and_measures_nothing(tmp_path, folder, page, monkeypatch):
+    def measuring(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr("polyak.study.surface.Surface.__enter__", measuring)
+    write_report(folder)
+    assert (folder / "report.html").read_text() == page
+    assert measure_landscape(Run(folder)).arm == "swa"  # a second time it is only read
+    other = write_report(make_run(tmp_path / "unmeasured")).read_text()
+    assert headings(other) == HEADINGS[:4]
+    assert "has not been measured yet: polyak report" in other
+    assert "Test error at equal budget" in other
+
+
+def test_the_surface_reads_back_as_it_was_measured(tmp_path):
+    run = Run(make_run(tmp_path / "again", arms=("sgd", "cyclic")))
+    measured = measure_landscape(run)
+    np.testing.assert_equal(asdict(stored_landscape(run)), asdict(measured))
+
+
+def test_a_damaged_surface_is_one_message(tmp_path):
+    folder = make_run(tmp_path / "damaged")
+    (folder / "landscape.json").write_text('{"arm": "swa"}')
+    with pytest.raises(FormatError, match=r"landscape\.json is damaged .*Delete it"):
+        stored_landscape(Run(folder))
 
 
 def test_no_run(tmp_path):

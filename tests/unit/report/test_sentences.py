@@ -17,10 +17,10 @@ from polyak.study.paired import Estimate
         (Estimate(0.5, 0.05, 5), "0.50 points above SGD (95% interval"),
         (
             Estimate(-0.5, 0.5, 5),
-            "not told apart from SGD (0.50 points below on average, ± 1.39 at 95%",
+            "not significantly different from SGD (0.50 points below on average, ± 1.39 at 95%",
         ),
         (Estimate(-0.5, None, 1), "a single seed, which shows no spread"),
-        (None, "no seed to compare"),
+        (None, "no seed has both SWA and SGD"),
     ],
 )
 def test_a_difference_claims_no_more_than_its_interval(value, said):
@@ -38,16 +38,16 @@ def finals(swa_error):
 
 
 def test_where_averaging_did_not_help_the_table_s_sentence_says_so():
-    assert "No average beat annealed SGD" in sentences.about_table(finals(14.0))
-    assert "No average" not in sentences.about_table(finals(13.0))
+    assert "No average beat annealed SGD" in sentences.describe_table(finals(14.0))
+    assert "No average" not in sentences.describe_table(finals(13.0))
 
 
 def test_the_verdict_gives_both_comparisons_and_equal_values_claim_nothing():
     own, sgd, nll, scaled = sentences.verdict(finals(14.0), "swa")
     assert "below the last iterate of its own run" in own
     assert "above annealed SGD" in sgd
-    assert "not told apart" in nll
-    assert "After temperature scaling: SWA is not told apart" in scaled
+    assert "not significantly different" in nll
+    assert "After temperature scaling: SWA is not significantly different" in scaled
 
 
 def land(loss, error, segments=None):
@@ -58,10 +58,10 @@ def land(loss, error, segments=None):
 
 
 def test_line():
-    helped = sentences.about_line(land([0.1, 0.2, 0.3], [14.0, 13.8, 13.5]))
+    helped = sentences.describe_line(land([0.1, 0.2, 0.3], [14.0, 13.8, 13.5]))
     assert "lowest at 0.00, test error at 1.00 (0 is SGD" in helped
     assert "farther towards SWA" in helped
-    hurt = sentences.about_line(land([0.1, 0.2, 0.3], [13.0, 13.2, 13.5]))
+    hurt = sentences.describe_line(land([0.1, 0.2, 0.3], [13.0, 13.2, 13.5]))
     assert "averaging did not help" in hurt
 
 
@@ -75,12 +75,12 @@ def rays(**rises):
 
 
 def test_rays():
-    flat = sentences.about_rays(rays(SGD=0.4, last_iterate=0.39, SWA=0.2))
+    flat = sentences.describe_rays(rays(SGD=0.4, last_iterate=0.39, SWA=0.2))
     assert "risen by 0.400 nats from SGD, 0.390 from the last iterate and 0.200 from SWA" in flat
     assert "flatter than SGD, by a factor of 2.0" in flat
     assert "last iterate: the high rate" not in flat
-    assert "the high rate" in sentences.about_rays(rays(SGD=0.4, last_iterate=0.21, SWA=0.2))
-    assert "not flatter" in sentences.about_rays(rays(SGD=0.2, last_iterate=0.2, SWA=0.3))
+    assert "the high rate" in sentences.describe_rays(rays(SGD=0.4, last_iterate=0.21, SWA=0.2))
+    assert "not flatter" in sentences.describe_rays(rays(SGD=0.2, last_iterate=0.2, SWA=0.3))
 
 
 def segments(*rows):
@@ -90,11 +90,13 @@ def segments(*rows):
 
 def test_segments():
     epochs = [30, 31, 32]
-    assert "share one basin" in sentences.about_segments(segments([1, 0.9, 1], [1, 0.8, 1]), epochs)
-    low = sentences.about_segments(segments([1, 1.01, 1], [1, 1.02, 1]), epochs)
+    assert "share one basin" in sentences.describe_segments(
+        segments([1, 0.9, 1], [1, 0.8, 1]), epochs
+    )
+    low = sentences.describe_segments(segments([1, 1.01, 1], [1, 1.02, 1]), epochs)
     assert "0.0200 nats, between epochs 31 and 32, 2.0%" in low
     assert "one basin" in low
-    assert "more than one basin" in sentences.about_segments(
+    assert "more than one basin" in sentences.describe_segments(
         segments([1, 1.5, 1], [1, 1, 1]), epochs
     )
 
@@ -102,7 +104,7 @@ def test_segments():
 @pytest.mark.parametrize(("average", "said"), [(0.1, "inside"), (0.9, "did not help")])
 def test_plane(average, said):
     around = segments([0.5, 0.5, 0.6], [0.6, 0.5, 0.4])
-    text = sentences.about_plane(land([0.1, 0.2, average], [0.1, 0.2, average], around), around)
+    text = sentences.describe_plane(land([0.1, 0.2, average], [0.1, 0.2, average], around), around)
     assert said in text
     assert f"than {3 if average < 0.5 else 0} of the 3 weights" in text
     assert "0.50 away" in text
@@ -110,5 +112,5 @@ def test_plane(average, said):
 
 def test_history():
     last = {("sgd", "iterate"): 13.7, ("swa", "iterate"): 15.2, ("swa", "swa"): 13.9}
-    said = sentences.about_history(last, "%", 1, "error")
+    said = sentences.describe_history(last, "%", 1, "error")
     assert "13.9%, below its own iterate (15.2%) and not below SGD's" in said
