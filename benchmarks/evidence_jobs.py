@@ -60,8 +60,8 @@ def _trial(job: Job) -> list[dict[str, Any]]:
     """SGD at one rate: its validation figures."""
     arm = _arm(job, "sgd")
     _train(arm, 0, job.epochs)
-    worth = validation_record(arm.model, arm.data, arm.hardware)
-    return [{"kind": "trial", "arm": "sgd", "rate": job.rate, **worth}]
+    metrics = validation_record(arm.model, arm.data, arm.hardware)
+    return [{"kind": "trial", "arm": "sgd", "rate": job.rate, **metrics}]
 
 
 def _branches(job: Job) -> list[dict[str, Any]]:
@@ -73,8 +73,8 @@ def _branches(job: Job) -> list[dict[str, Any]]:
             arm = _branched(job, name, rate, state)
             _train(arm, arm.recipe.branch_epoch, job.epochs)
             with arm.weights_applied("swa") as model:
-                worth = validation_record(model, arm.data, arm.hardware)
-            records.append({"kind": "trial", "arm": name, "rate": rate, **worth})
+                metrics = validation_record(model, arm.data, arm.hardware)
+            records.append({"kind": "trial", "arm": name, "rate": rate, **metrics})
     return records
 
 
@@ -85,12 +85,12 @@ def _final(job: Job) -> list[dict[str, Any]]:
     _train(sgd, 0, branch)
     state = copy.deepcopy(sgd.state_dict())
     _train(sgd, branch, job.epochs)
-    records = _worth(sgd, "sgd")
+    records = _arm_records(sgd, "sgd")
     for index, (name, (rate,)) in enumerate(job.rates):
         arm = _branched(job, name, rate, state)
         if index:
             _train(arm, branch, job.epochs)
-            records += _worth(arm, name)
+            records += _arm_records(arm, name)
         else:
             records += _watched(arm, sgd)
     return records
@@ -116,14 +116,14 @@ def _watched(arm: Arm, sgd: Arm) -> list[dict[str, Any]]:
         averaged_statistics.update()
         records += [_stale(arm, arm.averages["swa"], "swa-newest-statistics")]
         records += [_stale(arm, averaged_statistics, "swa-averaged-statistics")]
-    records += _worth(arm, arm.name)
+    records += _arm_records(arm, arm.name)
     arm.averages["swa-each-step"] = each_step
     with arm.weights_applied("swa-each-step") as model:
         records.append(_record(arm, model, arm.name, "swa-each-step"))
     return [*records, _surroundings(arm, sgd, path)]
 
 
-def _worth(arm: Arm, name: str) -> list[dict[str, Any]]:
+def _arm_records(arm: Arm, name: str) -> list[dict[str, Any]]:
     records = []
     for kind in arm.kinds():
         with arm.weights_applied(kind) as model:
@@ -137,9 +137,9 @@ def _stale(arm: Arm, average: Average, kind: str) -> dict[str, Any]:
 
 
 def _record(arm: Arm, model: torch.nn.Module, name: str, kind: str) -> dict[str, Any]:
-    worth = final_record(model, arm.data, arm.hardware)
-    del worth["reliability"]
-    return {"kind": "final", "arm": name, "weights": kind, **worth}
+    metrics = final_record(model, arm.data, arm.hardware)
+    del metrics["reliability"]
+    return {"kind": "final", "arm": name, "weights": kind, **metrics}
 
 
 def _surroundings(arm: Arm, sgd: Arm, path: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -99,13 +99,13 @@ def plain_line(recipe: Recipe, record: dict[str, Any], left: str) -> str:
             f"{place} {_NAMES[record['weights']]}: test error {record['error']:.2f}%, "
             f"NLL {record['nll']:.4f}, calibration error {record['ece']:.2f}%"
         )
-    worth = ", ".join(
+    metrics = ", ".join(
         f"{_NAMES[kind]} {value['error']:.2f}% {value['nll']:.4f}"
         for kind, value in record["evaluations"].items()
     )
     return (
         f"{place} epoch {record['epoch']:>3}/{recipe.epochs}  rate {record['rate']:.4f}  "
-        f"loss {record['train_loss']:.4f}  validation: {worth}  {left}"
+        f"loss {record['train_loss']:.4f}  validation: {metrics}  {left}"
     ).rstrip()
 
 
@@ -137,13 +137,15 @@ class LiveTable:
     def _cells(self, record: dict[str, Any] | None) -> list[str]:
         if record is None:
             return ["waits"]
-        worth = record["evaluations"]
+        metrics = record["evaluations"]
         return [
             f"{record['epoch']}/{self._recipe.epochs}",
             f"{record['rate']:.4f}",
             f"{record['train_loss']:.4f}",
             *(
-                f"{worth[kind]['error']:.2f} / {worth[kind]['nll']:.3f}" if kind in worth else "-"
+                f"{metrics[kind]['error']:.2f} / {metrics[kind]['nll']:.3f}"
+                if kind in metrics
+                else "-"
                 for kind in _NAMES
             ),
         ]

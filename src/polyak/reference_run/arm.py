@@ -1,4 +1,4 @@
-"""One arm of one seed: a model that trains, with its averages; its schedule, and what it is worth."""
+"""One arm of one seed: a model that trains, its averages, its schedule, and their evaluation."""
 
 from __future__ import annotations
 

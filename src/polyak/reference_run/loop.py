@@ -189,9 +189,9 @@ class _Loop:
         finals = []
         for kind in arm.kinds():
             with arm.weights_applied(kind) as model:
-                worth = final_record(model, self.data, self.hardware)
+                metrics = final_record(model, self.data, self.hardware)
             finals.append(
-                {"kind": "final", "seed": unit.seed, "arm": unit.arm, "weights": kind, **worth}
+                {"kind": "final", "seed": unit.seed, "arm": unit.arm, "weights": kind, **metrics}
             )
         return finals
 

@@ -85,6 +85,10 @@ def test_an_ema_that_keeps_the_first_weights_starts_with_them_alone():
         EMA(0.9).weights([0])
 
 
+def test_the_innermost_profile():
+    assert After(5, After(3, SWA())).innermost == SWA().innermost == SWA()
+
+
 def test_a_window_that_has_moved_on_holds_nothing():
     with pytest.raises(ArgumentError, match="None of the weights taken"):
         Window(5).weights([1, 2, 3], now=20)

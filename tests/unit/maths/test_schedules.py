@@ -50,7 +50,7 @@ def test_the_classical_schedule():
     assert CLASSICAL.total == 140
     assert CLASSICAL(49) == CLASSICAL(50) == 0.1
     assert CLASSICAL(100) == pytest.approx(0.046)
-    assert CLASSICAL(140) == pytest.approx(0.046)  # the step past the end: the cycles go on
+    assert CLASSICAL(140) == pytest.approx(0.046)  # the step past the end: cycles continue
     assert CLASSICAL.averaging_points(165) == (100, 110, 120, 130, 140, 150, 160)
 
 

@@ -1,8 +1,9 @@
-"""The schedules of the arms, and when they average."""
+"""The schedules of the arms, when they average, and the hooks that do it."""
 
 import pytest
 
-from polyak.reference_run.arm import arm_schedule, steps_per_epoch
+from polyak.reference_run.arm import Arm, arm_schedule, steps_per_epoch
+from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe, load_recipe
 
 STEPS = 94
@@ -44,3 +45,12 @@ def test_the_note_is_the_classical_curve():
     assert cyclic(50 * STEPS - 1) == 0.1
     assert cyclic(75 * STEPS) == pytest.approx(0.055)
     assert arm_schedule(recipe, "sgd", STEPS)(139 * STEPS) == pytest.approx(0.01)
+
+
+def test_averages_are_attached_while_an_epoch_trains(short, few_images):
+    arm = Arm(short, few_images, Hardware.named("cpu"), seed=0, name="cyclic")
+    for epoch in range(short.epochs):
+        arm.train_epoch(epoch)
+        assert not arm.optimizer._optimizer_step_post_hooks
+    assert arm.averages["ema"].count == 4 * short.epochs
+    assert arm.averages["swa"].count == len(arm.schedule.averaging_points()) == 2

@@ -10,7 +10,7 @@ def test_permutations_are_permutations_and_repeat():
     orders = {(s, e): permutation(s, e, 50).tolist() for s in (0, 1) for e in (0, 1, 2)}
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 6
-    torch.manual_seed(9)  # nothing of torch's own state enters
+    torch.manual_seed(9)  # torch's own random state has no influence
     assert permutation(1, 2, 50).tolist() == orders[1, 2]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +233,16 @@ def test_the_reader_says_what_is_missing(finished, tmp_path):
     (finished.folder / "metrics.jsonl").write_text("not json\n")
     with pytest.raises(FormatError, match="is damaged"):
         finished.records()
+
+
+def test_the_records_are_read_once(finished, monkeypatch):
+    records = finished.records()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", None)
+        assert finished.records() == records
+    with (finished.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "later"}\n')
+    assert finished.records() == [*records, {"kind": "later"}]
 
 
 def test_metrics_are_plain_json(finished):

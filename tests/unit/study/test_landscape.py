@@ -1,4 +1,4 @@
-"""Lines, rays, segments and planes against closed forms and slow twins; the model given back."""
+"""Lines, rays, segments and planes against closed forms and slow twins; the model is restored."""
 
 import itertools
 

@@ -32,7 +32,7 @@ def test_bfloat16_weights_do_not_stall() -> None:
     for module in (torchs, ours):
         model = nn.Linear(1, 1, bias=False).bfloat16()
         means[module] = _walk(module, model, ramp).module.weight.item()
-    assert means[torchs] < 1.1  # it stands still
+    assert means[torchs] < 1.1  # it does not move
     assert means[ours] == pytest.approx(1.5, rel=4e-3)  # half a unit in the last place
     decay = ours.get_ema_multi_avg_fn(0.999)
     ema = _walk(
