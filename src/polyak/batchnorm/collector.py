@@ -67,23 +67,7 @@ class StatisticsCollector:
         #    scratch. All calls of a usual float32 model go this way.
         if self._leaves_exact(x, count):
             return self._leaving_a_row(x, count, *args, **kwargs)
-        seen = self._measured(x, count)
-        self.moments.add(seen)
-        is_single = count == 1 and not self._instances
-        # 2. Measured beside the layer, which runs as it is. In evaluation mode it normalises by the
-        #    statistics of the pass before; a synchronised layer must call the other ranks; one
-        #    with 16-bit statistics would round what it leaves, but its output is that of training.
-        runs_itself = not self._training or self._synchronised
-        if runs_itself or (self._is_low_precision and not is_single):
-            return self._forward(*args, **kwargs)
-        # 3. One value per channel has no variance, and torch refuses it in training mode: it counts
-        #    with variance 0, and is normalised by the statistics so far.
-        if is_single:
-            self.flush()
-            seen = self.moments
-        # 4. The kernel's own statistics would be inexact (many values in an unlucky layout): the
-        #    layer normalises by the measured ones, as if it had found them itself.
-        return self._normalised_by(seen, x, *args, **kwargs)
+        return self._measuring(x, count, *args, **kwargs)
 
     def flush(self) -> None:
         """Merge what was gathered since the last time."""
@@ -133,6 +117,26 @@ class StatisticsCollector:
         if not (self._instances or moments.mean_is_exact(x, count)):
             moments.mean_into(mean, x)
         return out
+
+    def _measuring(self, x: Tensor, count: int, *args: Any, **kwargs: Any) -> Tensor:
+        """The other three ways: the input is measured beside the layer."""
+        seen = self._measured(x, count)
+        self.moments.add(seen)
+        is_single = count == 1 and not self._instances
+        # 2. The layer runs as it is. In evaluation mode it normalises by the statistics of the pass
+        #    before; a synchronised layer must call the other ranks; one with 16-bit statistics would
+        #    round what it leaves, but its output is that of training.
+        runs_itself = not self._training or self._synchronised
+        if runs_itself or (self._is_low_precision and not is_single):
+            return self._forward(*args, **kwargs)
+        # 3. One value per channel has no variance, and torch refuses it in training mode: it counts
+        #    with variance 0, and is normalised by the statistics so far.
+        if is_single:
+            self.flush()
+            seen = self.moments
+        # 4. The kernel's own statistics would be inexact (many values in an unlucky layout): the
+        #    layer normalises by the measured ones, as if it had found them itself.
+        return self._normalised_by(seen, x, *args, **kwargs)
 
     def _make_rows(self, n_rows: int) -> None:
         assert self.layer.running_mean is not None  # noqa: S101 - norm_layers saw to it
