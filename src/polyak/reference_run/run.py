@@ -235,5 +235,5 @@ def _writable(path: Path) -> Iterator[None]:
             raise
         raise OutputError(
             f"Cannot write {path}: {error.strerror or error}. Finished epochs are kept. Free disk "
-            "space or fix the permissions, then continue with resume=True, or choose another folder."
+            "space or fix the permissions, then pass resume=True to continue, or choose another folder."
         ) from error
