@@ -44,7 +44,7 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
             f"{profile} is empty: it starts at step {profile.start:g}, and the last weights were "
             f"stored at step {moments[-1]:g}. Start earlier, or add later weights."
         )
-    if isinstance(_innermost(profile), SWA):
+    if isinstance(profile.innermost, SWA):
         return np.asarray(counted / counted.sum())
     if len(moments) == 1:
         return np.ones(1)
@@ -80,13 +80,9 @@ def _moments(steps: Sequence[float]) -> NDArray[np.float64]:
     return moments
 
 
-def _innermost(profile: Profile) -> Profile:
-    return _innermost(profile.profile) if isinstance(profile, After) else profile
-
-
 def _since(profile: Profile, origin: float) -> Profile:
     """The same profile in time that is counted from `origin`, where averaging cannot be earlier."""
     if not isinstance(profile, After):
         return profile
-    inner, start = _innermost(profile), profile.start - origin
+    inner, start = profile.innermost, profile.start - origin
     return After(start, inner) if start > 0 else inner

@@ -79,6 +79,11 @@ class Profile(ABC):
         """The time up to which nothing enters."""
         return 0.0
 
+    @property
+    def innermost(self) -> Profile:
+        """The profile itself, without the later starts (`After`) around it."""
+        return self
+
     @abstractmethod
     def mean_age(self, now: float) -> float:
         """`integral over x from 0 to now of F(x, now)`: how old the average is, in time units."""
@@ -502,6 +507,11 @@ class After(Profile):
     def start(self) -> float:
         """The later start, and the inner one on top of it."""
         return self.start_at + self.profile.start
+
+    @property
+    def innermost(self) -> Profile:
+        """What starts later."""
+        return self.profile.innermost
 
     def mass(self, x: float, now: float) -> float:
         """The inner mass, time counted from the start."""

@@ -130,6 +130,25 @@ def parse_profile(text: str) -> Profile:
     return profile
 
 
+def as_profile(profile: Profile | str) -> Profile:
+    """The profile itself, or the one that the text names.
+
+    Raises ArgumentError for anything else: `SWA` where `SWA()` was meant, a number.
+
+    >>> as_profile("ema:decay=0.9")
+    EMA(decay=0.9, keep_initial=False)
+    """
+    if isinstance(profile, str):
+        return parse_profile(profile)
+    if isinstance(profile, Profile):
+        return profile
+    hint = f" Call it: {profile.__name__}(...)." if isinstance(profile, type) else ""
+    raise ArgumentError(
+        f"Expected a profile, such as polyak.SWA(), or its text, such as {EXAMPLES[1]!r}; found "
+        f"{profile!r}.{hint}"
+    )
+
+
 def format_profile(profile: Profile) -> str:
     """The text that names the profile; `parse_profile` gives it back.
 
@@ -140,7 +159,7 @@ def format_profile(profile: Profile) -> str:
     """
     match profile:
         case After():
-            inner = format_profile(_innermost(profile))
+            inner = format_profile(profile.innermost)
             text = f"{inner}{',' if ':' in inner else ':'}start={number(profile.start)}"
         case SWA():
             text = "swa"
@@ -242,10 +261,6 @@ _PIECES = {
     "sawtooth": _piece(schedules.Sawtooth, f"sawtooth:{_CYCLE}"),
     "triangular": _piece(schedules.Triangular, f"triangular:{_CYCLE}"),
 }
-
-
-def _innermost(profile: Profile) -> Profile:
-    return _innermost(profile.profile) if isinstance(profile, After) else profile
 
 
 def _format_ema(profile: EMA) -> str:

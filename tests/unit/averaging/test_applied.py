@@ -33,7 +33,7 @@ def averaged(model, *values, profile=None, **options):
 def test_storage_is_exchanged_without_a_copy():
     model = nn.Linear(3, 2)
     average = averaged(model, 1.0, 3.0)
-    live, kept = model.weight.data_ptr(), average._held.store.tensors[0].data_ptr()
+    live, kept = model.weight.data_ptr(), average._member.accumulator.tensors[0].data_ptr()
     with average.applied() as same:
         assert same is model
         assert model.weight.data_ptr() == kept
@@ -366,7 +366,7 @@ class TestBatchNorm:
         model.eval()
         with average.applied():
             model(torch.randn(4, 3))
-        assert not average._held.statistics_are_fresh
+        assert not average._member.statistics_are_fresh
 
     def test_layers_frozen_at_the_last_capture_stay_frozen(self):
         model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
@@ -383,7 +383,7 @@ class TestBatchNorm:
 def test_a_window_is_applied_and_keeps_its_snapshots():
     model = nn.Linear(3, 2)
     average = averaged(model, 1.0, 2.0, 4.0, profile=Window(2))
-    assert len(average._held.store.kept) == 2
+    assert len(average._member.accumulator.kept) == 2
     with average.applied():
         assert model.weight[0, 0] == 3.0
     assert "1 now" not in str(average.plan())

@@ -155,8 +155,8 @@ class TestScaler:
     def test_time_lives_on_the_device_only_where_steps_may_be_skipped(self):
         fused, _ = self.run(SWA(), fused=True, skip={0})
         plain, _ = self.run(SWA(), fused=False, skip={0})
-        assert fused._held.clock.on_device
-        assert not plain._held.clock.on_device
+        assert fused._member.clock.on_device
+        assert not plain._member.clock.on_device
 
     def test_every_k_counts_the_real_steps_among_k(self):
         average, _ = self.run(EMA(decay=0.9), fused=True, skip={0, 1, 2, 4}, every=3, n_steps=9)
@@ -389,7 +389,7 @@ def test_steps_between_updates_survive_a_resume():
     other.attach(torch.optim.SGD(model.parameters(), lr=0.1), every=10)
     other.load_state_dict(state)
     assert other.count == 2
-    other_optimizer = other._following.attachment._optimizer
+    other_optimizer = other._member.attachment._optimizers[0]
     train(model, other_optimizer, 5)
     assert other.count == 3
 
@@ -405,6 +405,5 @@ def test_several_averages_attach_together():
     torch.testing.assert_close(
         averages["b"].averaged_tensors()["weight"], torch.stack(seen[2:]).mean(0)
     )
-    for call in (averages["a"].update, lambda: averages["a"].attach(optimizer)):
-        with pytest.raises(UsageError, match="one of several"):
-            call()
+    with pytest.raises(UsageError, match="member of Averages"):
+        averages["a"].update()

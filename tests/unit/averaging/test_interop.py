@@ -169,8 +169,8 @@ def test_a_plain_state_dict_and_a_model_with_an_attribute_named_module() -> None
     ("state", "error", "message"),
     [
         ([1, 2], polyak.errors.FormatError, "found list"),
-        ({"a": 1}, polyak.errors.FormatError, r"found no tensors.*found the entries \['a'\]"),
-        ({"n_averaged": torch.tensor(2)}, polyak.errors.FormatError, "found no tensors"),
+        ({"a": 1}, polyak.errors.FormatError, r"no tensors in this state.*found the entries \['a'\]"),
+        ({"n_averaged": torch.tensor(2)}, polyak.errors.FormatError, "no tensors in this state"),
         (
             {"0.weight": torch.zeros(4, 3), "head.weight": torch.zeros(1)},
             polyak.errors.MismatchError,
@@ -228,7 +228,7 @@ def _averaged() -> Average:
 
 def test_to_torchs_averaged_model_and_back(tmp_path: Path) -> None:
     average = _averaged()
-    average.export(tmp_path / "torch.pt", layout="averaged_model")
+    average.save(tmp_path / "torch.pt", layout="averaged_model")
     theirs = torchs.AveragedModel(_model(1))
     theirs.load_state_dict(torch.load(tmp_path / "torch.pt", weights_only=True))
     assert theirs.n_averaged == 3
@@ -239,8 +239,8 @@ def test_to_torchs_averaged_model_and_back(tmp_path: Path) -> None:
 
 def test_to_a_plain_state_dict_and_to_safetensors(tmp_path: Path) -> None:
     average = _averaged()
-    average.export(tmp_path / "plain.pt")
-    average.export(tmp_path / "plain.safetensors")
+    average.save(tmp_path / "plain.pt")
+    average.save(tmp_path / "plain.safetensors")
     model = _model(1)
     for state in (
         torch.load(tmp_path / "plain.pt", weights_only=True),
@@ -249,24 +249,24 @@ def test_to_a_plain_state_dict_and_to_safetensors(tmp_path: Path) -> None:
         model.load_state_dict(state)
         _agree(average, model.state_dict())
     with pytest.raises(polyak.errors.OutputError, match="exists"):
-        average.export(tmp_path / "plain.pt")
-    average.export(tmp_path / "plain.pt", overwrite=True)
+        average.save(tmp_path / "plain.pt")
+    average.save(tmp_path / "plain.pt", overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"plain.pt", "plain.safetensors"}
 
 
-def test_export_refuses(tmp_path: Path) -> None:
+def test_save_refuses(tmp_path: Path) -> None:
     average = _averaged()
     with pytest.raises(polyak.errors.ArgumentError, match="layout is 'onnx'"):
-        average.export(tmp_path / "a.pt", layout="onnx")
+        average.save(tmp_path / "a.pt", layout="onnx")
     with pytest.raises(polyak.errors.ArgumentError, match=r"from \.pt files"):
-        average.export(tmp_path / "a.safetensors", layout="averaged_model")
+        average.save(tmp_path / "a.safetensors", layout="averaged_model")
     with pytest.raises(polyak.errors.UsageError, match="nothing has been averaged"):
-        Average(_model(), SWA()).export(tmp_path / "a.pt")
+        Average(_model(), SWA()).save(tmp_path / "a.pt")
     with torch.no_grad():
         average.model[0].weight.fill_(torch.nan)
     average.update()
     with pytest.raises(polyak.errors.NonFiniteError, match=r"0\.weight"):
-        average.export(tmp_path / "a.pt")
+        average.save(tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -275,7 +275,7 @@ def test_stale_statistics_are_said(tmp_path: Path) -> None:
     _step(average.model)
     average.update()
     with pytest.warns(polyak.errors.StaleStatistics):
-        average.export(tmp_path / "a.pt")
+        average.save(tmp_path / "a.pt")
 
 
 class TestLoad:
@@ -347,8 +347,8 @@ class TestLoad:
     ("state", "updates", "message"),
     [
         ({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, 1.5, "whole number"),
-        ({"shadow_params": None}, 3, "no list of tensors"),
-        ({"shadow_params": [1, 2]}, 3, "no list of tensors"),
+        ({"shadow_params": None}, 3, "not a list of tensors"),
+        ({"shadow_params": [1, 2]}, 3, "not a list of tensors"),
         ({"state_dict_ema": None}, 3, "reads a state dict"),
     ],
 )
