@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def save(
     from polyak.checkpoints.writing.save import check_target, write_checkpoint
 
     _check_layout(path, layout)
-    check_target(path, overwrite=overwrite)
+    check_target(Path(path), overwrite=overwrite)
     member.tracker.ready_to_read()
     if member.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")

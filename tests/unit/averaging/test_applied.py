@@ -388,3 +388,58 @@ def test_a_window_is_applied_and_keeps_its_snapshots():
         assert model.weight[0, 0] == 3.0
     assert "1 now" not in str(average.plan())
     assert "2 now" in str(average.plan())
+
+
+class TestLend:
+    """A loan that spans calls; `applied` is made of it."""
+
+    def test_it_is_given_back_once(self):
+        model = nn.Linear(2, 1)
+        average = averaged(model, 1.0, 3.0)
+        loan = average.lend()
+        assert model.weight[0, 0] == 2.0
+        with pytest.raises(UsageError, match="inside applied"):
+            average.update()
+        loan.give_back()
+        assert model.weight[0, 0] == 3.0
+        filled(model, 5.0)
+        loan.give_back()
+        assert model.weight[0, 0] == 5.0
+        average.update()
+        assert average.count == 3
+
+    def test_the_outer_loan_decides(self):
+        model = nn.Linear(2, 1)
+        average = averaged(model, 1.0, 3.0)
+        with average.lend() as outer:
+            inner = average.lend()
+            with average.applied():
+                assert model.weight[0, 0] == 2.0
+            inner.give_back()
+            assert model.weight[0, 0] == 2.0
+            outer.give_back()
+            assert model.weight[0, 0] == 3.0
+
+    def test_nothing_is_lent_where_a_check_fails_or_nothing_was_averaged(self):
+        model = nn.Linear(2, 1)
+        average = Average(model, SWA())
+        assert average.empty
+        with pytest.warns(EmptyAverage) as caught:
+            average.lend().give_back()
+        assert caught[0].filename == __file__
+        filled(model, float("nan"))
+        average.update()
+        assert not average.empty
+        with pytest.raises(NonFiniteError):
+            average.lend(check=True)
+        filled(model, 1.0)
+        average.update()
+
+    def test_another_average_of_the_same_weights_is_refused(self):
+        model = nn.Linear(2, 1)
+        one, other = averaged(model, 1.0), averaged(model, 2.0)
+        loan = one.lend()
+        with pytest.raises(UsageError, match="holds the weights of"):
+            other.lend()
+        loan.give_back()
+        other.lend().give_back()

@@ -156,7 +156,7 @@ class TestSave:
         assert metadata == {
             "format": "pt",
             "polyak": polyak.__version__,
-            "profile": "ema:decay=0.5",
+            "profile": "ema:half_life=1",
             "unit": "epochs",
             "time": "3.0",
             "count": "3",
@@ -173,7 +173,9 @@ class TestSave:
         average = updated(nn.Linear(3, 2))
         for name in "ab":
             average.save(tmp_path / f"{name}.safetensors")
-        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        assert (tmp_path / "a.safetensors").read_bytes() == (
+            tmp_path / "b.safetensors"
+        ).read_bytes()
 
     def test_ties_are_written_once_and_recorded(self, tmp_path):
         model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
