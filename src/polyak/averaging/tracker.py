@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from polyak.errors import ArgumentError, UsageError
 from polyak.maths.profiles import Profile
 from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
-from polyak.tensors.blend import GroupedTensors, Update
+from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.policy import Policy, patterns
 from polyak.tensors.swap import current_owner
@@ -108,8 +109,9 @@ class Tracker:
         if not self._may_average():
             return
         if any(now.on_device or now.share for now in moments):
-            self.prepare()
-            self._accumulate(members, moments)
+            with torch.no_grad():
+                self.prepare()
+                self._accumulate(members, moments)
         for member, now in zip(members, moments, strict=True):
             member.clock = now.copied_into(member.clock) if capturing else now
         if (
@@ -211,7 +213,6 @@ class Tracker:
             return False
         return True
 
-    @torch.no_grad()
     def _accumulate(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
         pairs = [
             (member.accumulator, member.clock, now)
@@ -219,19 +220,15 @@ class Tracker:
             if member.accumulator is not None
         ]
         updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
-        if self._staging is not None:
-            self._staging.start(self.tensors.live, lambda: self._apply(updates, pairs))
-        else:
-            self._apply(updates, pairs)
-        self._copy_statistics(members, moments)
-
-    def _apply(
-        self, updates: Sequence[Update], pairs: Sequence[tuple[Accumulator, Clock, Clock]]
-    ) -> None:
+        steps = [partial(held.settle, now) for held, _, now in pairs]
         if self._grouped is not None:
-            self._grouped.blend(updates)
-        for held, _, now in pairs:
-            held.settle(now)
+            steps.insert(0, partial(self._grouped.blend, updates))
+        if self._staging is not None:
+            self._staging.start(self.tensors.live, steps)
+        else:
+            for step in steps:
+                step()
+        self._copy_statistics(members, moments)
 
     def _copy_statistics(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
         if not self.tensors.statistics:
