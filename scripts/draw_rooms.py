@@ -38,7 +38,7 @@ ROOMS = (
 GROUND = {"errors", "files", "objects", "version"}
 FACE = {"polyak", "polyak.__main__", "polyak.schedules"}  # names that are only handed on
 
-MARGIN, WIDTH, BOX, LINE, GAP, PAD = 16, 890, 690, 17, 12, 10
+MARGIN, WIDTH, BOX, LINE, GAP, PAD = 8, 760, 570, 17, 10, 9
 COLOURS = ("#1f5fa8", "#b0541e", "#2c7a4b", "#8a3d8f", "#5b6470")
 
 
@@ -130,8 +130,8 @@ def _box(room: str, top: float, found: dict[str, Path]) -> tuple[float, list[str
         docstring = ast.get_docstring(ast.parse(found[package].read_text(encoding="utf-8")))
         about = str(docstring).partition("\n")[0].replace("`", "")
     listed = ", ".join(name.rpartition(".")[2] for name in inside if name != package)
-    texts = [(line, 'font-size="13" fill="#2b3138"') for line in textwrap.wrap(about, 96)]
-    texts += [(line, 'font-size="12" fill="#6a737d"') for line in textwrap.wrap(listed, 106)]
+    texts = [(line, 'font-size="13" fill="#2b3138"') for line in textwrap.wrap(about, 82)]
+    texts += [(line, 'font-size="12" fill="#6a737d"') for line in textwrap.wrap(listed, 86)]
     height = PAD * 2 + LINE * (len(texts) + 1)
     x, base = MARGIN + PAD, top + PAD + 12
     place = f'x="{MARGIN}" y="{top:.0f}" width="{BOX}" height="{height}"'
@@ -153,7 +153,7 @@ def _arrows(edges: list[tuple[str, str]], boxes: dict[str, tuple[float, float]])
         entering = sorted((s for s, e in edges if e == end), key=order, reverse=True)
         y0 = _port(boxes[start], leaving.index(end), len(leaving), half=1)
         y1 = _port(boxes[end], entering.index(start), len(entering), half=0)
-        bulge = 26 + 23 * abs(order(end) - order(start))
+        bulge = 26 + 22 * abs(order(end) - order(start))
         colour = COLOURS[order(start) % len(COLOURS)] if order(start) < order(end) else "#d1242f"
         x1 = right + 7
         path = f"M{right} {y0:.1f} C{right + bulge} {y0:.1f} {x1 + bulge} {y1:.1f} {x1} {y1:.1f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -46,6 +47,17 @@ def test_a_room_imports_only_from_rooms_below_it(rooms):
 def test_the_picture_of_the_rooms_is_of_these_imports(rooms):
     drawn = rooms.PICTURE.read_text(encoding="utf-8")
     assert drawn == rooms.picture(rooms.modules()), "run python scripts/draw_rooms.py"
+
+
+def test_the_page_about_the_house_names_what_is_there():
+    page = (ROOT / "docs" / "how-polyak-is-built.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| `(\S+\.py)` \| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert len(steps) > 15
+    for name, defined in steps:
+        tree = ast.parse((SOURCE / name).read_text(encoding="utf-8"))
+        assert defined in {getattr(node, "name", None) for node in tree.body}, f"{name}: {defined}"
+    for path in re.findall(r"`((?:src|tests|docs|scripts|polyak)/\S+?\.(?:py|md))`", page):
+        assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
