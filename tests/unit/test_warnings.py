@@ -99,6 +99,12 @@ def applied_one_of_several(folder):
 
 
 @case(EmptyAverage)
+def lent(folder):
+    average = polyak.Average(network(), polyak.SWA())
+    average.lend()  # the line that is to be named
+
+
+@case(EmptyAverage)
 def copied_to(folder):
     average = polyak.Average(network(), polyak.SWA())
     average.copy_to(network())  # the line that is to be named
@@ -152,6 +158,14 @@ def iter_averaged_tensors(folder):
     tensors = polyak.iter_averaged_tensors(checkpoints(folder), "swa")
     for _ in tensors:  # the line that is to be named
         pass
+
+
+@case(PolyakWarning)
+def loaded_from_narrower_values(folder):
+    average = polyak.Average(nn.Linear(3, 3).bfloat16(), polyak.SWA())
+    average.update()
+    average.save(folder / "average.pt")
+    average.load(folder / "average.pt")  # the line that is to be named
 
 
 @case(PolyakWarning)
