@@ -93,7 +93,6 @@ WRITERS_OF_THEIR_OWN = {
     ("reference_run/run.py", "open"): "the lock of a run's folder; metrics, cut back on resume",
     ("reference_run/loop.py", "torch.save"): "into memory, to be hashed",
     ("report/drawing.py", "figure.savefig"): "into memory, to be put into the page",
-    ("averaging/saving.py", "open"): "inside `replacing`",
 }
 
 
