@@ -1,4 +1,4 @@
-"""What one update costs, as a multiple of the time of `x.add_(y)` over as many values.
+"""What one update costs, as a multiple of the time of `x.add_(y)` over the same number of values.
 
     python benchmarks/update.py [--device cuda] [--rounds 20] [--small] [--peers]
 
