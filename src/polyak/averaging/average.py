@@ -16,7 +16,7 @@ from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
-from polyak.batchnorm.layers import unmeasured_layers
+from polyak.batchnorm.layers import unsupported_norm_layers
 from polyak.batchnorm.update import update_bn
 from polyak.errors import ArgumentError, EmptyAverage, MismatchError, UsageError, warn
 from polyak.maths.profiles import Profile
@@ -266,7 +266,7 @@ class Average:
                 progress=progress,
                 layers=layers,
             )
-        self._member.statistics_are_fresh = not unmeasured_layers(self.model)
+        self._member.statistics_are_fresh = not unsupported_norm_layers(self.model)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The state dict of the averaged model, as copies in the dtypes of the weights.

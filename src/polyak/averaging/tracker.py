@@ -14,7 +14,7 @@ from torch.nn import Module
 from polyak.averaging.accumulators import Accumulator, Options, accumulator_class
 from polyak.averaging.clock import Clock
 from polyak.averaging.offload import Staging, stages
-from polyak.batchnorm.layers import norm_layers, trained_layers, unmeasured_layers
+from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError
 from polyak.maths.profiles import Profile
 from polyak.maths.text import as_profile
@@ -186,7 +186,7 @@ class Tracker:
         """Whether there are statistics that follow the weights."""
         if not self.tensors.statistics:
             return False
-        if unmeasured_layers(self.tensors.model):
+        if unsupported_norm_layers(self.tensors.model):
             return True
         layers = self.layers_to_refresh()
         return bool(trained_layers(self.tensors.model) if layers is None else layers)
