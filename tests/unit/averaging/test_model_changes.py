@@ -516,7 +516,7 @@ class TestStatisticsThatNobodyCanMeasure:
     def test_update_bn_says_so_and_they_stay_stale(self, tmp_path):
         average = Average(nn.Sequential(nn.Linear(3, 3), OwnNorm()), SWA())
         average.update()
-        with pytest.warns(StaleStatistics, match="1 keep running statistics"):
+        with pytest.warns(StaleStatistics, match="1 are not torch BatchNorm"):
             average.update_bn([torch.randn(4, 3)])
         with pytest.warns(StaleStatistics):
             average.save(tmp_path / "a.safetensors")
