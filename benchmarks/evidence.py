@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py                     # everything: about 15 minutes on 2 quiet cores
     python benchmarks/evidence.py --parts weak        # one part; parts add up in the results file
-    python benchmarks/evidence.py --quick --output /tmp/evidence.jsonl     # a smoke of it
+    python benchmarks/evidence.py --quick --output /tmp/evidence.jsonl     # a smoke test
     python benchmarks/evidence.py --summary           # the tables, as Markdown
     python benchmarks/evidence.py --write-docs        # the tables into docs/should-i-average.md
 

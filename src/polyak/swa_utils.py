@@ -20,7 +20,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from polyak.batchnorm import update_bn as pooled_update_bn
 from polyak.batchnorm.batches import moved
 from polyak.errors import ArgumentError, UsageError, check_match
-from polyak.tensors.blend import accumulator_dtype, toward
+from polyak.tensors.blend import accumulator_dtype, lerp_
 from polyak.tensors.names import named_tensors
 
 __all__ = [
@@ -298,7 +298,7 @@ def _move(averages: Tensors, sources: Tensors, share: float) -> None:
     can_average = [a.is_floating_point() or a.is_complex() for a in averages]
     pairs = list(zip(averages, sources, can_average, strict=True))
     if moving := [(a, w) for a, w, can in pairs if can]:
-        toward([a for a, _ in moving], [w for _, w in moving], share)
+        lerp_([a for a, _ in moving], [w for _, w in moving], share)
     for average, source, can in pairs:
         if not can:
             average.copy_(source)

@@ -131,6 +131,25 @@ def parse_profile(text: str) -> Profile:
     return profile
 
 
+def as_profile(profile: Profile | str) -> Profile:
+    """The profile itself, or the one that the text names.
+
+    Raises ArgumentError for anything else: `SWA` where `SWA()` was meant, a number.
+
+    >>> as_profile("ema:decay=0.9")
+    EMA(decay=0.9, keep_initial=False)
+    """
+    if isinstance(profile, str):
+        return parse_profile(profile)
+    if isinstance(profile, Profile):
+        return profile
+    hint = f" Call it: {profile.__name__}(...)." if isinstance(profile, type) else ""
+    raise ArgumentError(
+        f"Expected a profile, such as polyak.SWA(), or its text, such as {EXAMPLES[1]!r}; found "
+        f"{profile!r}.{hint}"
+    )
+
+
 def format_profile(profile: Profile) -> str:
     """The text from which `parse_profile` builds the same profile.
 
