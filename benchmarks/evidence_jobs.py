@@ -171,7 +171,6 @@ def _branch_state(job: Job) -> dict[str, Any]:
 def _branched(job: Job, name: str, rate: float, state: dict[str, Any]) -> Arm:
     arm = _arm(job, name, rate)
     arm.load_state_dict(copy.deepcopy(state))
-    arm.average_initial_weights()
     return arm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -52,9 +52,13 @@ class Arm:
         )
         self.schedule = arm_schedule(recipe, name, self.steps_per_epoch)
         self.lr = LRSchedule(self.optimizer, self.schedule)
-        self.averages = {"ema": Average(self.model, self._ema(), unit="steps")}
+        self.averages = {"ema": Average(self.model, self._ema())}
+        self.averages["ema"].attach(self.optimizer)
         if name != "sgd":
-            self.averages["swa"] = Average(self.model, SWA(), unit="captures")
+            # Also of the weights with which the arm leaves SGD, as in the paper: the schedule
+            # averages at the branch, and this average is empty there.
+            self.averages["swa"] = Average(self.model, SWA())
+            self.averages["swa"].attach(self.optimizer, at=self.lr)
 
     def train_epoch(self, epoch: int) -> float:
         """Train on every image once; returns the mean loss.
@@ -66,17 +70,11 @@ class Arm:
         self.model.train()
         losses, sizes = [], []
         order = permutation(self.seed, epoch, n)
-        with self._attached():
-            for start in range(0, n, recipe.batch_size):
-                indices = order[start : start + recipe.batch_size]
-                losses.append(self._step(augment, indices))
-                sizes.append(len(indices))
+        for start in range(0, n, recipe.batch_size):
+            indices = order[start : start + recipe.batch_size]
+            losses.append(self._step(augment, indices))
+            sizes.append(len(indices))
         return self._mean_loss(torch.stack(losses).double().cpu(), sizes, epoch)
-
-    def average_initial_weights(self) -> None:
-        """Average the weights with which an averaging arm leaves SGD, as in the paper."""
-        if self.schedule.averages_after(self.lr.last_epoch):
-            self.averages["swa"].update()
 
     @contextmanager
     def weights_applied(self, kind: str) -> Iterator[nn.Module]:
@@ -129,15 +127,6 @@ class Arm:
         self.optimizer.step()
         self.lr.step()
         return loss.detach()
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """The EMA follows every step, the SWA the averaging points of the schedule."""
-        with ExitStack() as hooks:
-            hooks.enter_context(self.averages["ema"].attach(self.optimizer))
-            if "swa" in self.averages:
-                hooks.enter_context(self.averages["swa"].attach(self.optimizer, at=self.lr))
-            yield
 
     def _mean_loss(self, losses: Tensor, sizes: list[int], epoch: int) -> float:
         mean = float(losses @ torch.tensor(sizes, dtype=torch.float64)) / sum(sizes)

@@ -145,8 +145,7 @@ class _Loop:
         arm = self._new_arm(unit)
         if unit.arm != "sgd" and self.branch is not None:
             arm.load_state_dict(self.branch)
-            arm.average_initial_weights()
-            if arm.averages["swa"].count:
+            if arm.schedule.averages_after(arm.lr.last_epoch):  # the first step averages these
                 keep_averaged(self.folder, arm, unit.epoch)
         return arm
 

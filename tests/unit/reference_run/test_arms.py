@@ -1,6 +1,9 @@
 """The schedules of the arms, when they average, and the hooks that do it."""
 
+import copy
+
 import pytest
+import torch
 
 from polyak.reference_run.arm import Arm, arm_schedule, steps_per_epoch
 from polyak.reference_run.hardware import Hardware
@@ -47,10 +50,17 @@ def test_the_note_is_the_classical_curve():
     assert arm_schedule(recipe, "sgd", STEPS)(139 * STEPS) == pytest.approx(0.01)
 
 
-def test_averages_are_attached_while_an_epoch_trains(short, few_images):
-    arm = Arm(short, few_images, Hardware.named("cpu"), seed=0, name="cyclic")
-    for epoch in range(short.epochs):
-        arm.train_epoch(epoch)
-        assert not arm.optimizer._optimizer_step_post_hooks
-    assert arm.averages["ema"].count == 4 * short.epochs
-    assert arm.averages["swa"].count == len(arm.schedule.averaging_points()) == 2
+def test_an_arm_averages_the_weights_with_which_it_leaves_sgd(short, few_images):
+    sgd, cyclic = (
+        Arm(short, few_images, Hardware.named("cpu"), seed=0, name=name)
+        for name in ("sgd", "cyclic")
+    )
+    for epoch in range(short.branch_epoch):
+        sgd.train_epoch(epoch)
+    cyclic.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    entering = cyclic.model.output.weight.detach().clone()
+    cyclic.train_epoch(short.branch_epoch)
+    assert cyclic.averages["ema"].count == 4 * short.epochs
+    assert cyclic.averages["swa"].count == len(cyclic.schedule.averaging_points()) == 2
+    average = cyclic.averages["swa"].averaged_tensors()["output.weight"]
+    torch.testing.assert_close(average, (entering + cyclic.model.output.weight.detach()) / 2)

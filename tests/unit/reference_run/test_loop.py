@@ -68,7 +68,7 @@ def test_the_averaged_model_is_the_mean_of_the_weights_taken(finished, few_image
 def test_the_averaged_model_says_what_it_is_made_of(finished):
     with safe_open(finished.folder / "swa.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["profile"] == "SWA()"
+    assert metadata["profile"] == "swa"
     assert metadata["count"] == "2"
     assert metadata["unit"] == "captures"
     assert metadata["batchnorm"] == "none"
