@@ -19,7 +19,7 @@ MODEL_CONFIG = {
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a Llama with so many layers."""
+    """The names and shapes of a Llama with this many layers."""
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (WORDS, HIDDEN),
         "lm_head.weight": (WORDS, HIDDEN),
@@ -57,6 +57,22 @@ def make_inputs(folder: Path, count: int, gigabytes: float, kind: str) -> int:
         else:
             _save_dcp(state, folder / f"step-{step}-dcp")
     return layers
+
+
+MANY = 2000
+
+
+def many_tensors(folder: Path, count: int) -> Path:
+    """`step-<n>.safetensors` of two thousand small tensors each, in a folder of their own."""
+    folder.mkdir()
+    for step in range(1, count + 1):
+        generator = torch.Generator().manual_seed(step)
+        state = {
+            f"layers.{i // 8}.block.{i % 8}.weight": torch.randn(16, generator=generator)
+            for i in range(MANY)
+        }
+        save_file(state, folder / f"step-{step}.safetensors", {"format": "pt"})
+    return folder
 
 
 def _save_dcp(state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -47,7 +47,7 @@ def update_bn_file(
         raise ArgumentError("The model has no layers with running statistics: nothing to update.")
     with open_checkpoint(source) as opened:
         ties, metadata = dict(opened.ties), dict(opened.metadata)
-    state = dict(iter_averaged_tensors([source], "swa"))
+        state = dict(iter_averaged_tensors([opened], "swa"))
     _load(model, state, ties, source)
     update_bn(model, batches, limit=limit, layers=layers.values())
     found = model.state_dict()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.prepare import Merge, PathLike
     from polyak.checkpoints.merging.selection import Selection
     from polyak.checkpoints.merging.weights import How
+    from polyak.checkpoints.reading.stored import Checkpoint
 
 _Flag = Parameter(negative="")
 _Many = Parameter(negative="", consume_multiple=False)
@@ -200,14 +201,16 @@ def average(
     console = Console(highlight=False)
     recipes = outputs.recipes()
     options = _options(outputs, tensors, work)
-    paths = select_checkpoints(inputs, which.selection(), key=tensors.key)
-    with _notices(console):
+    with ExitStack() as opened, _notices(console):
+        selected = select_checkpoints(inputs, which.selection(), key=tensors.key)
+        for checkpoint in selected:
+            opened.enter_context(checkpoint)
         if work.dry_run:
-            _dry_run(console, paths, recipes, options)
+            _dry_run(console, selected, recipes, options)
             return
         with _progress(console) as progress:
             options["progress"] = progress
-            done = average_checkpoints(paths, recipes, **options)
+            done = average_checkpoints(selected, recipes, **options)
     _print_done(console, done)
 
 
@@ -230,13 +233,13 @@ def _options(outputs: Outputs, tensors: Tensors, work: Work) -> Options:
 
 
 def _dry_run(
-    console: Console, paths: list[str], recipes: dict[PathLike, How], options: Options
+    console: Console, selected: list[Checkpoint], recipes: dict[PathLike, How], options: Options
 ) -> None:
     from polyak.checkpoints.merging.execute import check_outputs
     from polyak.checkpoints.merging.options import Settings
     from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
 
-    with prepared(paths, recipes, Settings.of(options)) as merge:
+    with prepared(selected, recipes, Settings.of(options)) as merge:
         warn_of_stale(merge)
         _print_plan(console, merge)
         if not merge.settings.resume:

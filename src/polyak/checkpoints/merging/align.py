@@ -9,7 +9,7 @@ Which tensors of several checkpoints line up, and what happens to each: mean, ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -165,26 +165,35 @@ def align(inputs: Sequence[Checkpoint], settings: Settings) -> Alignment:
     newest = inputs[-1]
     averaged = _averaged_names(inputs, settings)
     _refuse_unreadable(inputs)
+    held = [_held(one) for one in inputs]
     if len(inputs) > 1:
         _refuse_quantised(newest, averaged)
-        _refuse_mismatches(inputs, averaged, settings)
+        _refuse_mismatches(inputs, held, averaged, settings)
     tensors = [
-        _merged(tensor, inputs, settings, averaged=name in averaged)
+        _merged(tensor, held, settings, averaged=name in averaged)
         for name, tensor in newest.tensors.items()
     ]
     return Alignment(tuple(tensors), dict(newest.ties))
 
 
-def stored_as(checkpoint: Checkpoint, name: str) -> StoredTensor | None:
-    """The tensor that a checkpoint holds under a name or an alias of it."""
-    return checkpoint.tensors.get(checkpoint.ties.get(name, name))
+def _held(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
+    """The tensors of a checkpoint by every name that they have, aliases included."""
+    if not checkpoint.ties:
+        return checkpoint.tensors
+    aliases = {alias: checkpoint.tensors[name] for alias, name in checkpoint.ties.items()}
+    return {**checkpoint.tensors, **aliases}
 
 
 def _merged(
-    tensor: StoredTensor, inputs: Sequence[Checkpoint], settings: Settings, *, averaged: bool
+    tensor: StoredTensor,
+    held: Sequence[Mapping[str, StoredTensor]],
+    settings: Settings,
+    *,
+    averaged: bool,
 ) -> MergedTensor:
+    """held: the tensors of each input by name, the newest's last."""
     name = tensor.name
-    mean = averaged and len(inputs) > 1 and not _is_statistic(name, inputs[-1].tensors)
+    mean = averaged and len(held) > 1 and not _is_statistic(name, held[-1])
     dtype = settings.dtype if settings.dtype and tensor.dtype in FLOATS else tensor.dtype
     numbers = None
     if tensor.dtype in FLOATS and (averaged or dtype != tensor.dtype):
@@ -192,7 +201,7 @@ def _merged(
     elif tensor.dtype in COMPLEX_PARTS and averaged:
         numbers = (COMPLEX_PARTS[tensor.dtype],) * 2
     mean = mean and numbers is not None
-    sources = [stored_as(one, name) if mean else None for one in inputs[:-1]]
+    sources = [one.get(name) if mean else None for one in held[:-1]]
     return MergedTensor(name, dtype, tensor.shape, numbers, mean, (*sources, tensor))
 
 
@@ -224,7 +233,7 @@ def _fits(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _is_statistic(name: str, names: Iterable[str]) -> bool:
+def _is_statistic(name: str, names: Container[str]) -> bool:
     prefix, _, last = name.rpartition(".")
     counter = f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
     return last in _STATISTICS and counter in names
@@ -259,53 +268,56 @@ def _is_quantised(tensor: StoredTensor) -> bool:
 
 
 def _refuse_mismatches(
-    inputs: Sequence[Checkpoint], averaged: set[str], settings: Settings
+    inputs: Sequence[Checkpoint],
+    held: Sequence[Mapping[str, StoredTensor]],
+    averaged: set[str],
+    settings: Settings,
 ) -> None:
-    newest = inputs[-1]
+    newest, wanted = inputs[-1], held[-1]
     missing: list[str] = []
     unexpected: list[str] = []
     changed: dict[str, str] = {}
-    for other in inputs[:-1]:
+    for other, found in zip(inputs[:-1], held, strict=False):
+        where = f"(in {other.path})"
         missing += [
-            f"{name} (in {other.path})"
-            for name in averaged
-            if stored_as(other, name) is None and _needs_all(newest.tensors[name])
+            f"{name} {where}"
+            for name in averaged - found.keys()
+            if newest.tensors[name].dtype in (*FLOATS, *COMPLEX_PARTS)
         ]
         unexpected += [
-            f"{name} (in {other.path})"
-            for name in other.tensors
-            if stored_as(newest, name) is None and _is_wanted([name], settings)
+            f"{name} {where}"
+            for name in other.tensors.keys() - wanted.keys()
+            if _is_wanted([name], settings)
         ]
-        for name, how in _differences(newest, other, averaged):
-            changed[f"{name} (in {other.path})"] = how
+        for name, how in _differences(newest, other, found, averaged):
+            changed[f"{name} {where}"] = how
     if missing or unexpected or changed:
         raise MismatchError.of(
             f"The checkpoints do not line up with the newest, {newest.path}.",
             missing=missing,
             unexpected=unexpected,
             changed=changed,
-            advice="Nothing was written. Give checkpoints of one model, or leave out what differs "
-            "(--exclude takes a tensor from the newest).",
+            advice="Nothing was written. Give checkpoints of one model, or leave out what differs: "
+            "pass exclude= with name patterns, whose tensors are then the newest's.",
         )
 
 
-def _needs_all(tensor: StoredTensor) -> bool:
-    return tensor.dtype in FLOATS or tensor.dtype in COMPLEX_PARTS
-
-
 def _differences(
-    newest: Checkpoint, other: Checkpoint, averaged: set[str]
+    newest: Checkpoint,
+    other: Checkpoint,
+    found: Mapping[str, StoredTensor],
+    averaged: set[str],
 ) -> Iterator[tuple[str, str]]:
-    """What is reshaped, retyped, or tied in one of the two only."""
-    for name in sorted(averaged):
-        ours, theirs = newest.tensors[name], stored_as(other, name)
-        if theirs is not None and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+    """What is reshaped, retyped, or tied in one of the two only. found: the other's tensors by name."""
+    for name in averaged & found.keys():
+        ours, theirs = newest.tensors[name], found[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             yield name, f"{_described(theirs)}; expected {_described(ours)}"
     for alias, name in other.ties.items():
         if {alias, name} <= newest.tensors.keys() and {alias, name} & averaged:
             yield alias, f"tied to {name} here, separate in the newest"
     for alias, name in newest.ties.items():
-        if alias in other.tensors and stored_as(other, name) is not other.tensors[alias]:
+        if alias in other.tensors and found.get(name) is not other.tensors[alias]:
             yield alias, f"separate here, tied to {name} in the newest"
 
 

@@ -14,7 +14,7 @@ from polyak.checkpoints.merging.engine import Job, Sink, Worker
 from polyak.checkpoints.merging.execute import execute
 from polyak.checkpoints.merging.options import Options, Settings
 from polyak.checkpoints.merging.plan import Plan, Strip
-from polyak.checkpoints.merging.prepare import Merge, PathLike, prepared, warn_of_stale
+from polyak.checkpoints.merging.prepare import Input, Merge, PathLike, prepared, warn_of_stale
 from polyak.checkpoints.merging.weights import How, Recipe
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
@@ -41,7 +41,7 @@ class Averaged:
 
 
 def average_checkpoints(
-    inputs: Iterable[PathLike], outputs: Mapping[PathLike, How], **options: Unpack[Options]
+    inputs: Iterable[Input], outputs: Mapping[PathLike, How], **options: Unpack[Options]
 ) -> Averaged:
     r"""Average checkpoints into new files, without loading them: $y_k = \sum_i c_{ki}\, x_i$.
 
@@ -49,7 +49,7 @@ def average_checkpoints(
     is bitwise the same for any number of threads, and within half a unit in the last place of the
     output plus $N\, 2^{-24} \sum |c_i x_i|$ of the exact one, for $N$ inputs.
 
-    inputs: checkpoints of one model in any format `open_checkpoint` reads; put in the order of their
+    inputs: checkpoints of one model in any format `open_checkpoint` reads, or opened ones; put in the order of their
     training steps. outputs: path -> how: a profile, its spelling (`"ema:half_life=3000"`), or weights in
     the order in which the inputs were given. All are written in one pass. The path's suffix decides:
     `.safetensors`, a torch archive (`.pt .pth .bin .ckpt`), or none for a folder with shards and the
@@ -91,7 +91,7 @@ def average_checkpoints(
 
 
 def iter_averaged_tensors(
-    inputs: Iterable[PathLike], how: How, **options: Unpack[Options]
+    inputs: Iterable[Input], how: How, **options: Unpack[Options]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an average one by one, for whoever writes them elsewhere: (name, tensor).
 
