@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from polyak.checkpoints.merging.options import Settings
+from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.reading.stored import (
     COMPLEX_PARTS,
     FLOATS,
@@ -144,10 +144,14 @@ class MergedTensor(TensorSpec):
 
 @dataclass(frozen=True)
 class Alignment:
-    """The tensors of the output in the newest's order, and ties: alias -> name."""
+    """The tensors of the output in the newest's order, and ties: alias -> name.
+
+    averages: whether the output differs from a copy of the newest.
+    """
 
     tensors: tuple[MergedTensor, ...]
     ties: dict[str, str]
+    averages: bool
 
     @property
     def has_statistics(self) -> bool:
@@ -156,24 +160,26 @@ class Alignment:
         return any(_is_statistic(name, names) for name in names)
 
 
-def align(inputs: Sequence[Checkpoint], settings: Settings) -> Alignment:
+def align(inputs: Sequence[Checkpoint], options: MergeOptions, *, averages: bool) -> Alignment:
     """Line the inputs up with the newest, the last; MismatchError lists all that does not fit.
 
-    Raises FormatError for quantised tensors, which cannot be averaged, and for what a reader had to
-    refuse; ArgumentError for a name pattern that fits nothing.
+    averages: False if the one input is only written in another form. Raises FormatError for quantised
+    tensors, which cannot be averaged, and for what a reader had to refuse; ArgumentError for a name
+    pattern that fits nothing.
     """
     newest = inputs[-1]
-    averaged = _averaged_names(inputs, settings)
+    averaged = _averaged_names(inputs, options)
     _refuse_unreadable(inputs)
     held = [_held(one) for one in inputs]
-    if len(inputs) > 1:
+    if averages:
         _refuse_quantised(newest, averaged)
-        _refuse_mismatches(inputs, held, averaged, settings)
+        _refuse_mismatches(inputs, held, averaged, options)
+    means = {name for name in averaged if averages and not _is_statistic(name, newest.tensors)}
     tensors = [
-        _merged(tensor, held, settings, averaged=name in averaged)
+        _merged(tensor, held, options, averaged=name in averaged, mean=name in means)
         for name, tensor in newest.tensors.items()
     ]
-    return Alignment(tuple(tensors), dict(newest.ties))
+    return Alignment(tuple(tensors), dict(newest.ties), averages)
 
 
 def _held(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
@@ -187,14 +193,14 @@ def _held(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
 def _merged(
     tensor: StoredTensor,
     held: Sequence[Mapping[str, StoredTensor]],
-    settings: Settings,
+    options: MergeOptions,
     *,
     averaged: bool,
+    mean: bool,
 ) -> MergedTensor:
     """held: the tensors of each input by name, the newest's last."""
-    name = tensor.name
-    mean = averaged and len(held) > 1 and not _is_statistic(name, held[-1])
-    dtype = settings.dtype if settings.dtype and tensor.dtype in FLOATS else tensor.dtype
+    name, written = tensor.name, options.written_dtype
+    dtype = written if written and tensor.dtype in FLOATS else tensor.dtype
     numbers = None
     if tensor.dtype in FLOATS and (averaged or dtype != tensor.dtype):
         numbers = (tensor.dtype, dtype)
@@ -205,7 +211,7 @@ def _merged(
     return MergedTensor(name, dtype, tensor.shape, numbers, mean, (*sources, tensor))
 
 
-def _averaged_names(inputs: Sequence[Checkpoint], settings: Settings) -> set[str]:
+def _averaged_names(inputs: Sequence[Checkpoint], options: MergeOptions) -> set[str]:
     """The names that include= and exclude= leave; a tensor counts under its aliases too."""
     newest = inputs[-1]
     if not newest.tensors:
@@ -214,19 +220,19 @@ def _averaged_names(inputs: Sequence[Checkpoint], settings: Settings) -> set[str
     for alias, name in newest.ties.items():
         known[name].append(alias)
     everything = {name for one in inputs for name in (*one.tensors, *one.ties)}
-    for what, patterns in (("include", settings.include), ("exclude", settings.exclude)):
+    for what, patterns in (("include", options.include), ("exclude", options.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in everything):
                 raise ArgumentError(
                     f"{what} pattern {pattern!r} fits no tensor of {newest.path} or "
                     f"the others; there are {', '.join(sorted(everything)[:8])}, ..."
                 )
-    return {name for name, names in known.items() if _is_wanted(names, settings)}
+    return {name for name, names in known.items() if _is_wanted(names, options)}
 
 
-def _is_wanted(names: Iterable[str], settings: Settings) -> bool:
-    included = not settings.include or _fits(names, settings.include)
-    return included and not _fits(names, settings.exclude)
+def _is_wanted(names: Iterable[str], options: MergeOptions) -> bool:
+    included = not options.include or _fits(names, options.include)
+    return included and not _fits(names, options.exclude)
 
 
 def _fits(names: Iterable[str], patterns: Iterable[str]) -> bool:
@@ -271,7 +277,7 @@ def _refuse_mismatches(
     inputs: Sequence[Checkpoint],
     held: Sequence[Mapping[str, StoredTensor]],
     averaged: set[str],
-    settings: Settings,
+    options: MergeOptions,
 ) -> None:
     newest, wanted = inputs[-1], held[-1]
     missing: list[str] = []
@@ -287,7 +293,7 @@ def _refuse_mismatches(
         unexpected += [
             f"{name} {where}"
             for name in other.tensors.keys() - wanted.keys()
-            if _is_wanted([name], settings)
+            if _is_wanted([name], options)
         ]
         for name, how in _differences(newest, other, found, averaged):
             changed[f"{name} {where}"] = how
