@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cyclopts import App
@@ -32,14 +33,34 @@ app.command("polyak.cli.diff:diff", help="Compare two checkpoints; exits like di
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse and run. An error of ours becomes one message; exit code 2 for arguments, 1 for others."""
+    """Parse and run. polyak's errors become one message; exit code 2 for arguments, 1 for others."""
     try:
         result = app(list(arguments), exit_on_error=True, result_action="return_value")
     except PolyakError as error:
         from rich.console import Console
 
         Console(stderr=True).print(
-            str(error), style="red", markup=False, highlight=False, soft_wrap=True
+            with_flags(str(error)), style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 2 if isinstance(error, ArgumentError) else 1
     return result if isinstance(result, int) else 0
+
+
+_KEYWORD = re.compile(r"\b([Pp]ass) (\w+)=([^\s,.;:)]*)")
+
+
+def with_flags(message: str) -> str:
+    """A message of the library in the words of the command line: where it says to pass a keyword, the flag.
+
+    >>> with_flags("x exists. Choose another name, or pass overwrite=True to replace it.")
+    'x exists. Choose another name, or pass --overwrite to replace it.'
+    >>> with_flags("Pass max_memory=1GB, or pass exclude= with name patterns.")
+    'Pass --max-memory 1GB, or pass --exclude with name patterns.'
+    """
+    return _KEYWORD.sub(_flag, message)
+
+
+def _flag(match: re.Match[str]) -> str:
+    verb, name, value = match.groups()
+    flag = f"{verb} --{name.replace('_', '-')}"
+    return flag if value in ("", "True") else f"{flag} {value}"

@@ -56,9 +56,13 @@ class Selection:
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; expected at least 1.")
         if (self.best is None) != (self.metric is None):
-            raise ArgumentError("best and metric go together, like best=5 and metric='eval_loss'.")
+            raise ArgumentError(
+                "best and metric go together: how many to keep, and by which score."
+            )
         if self.scores is not None and self.best is None:
-            raise ArgumentError("scores only serve to take the best: pass best= and metric= too.")
+            raise ArgumentError(
+                "scores only serve to keep the best ones: give best and metric too."
+            )
 
 
 def select_checkpoints(
@@ -262,8 +266,8 @@ def scores_for(
     if not known:
         where = table or "trainer_state.json or Lightning's callback state"
         raise ArgumentError(
-            f"No score {name!r} for any of {len(checkpoints)} checkpoints in {where}. Give a CSV or "
-            "JSONL file with the columns step and the metric as scores."
+            f"No score {name!r} for any of {len(checkpoints)} checkpoints in {where}. Pass scores= with a "
+            "CSV or JSONL file that has the columns step and the metric."
         )
     return known
 
