@@ -100,7 +100,7 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         MismatchError: tensors that do not line up, all of them by name.
         FormatError: a damaged, foreign or quantised file.
         NonFiniteError: a NaN or an infinity, with its tensor and its file.
-        OutputError: an output exists, there is no room, no right. Nothing appears until all is well.
+        OutputError: an output exists, or cannot be written. Whatever is raised, no output has appeared.
 
     Source: Izmailov et al. 2018, arXiv 1803.05407 (SWA); Wortsman et al. 2022, arXiv 2203.05482 (soups).
 

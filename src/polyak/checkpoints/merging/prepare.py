@@ -264,7 +264,7 @@ def _laid_out(
 def warn_of_stale(merge: Merge, file: str | None = None) -> None:
     """Warn where averaging leaves BatchNorm statistics that are the newest input's.
 
-    file: stands for the output in the command that is shown.
+    file: the name of the output in the command that is shown.
     """
     first = merge.blueprints[0]
     written = shlex.quote(str(first.target / next(iter(first.layouts))))
