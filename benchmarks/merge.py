@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from merge_inputs import MODEL_CONFIG, holes, make_inputs, remove_inputs
-from timing import figure
+from merge_inputs import MANY, MODEL_CONFIG, holes, make_inputs, many_tensors, remove_inputs
+from timing import figure, interleaved
 
 FOUR = {"a": "swa", "b": "ema:half_life=2", "c": "power:gamma=2", "d": "window:length=5"}
 THREADS = min(2, os.cpu_count() or 1)
@@ -239,6 +239,35 @@ def report(found: dict[str, list[dict[str, float]]], gigabytes: float) -> None:
         )
 
 
+SMALL_FILES = 64
+COMMAND = "import sys; from polyak.cli import main; sys.argv[0] = 'polyak'; main()"
+
+
+def command_line(source: str, folder: Path) -> float:
+    """Seconds of `polyak average folder` from the start of its process, with polyak from `source`."""
+    command = [sys.executable, "-c", COMMAND, "average", str(folder), "--overwrite"]
+    environment = os.environ | {"PYTHONPATH": source}
+    begin = time.perf_counter()
+    subprocess.run(
+        [*command, "-o", f"{folder}.safetensors"], check=True, capture_output=True, env=environment
+    )
+    return time.perf_counter() - begin
+
+
+def small_files(folder: Path, before: str | None, rounds: int) -> None:
+    """A folder of many small files by the command line, in turns with another source tree of polyak."""
+    run = many_tensors(folder / "run", SMALL_FILES)
+    now = os.environ.get("PYTHONPATH", "")
+    candidates = {"ours": lambda: command_line(now, run)}
+    if before:
+        candidates["before"] = lambda: command_line(before, run)
+    times = interleaved(candidates, rounds=rounds)
+    ratio = {"of_before": times.ratio("ours", "before")} if before else {}
+    figure(
+        "merge small files", files=SMALL_FILES, tensors=MANY, seconds=times.median("ours"), **ratio
+    )
+
+
 def memory(folder: Path, small: float, large: float) -> None:
     """Peaks with files of holes of two sizes: they must not differ."""
     peaks = {}
@@ -265,11 +294,21 @@ def main() -> None:
         "--holes-gb", type=float, default=1.0, help="of each input of holes; 0 leaves it out"
     )
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--mergekit", help="its mergekit-yaml, in an environment of its own")
+    parser.add_argument("--mergekit", help="its mergekit-yaml, from its own environment")
+    parser.add_argument(
+        "--small-files",
+        action="store_true",
+        help="instead: 64 files of 2000 small tensors each, by the command line, start-up included",
+    )
+    parser.add_argument("--before", help="with --small-files: the src folder of another polyak")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm:
         run_arm(given.arm, given.folder)
+        return
+    if given.small_files:
+        with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+            small_files(Path(scratch), given.before, given.rounds)
         return
     given.arms += ["plain", "ours"]
     if "ours_four" in given.arms:

@@ -59,6 +59,22 @@ def make_inputs(folder: Path, count: int, gigabytes: float, kind: str) -> int:
     return layers
 
 
+MANY = 2000
+
+
+def many_tensors(folder: Path, count: int) -> Path:
+    """`step-<n>.safetensors` of two thousand small tensors each, in a folder of their own."""
+    folder.mkdir()
+    for step in range(1, count + 1):
+        generator = torch.Generator().manual_seed(step)
+        state = {
+            f"layers.{i // 8}.block.{i % 8}.weight": torch.randn(16, generator=generator)
+            for i in range(MANY)
+        }
+        save_file(state, folder / f"step-{step}.safetensors", {"format": "pt"})
+    return folder
+
+
 def _save_dcp(state: dict[str, torch.Tensor], folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
 

@@ -1,6 +1,6 @@
 """Train the reference network on its images, keep a checkpoint per epoch, and average them afterwards.
 
-python examples/average_checkpoints.py [EPOCHS]        # 6 by default; works in a temporary folder
+python examples/average_checkpoints.py [EPOCHS]        # by default 6; works in a temporary folder
 """
 
 import sys
@@ -61,10 +61,10 @@ def main(epochs: int) -> None:
             done = polyak.average_checkpoints(folder.glob("checkpoint-*.pt"), outputs)
         newest = torch.load(done.inputs[-1], weights_only=True)["model"]
         print(f"newest checkpoint: test error {test_error(newest, data):.1f} %")
-        for path, recipe in zip(done.outputs, done.recipes, strict=True):
+        for path, weights in zip(done.outputs, done.weights, strict=True):
             update_bn_file(path, Net(batchnorm=True), data.train.batches(500))
             error = test_error(load_file(path), data)
-            count = recipe.effective_samples
+            count = weights.effective_samples
             print(f"{path.stem}, {count:.0f} effective samples: test error {error:.1f} %")
 
 

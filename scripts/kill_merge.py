@@ -1,6 +1,6 @@
 """Kill a merge with SIGKILL at random moments, resume it, and compare the bytes: `kill_merge.py 50`.
 
-Each round merges in a process of its own, which is killed after a random time; it is then resumed (and
+Each round merges in its own process, which is killed after a random time; it is then resumed (and
 killed again, up to three times) until it ends. Every round must give the bytes of an uninterrupted run.
 """
 
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def start(folder: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    """A merge in a process of its own, past its imports."""
+    """A merge in its own process, past its imports."""
     command = [sys.executable, "-c", MERGE, str(folder), str(out), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if process.stdout is None or process.stdout.readline() != "ready\n":

@@ -15,7 +15,8 @@ The tree (each also is the built-in in brackets, so `except ValueError` keeps wo
     ├── EmptyAverage                    an average was used before anything was averaged
     └── StaleStatistics                 BatchNorm statistics that do not belong to the averaged weights
 
-A message says what was wrong, what was found, what was expected, and what to do.
+A message says what was wrong, what was found, what was expected, and what to do. Where that is to pass a
+keyword, it says "pass name=value": the command line shows these words as "pass --name value".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Statistics of averaged weights that lie in a file: `polyak update-bn`."""
+"""The normalisation statistics of averaged weights in a file: `polyak update-bn`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyak.batchnorm.update import update_bn
 from polyak.checkpoints.merging.average import iter_averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
-from polyak.errors import ArgumentError, MismatchError
+from polyak.errors import ArgumentError, check_match
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -31,12 +31,21 @@ def update_bn_file(
 ) -> tuple[str, ...]:
     """Set the normalisation statistics in a file of weights to those of the data under them.
 
-    path: a safetensors file or a torch archive of `model`'s weights. batches: as `update_bn` takes
-    them; `limit` of them. output: where to write; the file itself unless given. The weights go into
-    `model`, which runs where it is. The metadata stays, with `batchnorm` set to `refreshed`.
+    The weights are loaded into `model`, which runs on the device where it is. The file is replaced as a
+    whole; its metadata is kept, with `batchnorm` set to `refreshed`.
 
-    Returns the names of the layers. Raises ArgumentError where the model is none or has no such layers,
-    MismatchError where the file does not fit the model, and what `update_bn` raises.
+    Args:
+        path: A safetensors file or a torch archive of `model`'s weights.
+        model: The model that the weights belong to.
+        batches: Data, as `update_bn` takes it.
+        output: Where to write; by default `path`.
+        overwrite: Replace another `output` that exists.
+        limit: Use at most this many batches.
+
+    Returns the names of the layers. Raises ArgumentError if `model` is not a Module or has no such layers,
+    MismatchError if the file does not fit the model, OutputError if the output exists or cannot be
+    written, and what `update_bn` raises.
+
     """
     if not isinstance(model, Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
@@ -44,10 +53,12 @@ def update_bn_file(
     _refuse(source, target, overwrite=overwrite)
     layers = norm_layers(model)
     if not layers:
-        raise ArgumentError("The model has no layers with running statistics: nothing to update.")
+        raise ArgumentError(
+            "The model has no layers with running statistics, so there is nothing to update."
+        )
     with open_checkpoint(source) as opened:
         ties, metadata = dict(opened.ties), dict(opened.metadata)
-    state = dict(iter_averaged_tensors([source], "swa"))
+        state = dict(iter_averaged_tensors([opened], "swa"))
     _load(model, state, ties, source)
     update_bn(model, batches, limit=limit, layers=layers.values())
     found = model.state_dict()
@@ -73,19 +84,10 @@ def _load(
     model: Module, state: Mapping[str, Tensor], ties: Mapping[str, str], source: Path
 ) -> None:
     whole = {**state, **{alias: state[name] for alias, name in ties.items()}}
-    expected = model.state_dict()
-    changed = {
-        name: f"{list(whole[name].shape)}; the model expects {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in whole and whole[name].shape != tensor.shape
-    }
-    missing, unexpected = expected.keys() - whole.keys(), whole.keys() - expected.keys()
-    if missing or unexpected or changed:
-        raise MismatchError.of(
-            f"{source} does not hold the weights of this model.",
-            missing=missing,
-            unexpected=unexpected,
-            changed=changed,
-            advice="Check that --model builds the model that the file was trained as.",
-        )
+    check_match(
+        {name: list(tensor.shape) for name, tensor in whole.items()},
+        {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        f"{source} does not hold the weights of this model.",
+        "Build the model in the way in which it was trained.",
+    )
     model.load_state_dict(whole)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
-    "Averaged": "polyak.checkpoints.merging.average",
     "Checkpoint": "polyak.checkpoints.reading.stored",
     "CheckpointDiff": "polyak.checkpoints.diff",
+    "Distance": "polyak.checkpoints.diff",
     "Inspection": "polyak.checkpoints.inspect",
-    "Recipe": "polyak.checkpoints.merging.weights",
+    "MergeResult": "polyak.checkpoints.merging.average",
+    "OutputWeights": "polyak.checkpoints.merging.weights",
     "Selection": "polyak.checkpoints.merging.selection",
     "StoredTensor": "polyak.checkpoints.reading.stored",
     "average_checkpoints": "polyak.checkpoints.merging.average",
-    "Distance": "polyak.checkpoints.diff",
     "diff_checkpoints": "polyak.checkpoints.diff",
     "inspect_checkpoint": "polyak.checkpoints.inspect",
     "iter_averaged_tensors": "polyak.checkpoints.merging.average",
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from polyak.checkpoints.diff import diff_checkpoints as diff_checkpoints
     from polyak.checkpoints.inspect import Inspection as Inspection
     from polyak.checkpoints.inspect import inspect_checkpoint as inspect_checkpoint
-    from polyak.checkpoints.merging.average import Averaged as Averaged
+    from polyak.checkpoints.merging.average import MergeResult as MergeResult
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints
     from polyak.checkpoints.merging.average import iter_averaged_tensors as iter_averaged_tensors
     from polyak.checkpoints.merging.selection import Selection as Selection
     from polyak.checkpoints.merging.selection import select_checkpoints as select_checkpoints
-    from polyak.checkpoints.merging.weights import Recipe as Recipe
+    from polyak.checkpoints.merging.weights import OutputWeights as OutputWeights
     from polyak.checkpoints.reading.opening import open_checkpoint as open_checkpoint
     from polyak.checkpoints.reading.stored import Checkpoint as Checkpoint
     from polyak.checkpoints.reading.stored import StoredTensor as StoredTensor

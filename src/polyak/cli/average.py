@@ -1,16 +1,17 @@
-"""What `polyak average` can be told, in groups; each becomes what the library takes.
+"""`polyak average`: average checkpoints into new files, or convert one.
 
-`polyak average`: average checkpoints into new files, or convert one.
+Its flags come in groups. The fields of `Tensors`, `Work` and `Outputs` that have the name of a
+`MergeOptions` field are passed on as they are.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -19,11 +20,11 @@ from polyak.errors import ArgumentError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from polyak.checkpoints.merging.average import Averaged
-    from polyak.checkpoints.merging.options import Options
+    from polyak.checkpoints.merging.average import MergeResult
     from polyak.checkpoints.merging.prepare import Merge, PathLike
     from polyak.checkpoints.merging.selection import Selection
-    from polyak.checkpoints.merging.weights import How
+    from polyak.checkpoints.merging.weights import Method
+    from polyak.checkpoints.reading.stored import Checkpoint
 
 _Flag = Parameter(negative="")
 _Many = Parameter(negative="", consume_multiple=False)
@@ -35,10 +36,10 @@ class Inputs:
     """Which of the checkpoints to take.
 
     Attributes:
-        last: So many of the latest, by training step.
-        steps: A range of training steps, FIRST:LAST, both included; either may be missing.
-        every: Only those whose step is a multiple of this.
-        best: So many with the best --metric.
+        last: Keep the N latest, by training step.
+        steps: Keep a range of training steps, FIRST:LAST, both included; either may be missing.
+        every: Keep those whose step is a multiple of this.
+        best: Keep the N best by --metric.
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
@@ -75,7 +76,7 @@ class Outputs:
         output: A .safetensors file, a torch archive (.pt .pth .bin .ckpt), or a folder. Repeat
             --method and -o for several outputs in one pass.
         method: swa, ema:half_life=3000, ema:decay=0.999, power:std=0.1, window:length=10000,
-            annealed:shape=linear|cosine|sqrt; times in training steps. swa unless given.
+            annealed:shape=linear|cosine|sqrt; times in training steps. By default swa.
         weights: One weight per input in the order given, like 0.2,0.3,0.5, instead of --method.
         normalize: Divide the weights by their sum.
 
@@ -88,32 +89,32 @@ class Outputs:
     weights: Annotated[list[str], _Many] | None = None
     normalize: Annotated[bool, _Flag] = False
 
-    def recipes(self) -> dict[PathLike, How]:
-        """Output -> how; ArgumentError where their numbers differ."""
+    def methods(self) -> dict[PathLike, Method]:
+        """Output -> method; ArgumentError where their numbers differ."""
         if self.method and self.weights:
             raise ArgumentError("--method and --weights exclude each other.")
-        hows: list[How] = [_numbers(text) for text in self.weights or ()]
-        hows = hows or list(self.method or ["swa"])
-        if len(hows) != len(self.output):
+        methods: list[Method] = [_numbers(text) for text in self.weights or ()]
+        methods = methods or list(self.method or ["swa"])
+        if len(methods) != len(self.output):
             raise ArgumentError(
-                f"{len(hows)} methods and {len(self.output)} outputs; give one --method for each -o."
+                f"{len(methods)} methods and {len(self.output)} outputs; give one --method for each -o."
             )
         if len(set(self.output)) < len(self.output):
             raise ArgumentError("Two outputs have the same path.")
-        return dict(zip(self.output, hows, strict=True))
+        return dict(zip(self.output, methods, strict=True))
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """What of the tensors.
+    """What happens to the tensors.
 
     Attributes:
-        dtype: What floating tensors are written as: float32, bfloat16, float16, float64.
+        dtype: Of floating tensors as written: float32, bfloat16, float16, float64.
         include: Average only the tensors that fit this pattern; may be repeated.
         exclude: Take the tensors that fit this pattern from the newest; may be repeated.
         base: A checkpoint to add weighted differences to: base + sum of weight x (input - base).
-        key: Where the tensors lie inside nested dicts, with dots.
+        key: Where the tensors are inside nested dicts, with dots.
         shard_size: The size of a shard, where the output is a folder.
 
     """
@@ -133,9 +134,9 @@ class Work:
 
     Attributes:
         max_memory: For buffers, above what Python and torch take.
-        threads: As many as there are cores, unless given.
+        threads: By default one per core, at most 16.
         part: I/N: one of N processes that share the work on a shared disk; the last one publishes.
-        resume: Go on with a merge that was interrupted.
+        resume: Continue a merge that was interrupted.
         verify: Hash the inputs while they are read, then read the output back and check it.
         overwrite: Replace outputs that exist.
         dry_run: Print the plan and stop.
@@ -181,15 +182,15 @@ def average(
     tensors: Tensors = _TENSORS,
     work: Work = _WORK,
 ) -> None:
-    """Average checkpoints into new files. One input and another suffix or --dtype of -o converts.
+    """Average checkpoints into new files. One input converts: to the suffix of -o, to --dtype.
 
     Args:
         inputs: Checkpoints, folders of them, globs: safetensors, torch archives, Transformers,
             Lightning, DCP, npz; local or s3://, gs://, https://.
-        outputs: What to write.
-        which: Which checkpoints.
-        tensors: Which tensors.
-        work: How.
+        outputs: What to write, and how it is averaged.
+        which: Which of the checkpoints to take.
+        tensors: What happens to the tensors.
+        work: How the work is done.
 
     """
     from rich.console import Console
@@ -198,48 +199,43 @@ def average(
     from polyak.checkpoints.merging.selection import select_checkpoints
 
     console = Console(highlight=False)
-    recipes = outputs.recipes()
+    methods = outputs.methods()
     options = _options(outputs, tensors, work)
-    paths = select_checkpoints(inputs, which.selection(), key=tensors.key)
-    with _notices(console):
+    with ExitStack() as opened, _notices(console):
+        selected = select_checkpoints(inputs, which.selection(), key=tensors.key)
+        for checkpoint in selected:
+            opened.enter_context(checkpoint)
         if work.dry_run:
-            _dry_run(console, paths, recipes, options)
+            _dry_run(console, selected, methods, options)
             return
         with _progress(console) as progress:
-            options["progress"] = progress
-            done = average_checkpoints(paths, recipes, **options)
+            done = average_checkpoints(selected, methods, progress=progress, **options)
     _print_done(console, done)
 
 
-def _options(outputs: Outputs, tensors: Tensors, work: Work) -> Options:
-    return {
-        "dtype": tensors.dtype,
-        "include": tensors.include or (),
-        "exclude": tensors.exclude or (),
-        "base": tensors.base,
-        "key": tensors.key,
-        "normalize": outputs.normalize,
-        "shard_size": tensors.shard_size,
-        "max_memory": work.max_memory,
-        "threads": work.threads,
-        "part": work.part,
-        "resume": work.resume,
-        "verify": work.verify,
-        "overwrite": work.overwrite,
-    }
+def _options(*groups: Any) -> dict[str, Any]:
+    """The flags that were given, by the names of the keywords of `average_checkpoints`."""
+    from polyak.checkpoints.merging.options import MergeOptions
+
+    names = {field.name for field in fields(MergeOptions)}
+    given = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
+    return {name: value for name, value in given.items() if name in names and value is not None}
 
 
 def _dry_run(
-    console: Console, paths: list[str], recipes: dict[PathLike, How], options: Options
+    console: Console,
+    selected: list[Checkpoint],
+    methods: dict[PathLike, Method],
+    options: dict[str, Any],
 ) -> None:
     from polyak.checkpoints.merging.execute import check_outputs
-    from polyak.checkpoints.merging.options import Settings
+    from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
 
-    with prepared(paths, recipes, Settings.of(options)) as merge:
+    with prepared(selected, methods, MergeOptions(**options)) as merge:
         warn_of_stale(merge)
         _print_plan(console, merge)
-        if not merge.settings.resume:
+        if not merge.options.resume:
             check_outputs(merge)
 
 
@@ -252,9 +248,11 @@ def _print_plan(console: Console, merge: Merge) -> None:
     for one in merge.blueprints:
         table.add_column(one.target.name, justify="right")
     for index, given in enumerate(merge.inputs):
-        shares = [f"{recipe.weights[index]:.4g}" for recipe in merge.recipes]
+        shares = [f"{one.coefficients[index]:.4g}" for one in merge.weights]
         table.add_row(given.path, "?" if given.step is None else str(given.step), *shares)
-    table.add_row("effective samples", "", *[f"{r.effective_samples:.3g}" for r in merge.recipes])
+    table.add_row(
+        "effective samples", "", *[f"{one.effective_samples:.3g}" for one in merge.weights]
+    )
     console.print(table)
     means = sum(tensor.mean for tensor in merge.alignment.tensors)
     console.print(
@@ -269,15 +267,15 @@ def _print_plan(console: Console, merge: Merge) -> None:
     )
 
 
-def _print_done(console: Console, done: Averaged) -> None:
+def _print_done(console: Console, done: MergeResult) -> None:
     if not done.published:
         console.print("This part is done; the last of the others will publish the result.")
         return
-    for path, recipe in zip(done.outputs, done.recipes, strict=True):
-        counted = sum(weight != 0 for weight in recipe.weights)
+    for path, weights in zip(done.outputs, done.weights, strict=True):
+        counted = sum(weight != 0 for weight in weights.coefficients)
         console.print(
-            f"{path}: {recipe.label} of {counted} checkpoints "
-            f"({recipe.effective_samples:.3g} effective), {done.tensors} tensors",
+            f"{path}: {weights.label} of {counted} checkpoints "
+            f"({weights.effective_samples:.3g} effective), {done.tensors} tensors",
             soft_wrap=True,
             markup=False,
         )

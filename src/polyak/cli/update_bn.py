@@ -22,9 +22,9 @@ def update_bn(
     Args:
         file: A safetensors file or a torch archive, as polyak average writes them.
         model: package.module:function that builds the model; called without arguments.
-        data: package.module:function that gives batches: an iterable of tensors, tuples or mappings.
-        output: Where to write; the file itself unless given.
-        limit: Use so many batches.
+        data: package.module:function that returns batches: an iterable of tensors, tuples or mappings.
+        output: Where to write; by default the file itself.
+        limit: Use at most this many batches.
         overwrite: Replace the output if it exists.
 
     """
@@ -38,7 +38,7 @@ def update_bn(
         file, build(), batches(), output=output, overwrite=overwrite, limit=limit
     )
     Console(highlight=False).print(
-        f"{output or file}: the statistics of {len(layers)} layers are those of the data now",
+        f"{output or file}: updated the BatchNorm statistics of {len(layers)} layers",
         soft_wrap=True,
         markup=False,
     )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import polyak
 from polyak.checkpoints.merging.average import average_checkpoints, iter_averaged_tensors
+from polyak.checkpoints.merging.weights import OutputWeights
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import (
     ArgumentError,
@@ -149,7 +150,7 @@ def test_the_file_says_what_it_is_made_of(tmp_path):
     assert [one["weight"] for one in inputs] == [0.0, 0.5, 0.5]
     assert [one["step"] for one in inputs] == [100, 200, 300]
     assert inputs[0]["bytes"] == paths[0].stat().st_size
-    assert done.recipes[0].effective_samples == 2
+    assert done.weights[0].effective_samples == 2
     assert open_checkpoint(target).step == 300
 
 
@@ -283,6 +284,57 @@ def test_weights_must_fit(tmp_path):
     ] == [0.25, 0.75]
 
 
+def test_one_output_needs_no_mapping(tmp_path):
+    states = [{"w": torch.tensor([float(i)])} for i in (1, 2, 6)]
+    paths = stored_checkpoints(tmp_path, states)
+    for method, expected in [
+        (None, 3.0),
+        ("window:length=200", 4.0),
+        (Window(100), 6.0),
+        ([0, 1, 0], 2.0),
+    ]:
+        options = {} if method is None else {"method": method}
+        average_checkpoints(paths, str(tmp_path / "out.safetensors"), overwrite=True, **options)
+        assert load_file(tmp_path / "out.safetensors")["w"].item() == expected
+
+
+@pytest.mark.parametrize(
+    "coefficients", [(1.0, -1.0, 0.0), (0.5, 0.25, 0.1), (2.0, 1.0, 1.0), (-0.3, 0.0, -0.4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_coefficients_are_used_as_they_are(tmp_path, dtype, coefficients):
+    states = [random_state(dtype, **batch_norm(i), n=torch.tensor(i)) for i in range(3)]
+    paths = stored_checkpoints(tmp_path, states)
+    label = OutputWeights(coefficients, label="a difference")
+    outputs = {tmp_path / "out.safetensors": label, tmp_path / "mean.safetensors": "swa"}
+    with pytest.warns(StaleStatistics):
+        done = average_checkpoints([paths[2], paths[0], paths[1]], outputs)
+    ordered = (*coefficients[1:], coefficients[0])  # the call gave the newest first
+    assert done.weights[0].coefficients == ordered
+    found = load_file(tmp_path / "out.safetensors")
+    for name in ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked", "n"):
+        assert torch.equal(found.pop(name), states[2][name])
+    assert within_bound(found, states, ordered)
+    assert metadata(tmp_path / "out.safetensors")["profile"] == "a difference"
+
+
+def test_a_single_checkpoint_can_be_scaled(tmp_path):
+    paths = stored_checkpoints(tmp_path, [{"w": torch.tensor([3.0]), "n": torch.tensor(3)}])
+    assert merged(paths, tmp_path, OutputWeights((-0.5,)))["w"].item() == -1.5
+    assert merged(paths, tmp_path, OutputWeights((1.0,)))["w"].item() == 3.0
+    streamed = dict(iter_averaged_tensors(paths, OutputWeights((2.0,))))
+    assert (streamed["w"].item(), streamed["n"].item()) == (6.0, 3)
+
+
+def test_coefficients_that_cannot_be(tmp_path):
+    for wrong in ((float("nan"), 1.0), (float("inf"),), (0.0, 0.0), ()):
+        with pytest.raises(ArgumentError, match="finite numbers, not all zero"):
+            OutputWeights(wrong)
+    paths = stored_checkpoints(tmp_path, [random_state() for _ in range(2)])
+    with pytest.raises(ArgumentError, match="3 weights for 2 inputs"):
+        merged(paths, tmp_path, OutputWeights((1.0, -1.0, 1.0)))
+
+
 def test_weights_follow_their_inputs_into_the_order_of_steps(tmp_path):
     states = [{"w": torch.tensor([float(i)])} for i in (1, 10)]
     old, new = stored_checkpoints(tmp_path, states)
@@ -293,7 +345,7 @@ def test_steps_are_needed_for_a_length(tmp_path):
     for name in ("a", "b"):
         save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    with pytest.raises(ArgumentError, match="is a length of training, and the step of"):
+    with pytest.raises(ArgumentError, match="is measured in training steps, but the step of"):
         merged(paths, tmp_path, "window:length=100")
     merged(paths, tmp_path, "power:std=0.1")
     assert metadata(tmp_path / "out.safetensors")["unit"] == "captures"
@@ -310,10 +362,14 @@ def test_wrong_calls(tmp_path):
         (lambda: average_checkpoints(str(paths[0]), {out: "swa"}), "inputs is one path"),
         (lambda: average_checkpoints(paths[0], {out: "swa"}), "inputs is one path"),
         (lambda: dict(iter_averaged_tensors(str(paths[0]), "swa")), "inputs is one path"),
-        (lambda: average_checkpoints(paths, str(out)), "expected a mapping of path to method"),
+        (
+            lambda: average_checkpoints(paths, [out]),
+            "expected one path, or a mapping of path to method",
+        ),
+        (lambda: average_checkpoints(paths, {out: "swa"}, method="swa"), "names a method per path"),
         (lambda: average_checkpoints(paths, {out: polyak.SWA}), "expected a profile like"),
         (lambda: average_checkpoints(paths, {out: ["a", 1]}), "expected a profile like"),
-        (lambda: average_checkpoints(paths, {".": "swa"}), "no name of its own"),
+        (lambda: average_checkpoints(paths, {".": "swa"}), "names no file"),
         (lambda: average_checkpoints(paths, {tmp_path / "x.gguf": "swa"}), "suffix"),
         (lambda: average_checkpoints(paths, {out: "mean"}), "Unknown method"),
         (
@@ -322,11 +378,12 @@ def test_wrong_calls(tmp_path):
         ),
         (lambda: average_checkpoints(paths, {out: "swa"}, threads=0), "threads is 0"),
         (lambda: average_checkpoints(paths, {out: "swa"}, part="5/4"), "part is '5/4'"),
-        (lambda: average_checkpoints(paths, {out: "swa"}, speed=9), "Unknown options"),
         (lambda: average_checkpoints([tmp_path / "none.pt"], {out: "swa"}), "no file"),
     ]:
         with pytest.raises(ArgumentError, match=message):
             call()
+    with pytest.raises(TypeError, match="speed"):
+        average_checkpoints(paths, {out: "swa"}, speed=9)
     assert not out.exists()
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from polyak.checkpoints.merging.average import average_checkpoints
 from polyak.checkpoints.merging.selection import Selection, scores_for, select_checkpoints
+from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, FormatError, MismatchError
 
 MERGEKIT = Path(__file__).parents[2] / "data" / "mergekit"
@@ -161,19 +162,17 @@ def test_natural_order_and_copies(tmp_path):
         step = 500 if "500" in name else 1000
         torch.save({"state_dict": {"w": torch.ones(1)}, "global_step": step}, tmp_path / name)
     torch.save({}, tmp_path / "optimizer.pt")
-    names = [Path(path).name for path in select_checkpoints([tmp_path])]
+    names = [Path(one.path).name for one in select_checkpoints([tmp_path])]
     assert names == ["epoch=0-step=500.ckpt", "epoch=1-step=1000.ckpt"]
-    names = [
-        Path(path).name
-        for path in select_checkpoints([str(tmp_path / "epoch*")], Selection(last=1))
-    ]
+    selected = select_checkpoints([str(tmp_path / "epoch*")], Selection(last=1))
+    names = [Path(one.path).name for one in selected]
     assert names == ["epoch=1-step=1000.ckpt"]
 
 
 def test_unknown_steps_cannot_be_selected_by(tmp_path):
     for name in ("a", "b"):
         save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ArgumentError, match="is not known"):
+    with pytest.raises(ArgumentError, match="is unknown"):
         select_checkpoints([tmp_path], Selection(last=1))
 
 
@@ -201,14 +200,16 @@ def test_the_best_by_lightnings_own_callback(tmp_path):
         enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     trainer.fit(Model(), torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2))
-    paths = select_checkpoints([tmp_path], Selection(best=2, metric="val_loss"))
-    assert ["epoch=1" in paths[0], "epoch=2" in paths[1]] == [True, True]
-    average_checkpoints(paths, {tmp_path / "out.safetensors": "swa"})
+    selected = select_checkpoints([tmp_path], Selection(best=2, metric="val_loss"))
+    assert ["epoch=1" in selected[0].path, "epoch=2" in selected[1].path] == [True, True]
+    average_checkpoints(selected, {tmp_path / "out.safetensors": "swa"})
     assert sorted(load_file(tmp_path / "out.safetensors")) == ["layer.bias", "layer.weight"]
 
 
 def test_scores_from_tables(tmp_path):
-    checkpoints = [("run/step-1.pt", 1), ("run/step-2.pt", 2), ("run/step-3.pt", 3)]
+    checkpoints = [
+        Checkpoint(f"run/step-{step}.pt", "torch", {}, (), step=step) for step in (1, 2, 3)
+    ]
     (tmp_path / "s.csv").write_text("step,accuracy\n1,0.5\n2,nan\n3,0.75\n")
     assert scores_for(checkpoints, "accuracy", tmp_path / "s.csv") == {
         "run/step-1.pt": 0.5,

@@ -35,7 +35,7 @@ def test_threads_and_chunks_do_not_change_a_bit(tmp_path, monkeypatch, dtype, ho
     average_checkpoints(paths, {target: how}, threads=1)
     expected = load_file(target)
     for chunk, threads in [(128, 1), (128, 4), (384, 3), (10_000, 2)]:
-        monkeypatch.setattr(prepare, "Plan", lambda t, size=chunk: planning.Plan(t, size))
+        monkeypatch.setattr(prepare, "MergePlan", lambda t, size=chunk: planning.MergePlan(t, size))
         average_checkpoints(paths, {target: how}, threads=threads, overwrite=True)
         found = load_file(target)
         assert all(torch.equal(found[n], expected[n]) for n in expected), (chunk, threads)

@@ -14,7 +14,7 @@ from polyak.checkpoints.merging import journal as journals
 from polyak.checkpoints.merging import plan as planning
 from polyak.checkpoints.merging import prepare
 from polyak.checkpoints.merging.average import average_checkpoints
-from polyak.checkpoints.merging.plan import part_of
+from polyak.checkpoints.merging.plan import share_of_chunks
 from polyak.errors import OutputError, UsageError
 
 ANY = torch.Generator().manual_seed(2)
@@ -23,7 +23,7 @@ HOW = {"swa": "swa", "ema": "ema:half_life=100"}
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "Plan", lambda tensors: planning.Plan(tensors, 256))
+    monkeypatch.setattr(prepare, "MergePlan", lambda tensors: planning.MergePlan(tensors, 256))
     states = [
         {
             "a": torch.randn(3000, generator=ANY),
@@ -180,9 +180,9 @@ def test_a_part_that_was_killed_goes_on(tmp_path, paths):
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 500])
 def test_parts_split_the_bytes_evenly(tmp_path, paths, count):
     with prepare.prepared(
-        paths, {tmp_path / "x.safetensors": "swa"}, prepare.Settings.of({})
+        paths, {tmp_path / "x.safetensors": "swa"}, prepare.MergeOptions()
     ) as merge:
-        parts = [part_of(merge.plan, i, count) for i in range(count)]
+        parts = [share_of_chunks(merge.plan, i, count) for i in range(count)]
         assert [index for part in parts for index in part] == list(range(len(merge.plan)))
         if count < 10:
             assert max(map(len, parts)) - min(map(len, parts)) <= 4

@@ -1,13 +1,21 @@
 """`polyak average`: which checkpoints, how, and what it says."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints import (
+    Selection,
+    average_checkpoints,
+    open_checkpoint,
+    select_checkpoints,
+)
+from polyak.checkpoints.writing.save import write_checkpoint
 from polyak.cli.app import run
+from polyak.errors import FormatError
 
 
 @pytest.fixture
@@ -131,6 +139,40 @@ def test_a_second_run_does_not_eat_the_first(folder):
     for name in ("first", "second"):
         assert run(["average", "sub", "-o", f"sub/{name}.safetensors"]) == 0
         assert value(f"sub/{name}.safetensors") == 1.5
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_each_file_of_a_folder_is_opened_once(tmp_path, monkeypatch, suffix):
+    """An earlier average among them included, which does not enter the new one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        state = {"w": torch.full((3,), float(step))}
+        write_checkpoint(f"run/step-{step}.{suffix}", state)
+    assert run(["average", "run", "-o", f"run/mean.{suffix}"]) == 0
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a: opened.append(str(path)) or real(path, *a))
+    selection = ["--last", "2", "--steps", "0:", "--every", "1"]
+    assert run(["average", "run", *selection, "-o", "out.safetensors"]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    files = [f"run/{name}.{suffix}" for name in ("mean", "step-1", "step-2")]
+    assert sorted(path for path in opened if path.startswith("run")) == files
+    assert value("out.safetensors") == 1.5
+
+
+def test_opened_checkpoints_are_taken_as_they_are(folder):
+    selected = select_checkpoints(["run"], Selection(last=2))
+    average_checkpoints(selected, {"out.safetensors": "swa"})
+    assert value("out.safetensors") == 1750
+    assert selected[0].tensors["w"].nbytes == 12
+    average_checkpoints([selected[1], "run/checkpoint-500"], {"two.safetensors": "swa"})
+    assert value("two.safetensors") == 1250
+    for one in selected:
+        one.close()
+    with pytest.raises(FormatError, match="closed"):
+        average_checkpoints(selected, {"three.safetensors": "swa"})
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_average_then_update(averaged, capsys, suffix):
     before = open_checkpoint(file).metadata
     assert before["batchnorm"] == "stale"
     assert run(command(averaged, file)) == 0
-    assert "1 layers are those of the data" in capsys.readouterr().out
+    assert "updated the BatchNorm statistics of 1 layers" in capsys.readouterr().out
     after = open_checkpoint(file).metadata
     assert after == before | {"batchnorm": "refreshed"}
     state = load_file(file) if suffix == "safetensors" else torch.load(file, weights_only=True)
@@ -74,7 +74,7 @@ def test_two_processes_write_the_same_bytes(averaged, suffix):
     assert Path(f"one.{suffix}").read_bytes() == Path(f"two.{suffix}").read_bytes()
 
 
-def test_another_output(averaged):
+def test_another_output(averaged, capsys):
     run(["average", "step-1.pt", "step-2.pt", "-o", "average.safetensors"])
     assert (
         run(command(averaged, "average.safetensors", "-o", "new.safetensors", "--limit", "2")) == 0
@@ -82,6 +82,7 @@ def test_another_output(averaged):
     with safe_open("average.safetensors", "pt") as file:
         assert file.metadata()["batchnorm"] == "stale"
     assert run(command(averaged, "average.safetensors", "-o", "new.safetensors")) == 1
+    assert "or pass --overwrite to replace it" in " ".join(capsys.readouterr().err.split())
     assert (
         run(command(averaged, "average.safetensors", "-o", "new.safetensors", "--overwrite")) == 0
     )
@@ -92,7 +93,7 @@ def test_refusals(averaged, capsys):
     before = load_file("average.safetensors")
     capsys.readouterr()
     for arguments, code, message in [
-        (command(averaged, "average.safetensors", model="other"), 1, "the model expects [5, 3]"),
+        (command(averaged, "average.safetensors", model="other"), 1, "[4, 3], expected [5, 3]"),
         (
             command(averaged, "average.safetensors", model="plain"),
             2,

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
 
 import torch
 
 from polyak.checkpoints.merging.engine import Job, Sink, Worker
 from polyak.checkpoints.merging.execute import execute
-from polyak.checkpoints.merging.options import Options, Settings
-from polyak.checkpoints.merging.plan import Plan, Strip
-from polyak.checkpoints.merging.prepare import Merge, PathLike, prepared, warn_of_stale
-from polyak.checkpoints.merging.weights import How, Recipe
+from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.plan import ByteRuns, MergePlan
+from polyak.checkpoints.merging.prepare import Input, Merge, PathLike, prepared, warn_of_stale
+from polyak.checkpoints.merging.weights import Method, OutputWeights
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
-class Averaged:
+class MergeResult:
     """What `average_checkpoints` did.
 
-    outputs: the paths. inputs: the paths, oldest first. recipes: the weight of each input, per output.
+    outputs: the paths. inputs: the paths, oldest first. weights: those of the inputs, per output.
     tensors: how many each output holds. bytes_read, bytes_written, seconds: of the whole.
     published: False when this was one of several parts and others are still at work.
     batchnorm: `none`, `stale` or `refreshed`.
@@ -31,7 +30,7 @@ class Averaged:
 
     outputs: tuple[Path, ...]
     inputs: tuple[str, ...]
-    recipes: tuple[Recipe, ...]
+    weights: tuple[OutputWeights, ...]
     tensors: int
     bytes_read: int
     bytes_written: int
@@ -40,36 +39,68 @@ class Averaged:
     batchnorm: str
 
 
-def average_checkpoints(
-    inputs: Iterable[PathLike], outputs: Mapping[PathLike, How], **options: Unpack[Options]
-) -> Averaged:
+def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
+    inputs: Iterable[Input],
+    outputs: PathLike | Mapping[PathLike, Method],
+    *,
+    method: Method | None = None,
+    dtype: str | torch.dtype | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: PathLike | None = None,
+    key: str | None = None,
+    normalize: bool = False,
+    shard_size: int | str = "5GB",
+    max_memory: int | str = "128MiB",
+    threads: int | None = None,
+    part: str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeResult:
     r"""Average checkpoints into new files, without loading them: $y_k = \sum_i c_{ki}\, x_i$.
 
     Sums run in float32 (float64 for float64) in the inputs' order, element by element, so the result
     is bitwise the same for any number of threads, and within half a unit in the last place of the
     output plus $N\, 2^{-24} \sum |c_i x_i|$ of the exact one, for $N$ inputs.
 
-    inputs: checkpoints of one model in any format `open_checkpoint` reads; put in the order of their
-    training steps. outputs: path -> how: a profile, its spelling (`"ema:half_life=3000"`), or weights in
-    the order in which the inputs were given. All are written in one pass. The path's suffix decides:
-    `.safetensors`, a torch archive (`.pt .pth .bin .ckpt`), or none for a folder with shards and the
-    newest input's configuration.
-
     Floating tensors are averaged. Integers, booleans and BatchNorm statistics are the newest's; the
     latter are recorded as stale, with a `StaleStatistics` warning. Ties stay ties. Quantised tensors
     are refused, and so are LoRA adapters of separate runs.
 
-    Options: dtype (of floating tensors; theirs unless given); include, exclude (name patterns: what is
-    averaged, all else comes from the newest); base (a checkpoint: the result is
-    $b + \sum c_i (x_i - b)$, and weights need not sum to 1); key (where the tensors lie within the
-    files); normalize (divide weights by their sum); shard_size (of folders, 5GB); max_memory (of
-    buffers, 128MiB); threads; part (`"1/4"`: this process does a quarter, the last one publishes);
-    resume (go on with what was interrupted, to the same bytes); verify (SHA-256 of the inputs into the
-    output, which is read back and checked); overwrite; progress (called with chunks done and in all).
+    Args:
+        inputs: Checkpoints of one model: paths in any format `open_checkpoint` reads, or opened ones.
+            They are put in the order of their training steps, where each is known.
+        outputs: One path, or a mapping of path -> method; all are written in one pass over the inputs.
+            The suffix decides the format: `.safetensors`, a torch archive (`.pt .pth .bin .ckpt`), or
+            none for a folder of shards with the newest input's configuration.
+        method: How the one output is made, `"swa"` by default: a profile, its text
+            (`"ema:half_life=3000"`), one weight per input in the order in which they were given, or
+            `polyak.checkpoints.OutputWeights`. The weights of a profile sum to 1. A list of weights must
+            sum to 1, unless `normalize` or `base` is given. `OutputWeights` are used as they are,
+            whatever their sum.
+        dtype: Of the floating tensors as written, like `"bfloat16"`; by default that of the inputs.
+        include: Name patterns: average only these tensors, and take all others from the newest.
+        exclude: Name patterns: take these tensors from the newest.
+        base: A checkpoint $b$ to add differences to: the result is $b + \sum_i c_i (x_i - b)$.
+        key: Where the tensors are within the files, as `open_checkpoint` takes it; opened inputs have theirs.
+        normalize: Divide lists of weights by their sum.
+        shard_size: The size of a shard, where an output is a folder: bytes, or text like `"5GB"`.
+        max_memory: What all buffers together may take.
+        threads: By default one per core, at most 16.
+        part: `"1/4"` does the first quarter of the work; the last of the four processes to finish publishes.
+        resume: Continue what was interrupted, to the same bytes.
+        verify: Record the SHA-256 of the inputs in the output, then read the output back and check it.
+        overwrite: Replace outputs that exist.
+        progress: Called with the number of chunks done and the number of all chunks.
 
-    Raises ArgumentError (options, weights, unknown steps), MismatchError (tensors that do not line up,
-    all named), FormatError (a damaged, foreign or quantised file), NonFiniteError (a NaN, with its
-    tensor and file), OutputError (it exists, no room, no right). Until all is well nothing appears.
+    Raises:
+        ArgumentError: an option or weights outside their domain, steps that are unknown.
+        MismatchError: tensors that do not line up, all of them by name.
+        FormatError: a damaged, foreign or quantised file.
+        NonFiniteError: a NaN or an infinity, with its tensor and its file.
+        OutputError: an output exists, or cannot be written. Whatever is raised, no output has appeared.
 
     Source: Izmailov et al. 2018, arXiv 1803.05407 (SWA); Wortsman et al. 2022, arXiv 2203.05482 (soups).
 
@@ -78,43 +109,70 @@ def average_checkpoints(
     >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> for step in (100, 200, 300):
     ...     save_file({"w": torch.full((2,), float(step))}, folder / f"step-{step}.safetensors")
-    >>> done = average_checkpoints(folder.glob("*.safetensors"), {folder / "swa.safetensors": "swa"})
+    >>> done = average_checkpoints(folder.glob("*.safetensors"), folder / "swa.safetensors")
     >>> load_file(folder / "swa.safetensors")["w"].tolist()
     [200.0, 200.0]
+
     """
-    settings = Settings.of(options)
+    options = MergeOptions(
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        base=base,
+        key=key,
+        normalize=normalize,
+        shard_size=shard_size,
+        max_memory=max_memory,
+        threads=threads,
+        part=part,
+        resume=resume,
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
+    )
     begin = time.perf_counter()
-    with prepared(inputs, outputs, settings) as merge:
+    with prepared(inputs, outputs, options, method) as merge:
         warn_of_stale(merge)
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 
 
-def iter_averaged_tensors(
-    inputs: Iterable[PathLike], how: How, **options: Unpack[Options]
+def iter_averaged_tensors(  # noqa: PLR0913 - keyword-only arguments do not count
+    inputs: Iterable[Input],
+    method: Method = "swa",
+    *,
+    dtype: str | torch.dtype | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: PathLike | None = None,
+    key: str | None = None,
+    normalize: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an average one by one, for whoever writes them elsewhere: (name, tensor).
+    """The tensors of an average one by one, to write them elsewhere: (name, tensor).
 
-    Takes and raises what `average_checkpoints` does; options that concern writing have no effect. One
-    tensor is in memory at a time, if the caller keeps none. Tied names are yielded once.
+    The arguments and errors are those of `average_checkpoints`. One tensor is in memory at a time, if
+    the caller keeps none. Tied names are yielded once.
 
     >>> import tempfile, pathlib, torch
     >>> from safetensors.torch import save_file
     >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> for step in (100, 200):
     ...     save_file({"w": torch.full((2,), float(step))}, folder / f"step-{step}.safetensors")
-    >>> dict(iter_averaged_tensors(folder.glob("*.safetensors"), "swa"))
+    >>> dict(iter_averaged_tensors(folder.glob("*.safetensors")))
     {'w': tensor([150., 150.])}
     """
-    with prepared(inputs, {"memory://averaged.safetensors": how}, Settings.of(options)) as merge:
+    options = MergeOptions(
+        dtype=dtype, include=include, exclude=exclude, base=base, key=key, normalize=normalize
+    )
+    with prepared(inputs, {"memory://averaged.safetensors": method}, options) as merge:
         warn_of_stale(merge, "FILE")
         for tensor in merge.alignment.tensors:
             memory = _Memory(tensor.nbytes)
-            strip: Strip[Sink] = Strip()
-            strip.add(memory, 0, tensor.nbytes)
-            plan = Plan([tensor], merge.plan.chunk_bytes)
+            runs: ByteRuns[Sink] = ByteRuns()
+            runs.add(memory, 0, tensor.nbytes)
+            plan = MergePlan([tensor], merge.plan.chunk_bytes)
             paths = [one.path for one in merge.all_inputs]
-            worker = Worker(Job(plan, merge.coefficients, [[strip]], paths))
+            worker = Worker(Job(plan, merge.coefficients, [[runs]], paths))
             for index in range(len(plan)):
                 worker.merge(plan[index], checksums=False)
             yield tensor.name, memory.as_tensor(tensor.dtype, tensor.shape)
@@ -137,11 +195,11 @@ class _Memory:
         return torch.frombuffer(self._bytes, dtype=TORCH_DTYPES[dtype]).reshape(shape)
 
 
-def _summary(merge: Merge, seconds: float, *, published: bool) -> Averaged:
-    return Averaged(
+def _summary(merge: Merge, seconds: float, *, published: bool) -> MergeResult:
+    return MergeResult(
         outputs=tuple(one.target for one in merge.blueprints),
         inputs=tuple(one.path for one in merge.inputs),
-        recipes=merge.recipes,
+        weights=merge.weights,
         tensors=len(merge.alignment.tensors),
         bytes_read=merge.bytes_read,
         bytes_written=merge.bytes_written,

@@ -1,15 +1,15 @@
-"""Values that are not finite: found by one pass over each result, explained only when found.
-
-The loop of a merge: read a chunk of every input, accumulate, cast, write at the final offset.
+"""The loop of a merge: read a chunk of every input, accumulate, cast, write at the final offset.
 
 Every byte of the inputs is read once, for however many outputs. A thread owns one set of buffers and
 nothing else; inputs are added in their order with elementwise operations only, so results depend
-neither on the number of threads nor on where chunks end (a matrix product's would).
+neither on the number of threads nor on where chunks end (a matrix product's would). Values that are not
+finite are found by one pass over each result, and explained only when found.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import threading
 import zlib
@@ -20,66 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.merging.plan import VECTOR, Chunk, Plan, Reader, Segment, Strip
+from polyak.checkpoints.merging.plan import VECTOR, ByteRuns, Chunk, MergePlan, Reader, Segment
+from polyak.checkpoints.merging.weights import SUM_TOLERANCE
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, accumulator, itemsize
 from polyak.errors import NonFiniteError
-
-# The first magnitude that rounds to infinity: the largest finite value and half a unit above it.
-_LIMITS = {
-    "F64": float("inf"),
-    "F32": 2.0**127 * (2 - 2.0**-24),
-    "F16": 65520.0,
-    "BF16": 2.0**127 * (2 - 2.0**-8),
-}
-
-
-def fits(total: Tensor, dtype: str) -> bool:
-    """Whether all values are finite once written as `dtype`; one pass, and a NaN passes nothing."""
-    low, high = torch.aminmax(total)
-    limit = _LIMITS[dtype]
-    return -limit < low.item() and high.item() < limit
-
-
-def explained(
-    paths: Sequence[str], segment: Segment, chunk: Chunk, total: Tensor
-) -> NonFiniteError:
-    """Which tensor of which input holds what is not finite; looked for only after it was found."""
-    for tensor, first, last in segment.tensors_in(chunk.begin, chunk.end):
-        for path, source in zip(paths, tensor.sources, strict=True):
-            if source is None:
-                continue
-            at = _first_non_finite(source, segment, first, last)
-            if at is not None:
-                return NonFiniteError(
-                    f"{tensor.name} of {path} is not finite (value {at[0]} of it is {at[1]}). "
-                    "Leave this checkpoint out, or take the tensor from the newest (--exclude)."
-                )
-    name = _overflowing(segment, chunk, total)
-    return NonFiniteError(
-        f"{name}: the average exceeds what {segment.written_as} can hold, though every input is "
-        "finite. Write a wider dtype."
-    )
-
-
-def _first_non_finite(
-    source: StoredTensor, segment: Segment, first: int, last: int
-) -> tuple[int, float] | None:
-    size = itemsize(segment.read_as)
-    raw = bytearray((last - first) * size)
-    source.read_into(first * size, memoryview(raw))
-    values = torch.frombuffer(raw, dtype=TORCH_DTYPES[segment.read_as])
-    bad = torch.nonzero(~torch.isfinite(values))
-    return None if not len(bad) else (first + int(bad[0]), float(values[int(bad[0])]))
-
-
-def _overflowing(segment: Segment, chunk: Chunk, total: Tensor) -> str:
-    position = 0
-    names: list[str] = []
-    for tensor, first, last in segment.tensors_in(chunk.begin, chunk.end):
-        if not fits(total[position : position + last - first], segment.written_as):
-            names.append(tensor.name)
-        position += last - first
-    return ", ".join(names)
 
 
 class Sink(Protocol):
@@ -93,34 +37,34 @@ class Sink(Protocol):
 class Job:
     """A merge: coefficients[k][i] of input i in output k; outputs[k][s]: where segment s goes."""
 
-    plan: Plan
+    plan: MergePlan
     coefficients: Sequence[Sequence[float]]
-    outputs: Sequence[Sequence[Strip[Sink]]]
+    outputs: Sequence[Sequence[ByteRuns[Sink]]]
     paths: Sequence[str]
 
 
-class Row:
-    """The weights of one output, and how an input enters its sum.
+class WeightedSum:
+    """The coefficients of one output, and how an input is added to its sum.
 
-    Without negative weights the sum is a running mean, `y += share (x - y)`, for the price of a plain
-    sum: what is equal in all inputs (a frozen layer) comes out bitwise as it was.
+    Coefficients that sum to 1 without a negative one make a running mean, `y += share (x - y)`, for the
+    price of a plain sum: what is equal in all inputs (a frozen layer) comes out bitwise as it was.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        self.weights = weights
+    def __init__(self, coefficients: Sequence[float]) -> None:
+        self.coefficients = coefficients
         self._shares: list[float] | None = None
-        if min(weights) >= 0:
-            totals = itertools.accumulate(weights)
-            self._shares = [w / t if t else 0.0 for w, t in zip(weights, totals, strict=True)]
+        if min(coefficients) >= 0 and abs(math.fsum(coefficients) - 1) <= SUM_TOLERANCE:
+            totals = itertools.accumulate(coefficients)
+            self._shares = [c / t if t else 0.0 for c, t in zip(coefficients, totals, strict=True)]
 
-    def enter(self, total: Tensor, values: Tensor, index: int, *, first: bool) -> None:
-        """Let the values of input `index` enter; the first come in any dtype."""
+    def add(self, total: Tensor, values: Tensor, index: int, *, first: bool) -> None:
+        """Add the values of input `index` to `total`; the first ones may have any dtype."""
         if first:
             total.copy_(values)
             if self._shares is None:
-                total.mul_(self.weights[index])
+                total.mul_(self.coefficients[index])
         elif self._shares is None:
-            total.add_(values, alpha=self.weights[index])
+            total.add_(values, alpha=self.coefficients[index])
         else:
             total.lerp_(values, self._shares[index])
 
@@ -146,7 +90,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._rows = [Row(weights) for weights in job.coefficients]
+        self._sums = [WeightedSum(coefficients) for coefficients in job.coefficients]
         arithmetic = [s for s in job.plan.segments if s.numbers]
         sizes = [(s, s.chunk_values(job.plan.chunk_bytes)) for s in job.plan.segments]
         self._raw = Buffer(max((n * s.bytes_in for s, n in sizes), default=0))
@@ -154,7 +98,7 @@ class Worker:
         wide = max((n * accumulator(s.read_as).itemsize for s, n in sizes if s.numbers), default=0)
         self._wide = Buffer(wide)
         count = len(job.outputs) if arithmetic else 0
-        self._sums = [Buffer(wide) for _ in range(count)]
+        self._totals = [Buffer(wide) for _ in range(count)]
 
     def merge(self, chunk: Chunk, *, checksums: bool) -> list[int]:
         """Do one chunk; CRC-32 of what each output was given (zeros unless asked for).
@@ -167,40 +111,43 @@ class Worker:
             _read(segment.inputs[-1], chunk.begin, self._raw.bytes[:length])
             everywhere = range(len(self._job.outputs))
             return self._write(everywhere, chunk, self._raw.bytes[:length], checksums)
-        rows = self._rows if segment.mean else [_newest_only(segment)]
-        self._accumulate(segment, chunk, rows)
-        return self._cast(segment, chunk, len(rows), checksums)
+        sums = self._sums if segment.mean else [_newest_only(segment)]
+        self._accumulate(segment, chunk, sums)
+        return self._cast(segment, chunk, len(sums), checksums)
 
-    def _accumulate(self, segment: Segment, chunk: Chunk, rows: Sequence[Row]) -> None:
-        """Add up every input that counts in some row, in order."""
+    def _accumulate(self, segment: Segment, chunk: Chunk, sums: Sequence[WeightedSum]) -> None:
+        """Add up every input that counts in some sum, in order."""
         padded, dtype = _padded(chunk), accumulator(segment.read_as)
         begin = chunk.begin * segment.bytes_in
         buffer = self._raw.bytes[: chunk.end * segment.bytes_in - begin]
         raw = self._raw.as_tensor(TORCH_DTYPES[segment.read_as], padded)
         wide = raw if raw.dtype == dtype else self._wide.as_tensor(dtype, padded)
-        sums = [s.as_tensor(dtype, padded) for s in self._sums[: len(rows)]]
+        totals = [t.as_tensor(dtype, padded) for t in self._totals[: len(sums)]]
         begun: set[int] = set()
-        for index, strip in enumerate(segment.inputs):
-            counting = [k for k, row in enumerate(rows) if row.weights[index]]
+        for index, runs in enumerate(segment.inputs):
+            counting = [k for k, one in enumerate(sums) if one.coefficients[index]]
             if not counting:
                 continue
-            _read(strip, begin, buffer)
+            _read(runs, begin, buffer)
+            # The first input of a sum is copied into its total, and the copy casts. So while no sum has
+            # begun, `raw` need not be cast into `wide` first. Once one has, this input is added somewhere
+            # and is cast; sums that begin with it copy the cast values, which are the same.
             if wide is not raw and begun:
                 wide.copy_(raw)
             for k in counting:
-                rows[k].enter(sums[k], wide if begun else raw, index, first=k not in begun)
+                sums[k].add(totals[k], wide if begun else raw, index, first=k not in begun)
             begun.update(counting)
 
-    def _cast(self, segment: Segment, chunk: Chunk, rows: int, checksums: bool) -> list[int]:
+    def _cast(self, segment: Segment, chunk: Chunk, sums: int, checksums: bool) -> list[int]:
         count = chunk.end - chunk.begin
         padded = _padded(chunk)
         target = TORCH_DTYPES[segment.written_as]
         crcs: list[int] = []
-        for k in range(rows):
-            total = self._sums[k].as_tensor(accumulator(segment.read_as), padded)
+        for k in range(sums):
+            total = self._totals[k].as_tensor(accumulator(segment.read_as), padded)
             if not fits(total[:count], segment.written_as):
                 raise explained(self._job.paths, segment, chunk, total)
-            buffer = self._sums[k]
+            buffer = self._totals[k]
             if target != total.dtype:
                 buffer = self._out
                 buffer.as_tensor(target, padded).copy_(total)
@@ -218,8 +165,8 @@ class Worker:
     ) -> list[int]:
         start = chunk.begin * self._job.plan.segments[chunk.segment].bytes_out
         for k in outputs:
-            strip = self._job.outputs[k][chunk.segment]
-            for sink, offset, begin, end in strip.pieces(start, start + len(data)):
+            runs = self._job.outputs[k][chunk.segment]
+            for sink, offset, begin, end in runs.runs(start, start + len(data)):
                 sink.write(offset, data[begin - start : end - start])
         return [zlib.crc32(data) if checksums else 0] * len(outputs)
 
@@ -286,17 +233,75 @@ class _Crew:
             return None if self.stop.is_set() else next(self._chunks, None)
 
 
-def _read(strip: Strip[Reader], begin: int, buffer: memoryview) -> None:
-    if (whole := strip.locate(begin, begin + len(buffer))) is not None:
+def _read(runs: ByteRuns[Reader], begin: int, buffer: memoryview) -> None:
+    if (whole := runs.single_run(begin, begin + len(buffer))) is not None:
         whole[0].read_into(whole[1], buffer)
         return
-    for source, offset, start, end in strip.pieces(begin, begin + len(buffer)):
+    for source, offset, start, end in runs.runs(begin, begin + len(buffer)):
         source.read_into(offset, buffer[start - begin : end - begin])
 
 
-def _newest_only(segment: Segment) -> Row:
-    return Row([0.0] * (len(segment.inputs) - 1) + [1.0])
+def _newest_only(segment: Segment) -> WeightedSum:
+    return WeightedSum([0.0] * (len(segment.inputs) - 1) + [1.0])
 
 
 def _padded(chunk: Chunk) -> int:
     return -(-(chunk.end - chunk.begin) // VECTOR) * VECTOR
+
+
+# The first magnitude that rounds to infinity: the largest finite value and half a unit above it.
+_LIMITS = {
+    "F64": float("inf"),
+    "F32": 2.0**127 * (2 - 2.0**-24),
+    "F16": 65520.0,
+    "BF16": 2.0**127 * (2 - 2.0**-8),
+}
+
+
+def fits(total: Tensor, dtype: str) -> bool:
+    """Whether all values are finite once written as `dtype`; one pass, and a NaN passes nothing."""
+    low, high = torch.aminmax(total)
+    limit = _LIMITS[dtype]
+    return -limit < low.item() and high.item() < limit
+
+
+def explained(
+    paths: Sequence[str], segment: Segment, chunk: Chunk, total: Tensor
+) -> NonFiniteError:
+    """Which tensor of which input holds what is not finite; looked for only after it was found."""
+    for tensor, first, last in segment.tensors_in(chunk.begin, chunk.end):
+        for path, source in zip(paths, tensor.sources, strict=True):
+            if source is None:
+                continue
+            at = _first_non_finite(source, segment, first, last)
+            if at is not None:
+                return NonFiniteError(
+                    f"{tensor.name} of {path} is not finite (value {at[0]} of it is {at[1]}). "
+                    "Leave this checkpoint out, or pass exclude= to take the tensor from the newest."
+                )
+    name = _overflowing(segment, chunk, total)
+    return NonFiniteError(
+        f"{name}: the average exceeds what {segment.written_as} can hold, though every input is "
+        "finite. Write a wider dtype."
+    )
+
+
+def _first_non_finite(
+    source: StoredTensor, segment: Segment, first: int, last: int
+) -> tuple[int, float] | None:
+    size = itemsize(segment.read_as)
+    raw = bytearray((last - first) * size)
+    source.read_into(first * size, memoryview(raw))
+    values = torch.frombuffer(raw, dtype=TORCH_DTYPES[segment.read_as])
+    bad = torch.nonzero(~torch.isfinite(values))
+    return None if not len(bad) else (first + int(bad[0]), float(values[int(bad[0])]))
+
+
+def _overflowing(segment: Segment, chunk: Chunk, total: Tensor) -> str:
+    position = 0
+    names: list[str] = []
+    for tensor, first, last in segment.tensors_in(chunk.begin, chunk.end):
+        if not fits(total[position : position + last - first], segment.written_as):
+            names.append(tensor.name)
+        position += last - first
+    return ", ".join(names)

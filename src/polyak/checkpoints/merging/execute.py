@@ -15,12 +15,12 @@ from polyak.checkpoints.merging.engine import Sink, run
 from polyak.checkpoints.merging.journal import Hashes, Journal, check_written, is_complete
 from polyak.checkpoints.merging.outputs import (
     Staged,
-    check_room,
+    check_space,
     leftovers,
     refuse_foreign,
     staging_errors,
 )
-from polyak.checkpoints.merging.plan import Strip, part_of
+from polyak.checkpoints.merging.plan import ByteRuns, share_of_chunks
 from polyak.checkpoints.merging.prepare import Merge
 from polyak.checkpoints.merging.weights import UNHASHED, with_hashes
 from polyak.checkpoints.reading.opening import open_checkpoint
@@ -28,28 +28,32 @@ from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError, PolyakError, UsageError
 from polyak.files import refuse_existing, writing_errors
 
-_DONE = "whole"  # a mark in the staging folder: everything is on the disk and may be published
+_DONE = "whole"  # a mark in the first staging folder: all data is on the disk and may be published
 
 
 def execute(merge: Merge) -> bool:
     """Do the merge, or this process's part of it; whether the outputs are published now.
 
-    What was staged stays for `resume` if the machine or the disk gave out, and goes if an input was
-    at fault.
+    Staged data is kept for `resume` after a crash or a full disk, and removed if an input was invalid.
+
+    What a kill leaves: before the mark, staging folders whose journal says which chunks are done, and
+    resuming does the others. After it, some outputs may be published and some not, and resuming only ends
+    the publishing. The mark is in the first staging folder, which is removed last, so that it is there
+    as long as anything is left to publish.
     """
     staged = [Staged(one, merge.identity) for one in merge.blueprints]
     if _is_published(merge):
         return True
     with writing_errors(merge.blueprints[0].target):
         _check_targets(merge, staged)
-    if (staged[0].room / _DONE).exists():
+    if (staged[0].folder / _DONE).exists():
         return _publish(staged)
     with writing_errors(merge.blueprints[0].target):
-        check_room(merge.blueprints, merge.identity)
+        check_space(merge.blueprints, merge.identity)
     try:
         return _stage(merge, staged)
     except PolyakError as error:
-        if not isinstance(error, OutputError) and merge.settings.part[1] == 1:
+        if not isinstance(error, OutputError) and merge.options.share[1] == 1:
             for one in staged:
                 one.discard()
         raise
@@ -61,24 +65,24 @@ def execute(merge: Merge) -> bool:
 def check_outputs(merge: Merge) -> None:
     """Raise OutputError where a merge from the start could not be written; nothing is touched."""
     for one in merge.blueprints:
-        refuse_existing(one.target, overwrite=merge.settings.overwrite)
+        refuse_existing(one.target, overwrite=merge.options.overwrite)
         refuse_foreign(one)
-    check_room(merge.blueprints, merge.identity)
+    check_space(merge.blueprints, merge.identity)
 
 
 def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
-    keep = merge.settings.resume and all(one.exists for one in staged)
+    keep = merge.options.resume and all(one.exists for one in staged)
     for one in staged:
         one.open()
-    index, count = merge.settings.part
-    chunks = part_of(merge.plan, index, count)
-    path = staged[0].room / f"journal-{index + 1}of{count}"
+    index, count = merge.options.share
+    chunks = share_of_chunks(merge.plan, index, count)
+    path = staged[0].folder / f"journal-{index + 1}of{count}"
     journal = Journal(path, len(merge.plan), len(staged), keep=keep)
     try:
         hashes = _hashes(merge) if count == 1 else None
-        strips = [one.strips(merge.plan) for one in staged]
+        runs = [one.byte_runs(merge.plan) for one in staged]
         try:
-            _merge(merge, strips, journal, chunks)
+            _merge(merge, runs, journal, chunks)
             _check_inputs(merge)
         except BaseException:
             if hashes:
@@ -92,11 +96,11 @@ def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
 
 
 def _merge(
-    merge: Merge, strips: Sequence[Sequence[Strip[Sink]]], journal: Journal, chunks: range
+    merge: Merge, runs: Sequence[Sequence[ByteRuns[Sink]]], journal: Journal, chunks: range
 ) -> None:
     """Run the engine over the chunks that are still to do, keeping the journal."""
-    files = _files(strips)
-    progress, lock = merge.settings.progress, threading.Lock()
+    files = _files(runs)
+    progress, lock = merge.options.progress, threading.Lock()
     finished = sum(journal.is_done(index) for index in chunks)
 
     def done(index: int, checksums: Sequence[int]) -> None:
@@ -109,27 +113,27 @@ def _merge(
                 progress(finished, len(chunks))
 
     todo = (index for index in chunks if not journal.is_done(index))
-    run(merge.job(strips), todo, merge.threads, done, checksums=merge.settings.verify)
-    if merge.settings.verify or merge.settings.part[1] > 1:  # else finishing syncs the files
+    run(merge.job(runs), todo, merge.threads, done, checksums=merge.options.verify)
+    if merge.options.verify or merge.options.share[1] > 1:  # else finishing syncs the files
         journal.sync(files)
-    if merge.settings.verify:
-        written = cast("Sequence[Sequence[Strip[OutputFile]]]", strips)
+    if merge.options.verify:
+        written = cast("Sequence[Sequence[ByteRuns[OutputFile]]]", runs)
         check_written(merge.plan, written, journal, chunks)
 
 
 def _complete(merge: Merge, staged: Sequence[Staged], hashes: Hashes | None) -> bool:
-    """Write what is known only now, then move everything into place."""
+    """Write what is only known now, then move everything into place."""
     found = hashes.result() if hashes else {}
     _check_inputs(merge)
     try:
         for one in staged:
             one.finish(with_hashes(one.blueprint.metadata, found))
-        with staging_errors(staged[0].room):
-            (staged[0].room / _DONE).touch()
+        with staging_errors(staged[0].folder):
+            (staged[0].folder / _DONE).touch()
         return _publish(staged)
     except OutputError:
         # Another part that was done at the same moment may have published everything already.
-        if all(one.blueprint.target.exists() and not one.room.exists() for one in staged):
+        if all(one.blueprint.target.exists() and not one.folder.exists() for one in staged):
             return True
         raise
 
@@ -142,64 +146,62 @@ def _check_inputs(merge: Merge) -> None:
 def _publish(staged: Sequence[Staged]) -> bool:
     for one in staged:
         one.publish()
-    for one in reversed(
-        staged
-    ):  # the first holds the mark by which an interrupted publishing goes on
+    for one in reversed(staged):  # the first holds the mark by which a killed publishing is resumed
         one.discard()
     return True
 
 
 def _hashes(merge: Merge) -> Hashes | None:
-    if not merge.settings.verify:
+    if not merge.options.verify:
         return None
     return Hashes([file for one in merge.inputs for file in one.files])
 
 
 def _others_are_done(merge: Merge, first: Staged, mine: range) -> bool:
     """Whether all other parts have all their chunks on the disk."""
-    _, count = merge.settings.part
-    parts = {i: part_of(merge.plan, i, count) for i in range(count)}
+    _, count = merge.options.share
+    parts = {i: share_of_chunks(merge.plan, i, count) for i in range(count)}
     return all(
         chunks == mine
-        or is_complete(first.room / f"journal-{i + 1}of{count}", chunks, len(merge.blueprints))
+        or is_complete(first.folder / f"journal-{i + 1}of{count}", chunks, len(merge.blueprints))
         for i, chunks in parts.items()
     )
 
 
 def _check_targets(merge: Merge, staged: Sequence[Staged]) -> None:
-    """Refuse what exists; deal with what other merges into the same places have left."""
-    continuing = any(one.room.exists() for one in staged)
+    """Refuse what exists; deal with what other merges into the same outputs have left."""
+    continuing = any(one.folder.exists() for one in staged)
     for one in staged:
-        if not (continuing and (staged[0].room / _DONE).exists()):
-            refuse_existing(one.blueprint.target, overwrite=merge.settings.overwrite)
+        if not (continuing and (staged[0].folder / _DONE).exists()):
+            refuse_existing(one.blueprint.target, overwrite=merge.options.overwrite)
             refuse_foreign(one.blueprint)
-        foreign = [room for room in leftovers(one.blueprint.target) if room != one.room]
-        if foreign and merge.settings.resume and not continuing:
+        foreign = [left for left in leftovers(one.blueprint.target) if left != one.folder]
+        if foreign and merge.options.resume and not continuing:
             raise UsageError(
-                f"{foreign[0]} was left by another merge: the inputs, the recipe or polyak's version "
-                "have changed since, so it cannot be continued. Run without resume to start anew."
+                f"{foreign[0]} was left by another merge: the inputs, the weights or polyak's version "
+                "have changed since, so it cannot be continued. To start again, leave out resume."
             )
-        if merge.settings.part[1] == 1:
-            for room in foreign if merge.settings.resume else leftovers(one.blueprint.target):
-                _remove_unless_held(room)
+        if merge.options.share[1] == 1:
+            for left in foreign if merge.options.resume else leftovers(one.blueprint.target):
+                _remove_unless_held(left)
 
 
-def _remove_unless_held(room: Path) -> None:
+def _remove_unless_held(folder: Path) -> None:
     """Remove a leftover; OutputError where a running process holds its journal."""
-    for journal in room.glob("journal-*"):
+    for journal in folder.glob("journal-*"):
         with journal.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(
-                    f"Another process is writing this output (it holds {journal}). Wait for it."
+                    f"Another process is writing this output (it holds the lock {journal}). Wait for it."
                 ) from None
-    shutil.rmtree(room, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_published(merge: Merge) -> bool:
-    """Whether a resumed merge was already whole: its outputs stand there with the same recipe."""
-    if not merge.settings.resume or merge.settings.overwrite:
+    """Whether a resumed merge was already complete: its outputs exist, made in the same way."""
+    if not merge.options.resume or merge.options.overwrite:
         return False
     expected: dict[str, object] = {t.name: (t.dtype, t.shape) for t in merge.alignment.tensors}
     return all(_holds(one.target, expected, dict(one.metadata)) for one in merge.blueprints)
@@ -222,6 +224,6 @@ def _without_hashes(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-def _files(strips: Sequence[Sequence[Strip[Sink]]]) -> list[OutputFile]:
-    found = {id(sink): sink for row in strips for strip in row for sink in strip.sources}
+def _files(runs: Sequence[Sequence[ByteRuns[Sink]]]) -> list[OutputFile]:
+    found = {id(sink): sink for output in runs for one in output for sink in one.sources}
     return [sink for sink in found.values() if isinstance(sink, OutputFile)]

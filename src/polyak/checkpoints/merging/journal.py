@@ -1,10 +1,9 @@
-"""Checking a merge against the disk: hashes of the inputs, and the output read once more.
-
-The journal of a merge: which chunks are in the part file, so that a killed merge can go on.
+"""The journal of a merge: which chunks are written, so that a killed merge can be resumed.
 
 One record per chunk: a state, and the checksum of what each output was given. 1 means written, 2
 means written and synced to the disk. After `kill -9` the operating system still holds what was
-written, so both count; after the machine itself went down (another boot id) only 2 does.
+written, so both count; after the machine itself went down (another boot id) only 2 does. Checking the
+merge against the disk is here too: the inputs' hashes, and the output read once more.
 """
 
 from __future__ import annotations
@@ -20,92 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyak.checkpoints.merging.outputs import staging_errors
-from polyak.checkpoints.merging.plan import Plan, Strip
+from polyak.checkpoints.merging.plan import ByteRuns, MergePlan
 from polyak.checkpoints.reading.stored import ByteFile
 from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError
-
-_BLOCK = 1 << 20
-
-
-class Hashes:
-    """SHA-256 of every input file, taken in a thread of its own while the merge reads them.
-
-    The same bytes pass at the same time, so the disk gives them once and memory the second time.
-    """
-
-    def __init__(self, files: Sequence[ByteFile]) -> None:
-        self._files = files
-        self._found: dict[str, str] = {}
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._stop = threading.Event()
-        self._thread.start()
-
-    def result(self) -> dict[str, str]:
-        """Path -> hash; waits for it, and raises what went wrong while reading."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-    def stop(self) -> None:
-        """End early; the result is not wanted any more."""
-        self._stop.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            for file in self._files:
-                self._found[file.path] = self._hash(file)
-        except BaseException as error:  # handed to the caller's thread by `result`
-            self._error = error
-
-    def _hash(self, file: ByteFile) -> str:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-        for start in range(0, file.size, _BLOCK):
-            if self._stop.is_set():
-                break
-            piece = buffer[: min(_BLOCK, file.size - start)]
-            file.read_into(start, piece)
-            digest.update(piece)
-        return digest.hexdigest()
-
-
-def check_written(
-    plan: Plan, outputs: Sequence[Sequence[Strip[OutputFile]]], journal: Journal, chunks: range
-) -> None:
-    """Read these chunks of every output back, from the disk where it can, and compare checksums.
-
-    The files have been synced. Raises OutputError naming the file and the place.
-    """
-    for file in {
-        id(f): f for strips in outputs for strip in strips for f in strip.sources
-    }.values():
-        if hasattr(os, "posix_fadvise"):  # else what memory holds is compared
-            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    for index in chunks:
-        for strips, expected in zip(outputs, journal.checksums(index), strict=True):
-            _check_chunk(plan, strips, index, expected)
-
-
-def _check_chunk(
-    plan: Plan, strips: Sequence[Strip[OutputFile]], index: int, expected: int
-) -> None:
-    chunk = plan[index]
-    size = plan.segments[chunk.segment].bytes_out
-    found, last = 0, None
-    for file, offset, begin, end in strips[chunk.segment].pieces(
-        chunk.begin * size, chunk.end * size
-    ):
-        found, last = zlib.crc32(file.read(offset, end - begin), found), (file.path, offset)
-    if found != expected:
-        path, offset = last or ("the output", 0)
-        raise OutputError(
-            f"{path} does not hold what was written near byte {offset}: the disk or the memory is "
-            "faulty. Nothing was published; check the machine, and merge again."
-        )
-
 
 WRITTEN, SYNCED = b"\1", b"\2"
 SYNC_SECONDS = 10.0
@@ -169,7 +86,7 @@ class Journal:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         os.close(self._descriptor)
 
     def _lock(self) -> None:
@@ -178,7 +95,7 @@ class Journal:
         except BlockingIOError:
             os.close(self._descriptor)
             raise OutputError(
-                f"Another process is at this very merge (it holds {self.path}). Wait for it."
+                f"Another process is already running this merge (it holds the lock {self.path}). Wait for it."
             ) from None
 
     def _open(self, *, keep: bool) -> None:
@@ -215,3 +132,85 @@ def _boot_id() -> bytes:
     except OSError:  # not Linux: nothing that was not synced can be trusted
         text = os.urandom(16).hex().encode()
     return text.strip()[:_HEADER].ljust(_HEADER)
+
+
+_BLOCK = 1 << 20
+
+
+class Hashes:
+    """SHA-256 of every input file, taken in a separate thread while the merge reads them.
+
+    Both read the same bytes at the same time, so the disk is read once and the page cache twice.
+    """
+
+    def __init__(self, files: Sequence[ByteFile]) -> None:
+        self._files = files
+        self._found: dict[str, str] = {}
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._stop = threading.Event()
+        self._thread.start()
+
+    def result(self) -> dict[str, str]:
+        """Path -> hash; waits for it, and raises what went wrong while reading."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def stop(self) -> None:
+        """End early; the result is no longer needed."""
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for file in self._files:
+                self._found[file.path] = self._hash(file)
+        except BaseException as error:  # handed to the caller's thread by `result`
+            self._error = error
+
+    def _hash(self, file: ByteFile) -> str:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+        for start in range(0, file.size, _BLOCK):
+            if self._stop.is_set():
+                break
+            piece = buffer[: min(_BLOCK, file.size - start)]
+            file.read_into(start, piece)
+            digest.update(piece)
+        return digest.hexdigest()
+
+
+def check_written(
+    plan: MergePlan,
+    outputs: Sequence[Sequence[ByteRuns[OutputFile]]],
+    journal: Journal,
+    chunks: range,
+) -> None:
+    """Read these chunks of every output back, from the disk where it can, and compare checksums.
+
+    The files have been synced. Raises OutputError naming the file and the place.
+    """
+    for file in {id(f): f for one in outputs for runs in one for f in runs.sources}.values():
+        if hasattr(os, "posix_fadvise"):  # else what memory holds is compared
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    for index in chunks:
+        for one, expected in zip(outputs, journal.checksums(index), strict=True):
+            _check_chunk(plan, one, index, expected)
+
+
+def _check_chunk(
+    plan: MergePlan, output: Sequence[ByteRuns[OutputFile]], index: int, expected: int
+) -> None:
+    chunk = plan[index]
+    size = plan.segments[chunk.segment].bytes_out
+    found, last = 0, None
+    row = output[chunk.segment]
+    for file, offset, begin, end in row.runs(chunk.begin * size, chunk.end * size):
+        found, last = zlib.crc32(file.read(offset, end - begin), found), (file.path, offset)
+    if found != expected:
+        path, offset = last or ("the output", 0)
+        raise OutputError(
+            f"{path} does not hold what was written near byte {offset}: the disk or the memory is "
+            "faulty. Nothing was published; check the machine, and merge again."
+        )

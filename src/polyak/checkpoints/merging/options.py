@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from polyak.errors import ArgumentError
 
-DEFAULT_MEMORY = 128 * 1024**2
-DEFAULT_SHARD = 5 * 10**9
+if TYPE_CHECKING:
+    import torch
+
 MAX_THREADS = 16
 
 _UNITS = {"": 1, "B": 1}
@@ -27,73 +29,73 @@ _DTYPES = {
 _SPELLINGS = {alias: name for name, all_ in _DTYPES.items() for alias in (name.lower(), *all_)}
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of `average_checkpoints`; what each means stands there."""
-
-    dtype: Any
-    include: Sequence[str]
-    exclude: Sequence[str]
-    base: str | os.PathLike[str] | None
-    key: str | None
-    normalize: bool
-    shard_size: int | str
-    max_memory: int | str
-    threads: int | None
-    part: str | None
-    resume: bool
-    verify: bool
-    overwrite: bool
-    progress: Callable[[int, int], None] | None
-
-
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """`Options` with their defaults, every value checked."""
+class MergeOptions:
+    """How checkpoints are merged. The fields are the keywords of `average_checkpoints`, as given.
 
-    dtype: str | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    base: str | None
-    key: str | None
-    normalize: bool
-    shard_size: int
-    max_memory: int
-    threads: int
-    part: tuple[int, int]
-    resume: bool
-    verify: bool
-    overwrite: bool
-    progress: Callable[[int, int], None] | None
+    Properties give the values that text stands for. Raises ArgumentError for the first that is wrong.
+    """
 
-    @classmethod
-    def of(cls, options: Options) -> Self:
-        """Check every option; ArgumentError for the first that is wrong."""
-        if unknown := options.keys() - Options.__annotations__.keys():
-            known = ", ".join(Options.__annotations__)
-            raise ArgumentError(f"Unknown options {sorted(unknown)}; known are {known}.")
-        base = options.get("base")
-        return cls(
-            dtype=dtype_from(options.get("dtype")),
-            include=_patterns("include", options.get("include", ())),
-            exclude=_patterns("exclude", options.get("exclude", ())),
-            base=None if base is None else os.fspath(base),
-            key=options.get("key"),
-            normalize=bool(options.get("normalize", False)),
-            shard_size=bytes_from(options.get("shard_size", DEFAULT_SHARD), "shard_size"),
-            max_memory=bytes_from(options.get("max_memory", DEFAULT_MEMORY), "max_memory"),
-            threads=_threads(options.get("threads")),
-            part=part_from(options.get("part")),
-            resume=bool(options.get("resume", False)),
-            verify=bool(options.get("verify", False)),
-            overwrite=bool(options.get("overwrite", False)),
-            progress=options.get("progress"),
-        )
+    dtype: str | torch.dtype | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    base: str | os.PathLike[str] | None = None
+    key: str | None = None
+    normalize: bool = False
+    shard_size: int | str = "5GB"
+    max_memory: int | str = "128MiB"
+    threads: int | None = None
+    part: str | None = None
+    resume: bool = False
+    verify: bool = False
+    overwrite: bool = False
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            if isinstance(value := getattr(self, name), str):
+                raise ArgumentError(
+                    f"{name} is the text {value!r}; expected a list of name patterns."
+                )
+        for name in ("written_dtype", "shard_bytes", "memory_bytes", "thread_count", "share"):
+            getattr(self, name)
+
+    @cached_property
+    def written_dtype(self) -> str | None:
+        """The dtype of floating tensors as safetensors spells it; None keeps that of the inputs."""
+        return parse_dtype(self.dtype)
+
+    @cached_property
+    def shard_bytes(self) -> int:
+        """The size of a shard."""
+        return parse_bytes(self.shard_size, "shard_size")
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """What all buffers together may take."""
+        return parse_bytes(self.max_memory, "max_memory")
+
+    @cached_property
+    def thread_count(self) -> int:
+        """How many threads to use; by default one per core that this process may use."""
+        if self.threads is not None:
+            if not 1 <= self.threads <= 1024:
+                raise ArgumentError(f"threads is {self.threads}; expected 1 to 1024.")
+            return self.threads
+        if hasattr(os, "sched_getaffinity"):
+            return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        return min(MAX_THREADS, os.cpu_count() or 1)
+
+    @cached_property
+    def share(self) -> tuple[int, int]:
+        """Which part of the work is this process's, from 0, and how many parts there are."""
+        return parse_part(self.part)
 
 
-def bytes_from(value: int | str, what: str) -> int:
-    """A number of bytes, or text like `256MB` (10^6) or `256MiB` (2^20); ArgumentError else.
+def parse_bytes(value: int | str, what: str) -> int:
+    """A number of bytes, or text like `256MB` (10^6) or `256MiB` (2^20); ArgumentError otherwise.
 
-    >>> bytes_from("1.5GB", "max_memory"), bytes_from("4 KiB", "max_memory")
+    >>> parse_bytes("1.5GB", "max_memory"), parse_bytes("4 KiB", "max_memory")
     (1500000000, 4096)
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(value))
@@ -106,10 +108,10 @@ def bytes_from(value: int | str, what: str) -> int:
     return size
 
 
-def dtype_from(value: Any) -> str | None:
-    """The safetensors spelling of a floating dtype given as text or `torch.dtype`; None stays.
+def parse_dtype(value: str | torch.dtype | None) -> str | None:
+    """The safetensors spelling of a floating dtype given as text or `torch.dtype`; None stays None.
 
-    >>> dtype_from("bfloat16"), dtype_from("fp16"), dtype_from(None)
+    >>> parse_dtype("bfloat16"), parse_dtype("fp16"), parse_dtype(None)
     ('BF16', 'F16', None)
     """
     if value is None:
@@ -121,10 +123,10 @@ def dtype_from(value: Any) -> str | None:
     return _SPELLINGS[name]
 
 
-def part_from(value: str | None) -> tuple[int, int]:
+def parse_part(value: str | None) -> tuple[int, int]:
     """`"2/4"` as (1, 4): the index from 0, and how many; (0, 1) for None.
 
-    >>> part_from("1/4"), part_from(None)
+    >>> parse_part("1/4"), parse_part(None)
     ((0, 4), (0, 1))
     """
     if value is None:
@@ -133,22 +135,3 @@ def part_from(value: str | None) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]) <= 4096:
         raise ArgumentError(f"part is {value!r}; expected I/N with 1 <= I <= N, like 1/4.")
     return int(match[1]) - 1, int(match[2])
-
-
-def _threads(value: int | None) -> int:
-    if value is None:
-        mine = (
-            os.sched_getaffinity(0)
-            if hasattr(os, "sched_getaffinity")
-            else range(os.cpu_count() or 1)
-        )
-        return min(MAX_THREADS, len(mine))
-    if not 1 <= value <= 1024:
-        raise ArgumentError(f"threads is {value}; expected 1 to 1024.")
-    return value
-
-
-def _patterns(what: str, value: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise ArgumentError(f"{what} is the text {value!r}; expected a list of name patterns.")
-    return tuple(value)

@@ -2,10 +2,8 @@
 
 The values of all tensors that are treated alike form a *segment*, one long row. It is cut into
 chunks of a fixed number of values, whatever the tensors' borders, so that a thousand small tensors
-cost no more than one large one. A `Strip` says where the bytes of a segment lie in an input or an
-output: neighbours that are neighbours in the file too become one piece.
-
-Sharing a merge among processes: each takes the chunks that cost its even share of the bytes.
+cost no more than one large one. `ByteRuns` say where the bytes of a segment are in an input or an output.
+Processes that share a merge each take the chunks that make up their share of the bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +28,11 @@ vectorised loop, where a compiler may round otherwise: results do not depend on 
 Source = TypeVar("Source")
 
 
-class Strip(Generic[Source]):
-    """Where the bytes of a row lie: pieces of files, end to end."""
+class ByteRuns(Generic[Source]):
+    """Where the bytes of a row are: runs of bytes in files, end to end.
+
+    Neighbours that are neighbours in the file too become one run.
+    """
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -39,7 +40,7 @@ class Strip(Generic[Source]):
         self.length = 0
 
     def add(self, source: Source, offset: int, length: int) -> None:
-        """Append `length` bytes that lie at `offset` of `source`."""
+        """Append the `length` bytes at `offset` of `source`."""
         if not length:
             return
         if not self._continues(source, offset):
@@ -47,8 +48,8 @@ class Strip(Generic[Source]):
             self._places.append((source, offset))
         self.length += length
 
-    def pieces(self, begin: int, end: int) -> Iterator[tuple[Source, int, int, int]]:
-        """(source, offset in it, begin, end) of the pieces of the row's bytes `begin` to `end`."""
+    def runs(self, begin: int, end: int) -> Iterator[tuple[Source, int, int, int]]:
+        """(source, offset in it, begin, end) of the runs that hold the row's bytes `begin` to `end`."""
         at = bisect_right(self._starts, begin) - 1
         while begin < end:
             source, offset = self._places[at]
@@ -58,8 +59,8 @@ class Strip(Generic[Source]):
             yield source, offset + begin - start, begin, stop
             begin, at = stop, at + 1
 
-    def locate(self, begin: int, end: int) -> tuple[Source, int] | None:
-        """The source and the offset in it, if the row's bytes `begin` to `end` are one piece."""
+    def single_run(self, begin: int, end: int) -> tuple[Source, int] | None:
+        """The source and the offset in it, if one run holds the row's bytes `begin` to `end`."""
         at = bisect_right(self._starts, begin) - 1
         if at + 1 < len(self._starts) and self._starts[at + 1] < end:
             return None
@@ -68,7 +69,7 @@ class Strip(Generic[Source]):
 
     @property
     def sources(self) -> list[Source]:
-        """What the pieces lie in, in their order."""
+        """What the runs are in, in their order."""
         return [source for source, _ in self._places]
 
     def _continues(self, source: Source, offset: int) -> bool:
@@ -93,7 +94,7 @@ class Segment:
     mean: bool
     tensors: list[MergedTensor] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-    inputs: list[Strip[Reader]] = field(default_factory=list)
+    inputs: list[ByteRuns[Reader]] = field(default_factory=list)
     values: int = 0
 
     @property
@@ -129,10 +130,10 @@ class Segment:
         self.tensors.append(tensor)
         self.starts.append(self.values)
         if not self.inputs:
-            self.inputs = [Strip() for _ in tensor.sources]
-        for strip, source in zip(self.inputs, tensor.sources, strict=True):
+            self.inputs = [ByteRuns() for _ in tensor.sources]
+        for runs, source in zip(self.inputs, tensor.sources, strict=True):
             if source is not None:
-                _add_spans(strip, source)
+                _add_spans(runs, source)
         self.values += tensor.nbytes // self.bytes_out
 
     def tensors_in(self, begin: int, end: int) -> Iterator[tuple[MergedTensor, int, int]]:
@@ -148,12 +149,13 @@ class Segment:
                 yield tensor, max(begin - start, 0), min(end - start, size)
 
 
-def _add_spans(strip: Strip[Reader], tensor: StoredTensor) -> None:
-    if tensor.spans is None:
-        strip.add(tensor, 0, tensor.nbytes)
+def _add_spans(runs: ByteRuns[Reader], tensor: StoredTensor) -> None:
+    spans = tensor.spans
+    if spans is None:
+        runs.add(tensor, 0, tensor.nbytes)
         return
-    for span in tensor.spans:
-        strip.add(span.file, span.offset, span.length)
+    for span in spans:
+        runs.add(span.file, span.offset, span.length)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Chunk:
     end: int
 
 
-class Plan:
+class MergePlan:
     """All segments of a merge, and the chunks that they are cut into."""
 
     def __init__(self, tensors: Sequence[MergedTensor], chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -231,17 +233,17 @@ def in_writing_order(tensors: Sequence[MergedTensor]) -> list[MergedTensor]:
     return [tensor for _, tensor in sorted(enumerate(tensors), key=place)]
 
 
-def part_of(plan: Plan, index: int, count: int) -> range:
+def share_of_chunks(plan: MergePlan, index: int, count: int) -> range:
     """The chunks of part `index` (from 0) of `count`; all parts together are all chunks, once each."""
     return range(_boundary(plan, index, count), _boundary(plan, index + 1, count))
 
 
-def bytes_to_read(plan: Plan) -> int:
+def bytes_to_read(plan: MergePlan) -> int:
     """Bytes of all inputs that a merge reads."""
     return sum(_bytes(plan, at) for at in range(len(plan.segments)))
 
 
-def _boundary(plan: Plan, index: int, count: int) -> int:
+def _boundary(plan: MergePlan, index: int, count: int) -> int:
     """The first chunk of a part: where `index / count` of all bytes have been read."""
     remaining = bytes_to_read(plan) * index // count
     chunks = 0
@@ -254,5 +256,5 @@ def _boundary(plan: Plan, index: int, count: int) -> int:
     return chunks
 
 
-def _bytes(plan: Plan, at: int) -> int:
-    return sum(strip.length for strip in plan.segments[at].inputs)
+def _bytes(plan: MergePlan, at: int) -> int:
+    return sum(runs.length for runs in plan.segments[at].inputs)

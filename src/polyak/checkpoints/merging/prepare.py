@@ -1,10 +1,11 @@
-"""The paths of a merge: what is read, what is written, and that the second never harms the first.
+"""A merge laid out and checked in full, before anything is written: `prepared`.
 
-A merge laid out and checked in full, before anything is written.
+What is written never harms what is read: no output takes the place of an input.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -19,39 +20,52 @@ from pathlib import Path
 
 from polyak.checkpoints.merging.align import Alignment, align, check_adapters
 from polyak.checkpoints.merging.engine import Job, Sink, run
-from polyak.checkpoints.merging.options import Settings
+from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint
-from polyak.checkpoints.merging.plan import Plan, Strip, bytes_to_read, in_writing_order
+from polyak.checkpoints.merging.plan import ByteRuns, MergePlan, bytes_to_read, in_writing_order
 from polyak.checkpoints.merging.weights import (
-    How,
-    Recipe,
+    Method,
+    OutputWeights,
     in_natural_order,
     metadata_of,
-    recipe_for,
+    weights_for,
 )
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, StaleStatistics, warn
 
 PathLike = str | os.PathLike[str]
+Input = PathLike | Checkpoint
+"""A checkpoint to average: its path, or the checkpoint as `open_checkpoint` returned it."""
 
 
-def checked_paths(inputs: Iterable[PathLike], outputs: Mapping[PathLike, How]) -> list[str]:
-    """The inputs' paths; one path instead of many would be taken letter by letter."""
-    if isinstance(inputs, (str, bytes, os.PathLike)):
+def checked_inputs(inputs: Iterable[Input]) -> list[Input]:
+    """The inputs as a list; a single string would be iterated character by character."""
+    if isinstance(inputs, (str, bytes, os.PathLike, Checkpoint)):
         raise ArgumentError(
             f"inputs is one path, {inputs!r}; expected a list of checkpoints: [{inputs!r}] for this "
             "one alone, or Path(folder).glob('*') for those in a folder."
         )
+    return list(inputs)
+
+
+def checked_outputs(
+    outputs: PathLike | Mapping[PathLike, Method], method: Method | None
+) -> Mapping[PathLike, Method]:
+    """Path -> method, also of one path."""
+    if isinstance(outputs, (str, os.PathLike)):
+        return {outputs: "swa" if method is None else method}
     if not isinstance(outputs, Mapping):
         raise ArgumentError(
-            f"outputs is {outputs!r}; expected a mapping of path to method, like "
+            f"outputs is {outputs!r}; expected one path, or a mapping of path to method, like "
             "{'averaged.safetensors': 'swa'}."
         )
-    return [os.fspath(path) for path in inputs]
+    if method is not None:
+        raise ArgumentError(f"outputs names a method per path; leave out method={method!r}.")
+    return outputs
 
 
-def refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, How]) -> None:
+def refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, Method]) -> None:
     """ArgumentError for nothing to read or write, and for what is named twice."""
     if not paths:
         raise ArgumentError("There is nothing to average: no input was given.")
@@ -61,7 +75,7 @@ def refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, How]) -> None:
     twice = sorted({path for path in resolved if resolved.count(path) > 1})
     if twice:
         raise ArgumentError(
-            f"Given twice as an input: {', '.join(twice)}. Use weights to count more."
+            f"Given twice as an input: {', '.join(twice)}. To count one more often, give a weight per input."
         )
     targets = [_resolved(path) for path in outputs]
     if len(set(targets)) < len(targets):
@@ -81,8 +95,7 @@ def refuse_replacing(outputs: Iterable[PathLike], inputs: Iterable[Checkpoint]) 
     for target in outputs:
         if (source := sources.get(Path(target).resolve())) is not None:
             raise ArgumentError(
-                f"The output {os.fspath(target)} is an input, or holds one: {source}. Write to "
-                "another name."
+                f"The output {os.fspath(target)} is an input, or holds one: {source}. Choose another name."
             )
 
 
@@ -99,16 +112,16 @@ _PROBED_CHUNKS = 48
 class Merge:
     """A merge that has been checked: `inputs` oldest first, the base (if any) in front of them.
 
-    recipes, blueprints: one per output. batchnorm: as recorded in the outputs.
+    weights, blueprints: one per output. batchnorm: as recorded in the outputs.
     """
 
     inputs: tuple[Checkpoint, ...]
     base: Checkpoint | None
-    recipes: tuple[Recipe, ...]
+    weights: tuple[OutputWeights, ...]
     alignment: Alignment
-    plan: Plan
+    plan: MergePlan
     blueprints: tuple[Blueprint, ...]
-    settings: Settings
+    options: MergeOptions
     batchnorm: str
 
     @cached_property
@@ -136,20 +149,20 @@ class Merge:
     @property
     def coefficients(self) -> list[list[float]]:
         """[output][input]; the base's is what the weights leave of 1: avg = base + sum c (x - base)."""
-        rows = [list(recipe.weights) for recipe in self.recipes]
+        rows = [list(one.coefficients) for one in self.weights]
         return rows if self.base is None else [[_remainder(row), *row] for row in rows]
 
     @property
     def threads(self) -> int:
         """How many threads fit in the memory that was allowed."""
         return self.plan.threads_within(
-            self.settings.max_memory, len(self.recipes), self.settings.threads
+            self.options.memory_bytes, len(self.weights), self.options.thread_count
         )
 
     @property
     def memory(self) -> int:
         """Bytes of buffers at the peak, above what Python and torch take anyway."""
-        return self.threads * self.plan.memory_per_thread(len(self.recipes))
+        return self.threads * self.plan.memory_per_thread(len(self.weights))
 
     @property
     def bytes_read(self) -> int:
@@ -161,7 +174,7 @@ class Merge:
         """Bytes of all outputs."""
         return sum(one.nbytes for one in self.blueprints)
 
-    def job(self, outputs: Sequence[Sequence[Strip[Sink]]]) -> Job:
+    def job(self, outputs: Sequence[Sequence[ByteRuns[Sink]]]) -> Job:
         """The engine's job, with a place for every segment of every output."""
         paths = [one.path for one in self.all_inputs]
         return Job(self.plan, self.coefficients, outputs, paths)
@@ -173,7 +186,7 @@ class Merge:
         if not chosen:
             return 0.0
         nowhere = [[_nowhere(s.values * s.bytes_out) for s in self.plan.segments]] * len(
-            self.recipes
+            self.weights
         )
         begin = time.perf_counter()
         run(self.job(nowhere), iter(chosen), self.threads, lambda index, checksums: None)
@@ -182,53 +195,80 @@ class Merge:
 
 @contextmanager
 def prepared(
-    inputs: Iterable[PathLike], outputs: Mapping[PathLike, How], settings: Settings
+    inputs: Iterable[Input],
+    outputs: PathLike | Mapping[PathLike, Method],
+    options: MergeOptions,
+    method: Method | None = None,
 ) -> Iterator[Merge]:
-    """Open the inputs and lay the merge out; they are closed when the block ends."""
-    paths = checked_paths(inputs, outputs)
+    """Open the inputs and lay the merge out; what was opened here is closed when the block ends."""
+    given, outputs = checked_inputs(inputs), checked_outputs(outputs, method)
+    paths = [one.path if isinstance(one, Checkpoint) else os.fspath(one) for one in given]
     refuse_twice(paths, outputs)
     with ExitStack() as stack:
-        opened = [stack.enter_context(_opened(path, settings)) for path in paths]
-        base = (
-            None if settings.base is None else stack.enter_context(_opened(settings.base, settings))
-        )
-        refuse_replacing(outputs, opened if base is None else [base, *opened])
-        yield _laid_out(opened, base, outputs, settings)
+        with garbage_kept():
+            opened = [
+                one if isinstance(one, Checkpoint) else stack.enter_context(_opened(one, options))
+                for one in given
+            ]
+            base = (
+                None
+                if options.base is None
+                else stack.enter_context(_opened(options.base, options))
+            )
+            refuse_replacing(outputs, opened if base is None else [base, *opened])
+            merge = _laid_out(opened, base, outputs, options)
+        yield merge
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Pause Python's garbage collector within the block.
+
+    A checkpoint of a thousand tensors is some ten thousand objects, and all of them stay. Looking
+    through them for garbage again and again took half the time of opening a folder of checkpoints.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _laid_out(
     given: Sequence[Checkpoint],
     base: Checkpoint | None,
-    outputs: Mapping[PathLike, How],
-    settings: Settings,
+    outputs: Mapping[PathLike, Method],
+    options: MergeOptions,
 ) -> Merge:
     order = in_natural_order(given)
     inputs = tuple(given[index] for index in order)
-    recipes = [recipe_for(how, inputs, order, settings) for how in outputs.values()]
+    weights = tuple(weights_for(one, inputs, order, options) for one in outputs.values())
     check_adapters(inputs)
-    alignment = align(inputs if base is None else (base, *inputs), settings)
+    everything = inputs if base is None else (base, *inputs)
+    averages = len(everything) > 1 or any(one.coefficients != (1.0,) for one in weights)
+    alignment = align(everything, options, averages=averages)
     tensors = in_writing_order(alignment.tensors)
-    contents = Contents(tensors, alignment.ties, inputs[-1], settings.shard_size)
-    batchnorm = _batchnorm(inputs, alignment)
+    contents = Contents(tensors, alignment.ties, inputs[-1], options.shard_bytes)
+    batchnorm = _batchnorm(inputs[-1], alignment)
     marks = {"batchnorm": batchnorm, "ties": json.dumps(alignment.ties)}
     blueprints = [
-        blueprint(Path(path), contents, metadata_of(recipe, inputs, settings, marks))
-        for path, recipe in zip(outputs, recipes, strict=True)
+        blueprint(Path(path), contents, metadata_of(one, inputs, options, marks))
+        for path, one in zip(outputs, weights, strict=True)
     ]
-    plan = Plan(tensors)
-    return Merge(
-        inputs, base, tuple(recipes), alignment, plan, tuple(blueprints), settings, batchnorm
-    )
+    plan = MergePlan(tensors)
+    return Merge(inputs, base, weights, alignment, plan, tuple(blueprints), options, batchnorm)
 
 
 def warn_of_stale(merge: Merge, file: str | None = None) -> None:
     """Warn where averaging leaves BatchNorm statistics that are the newest input's.
 
-    file: stands for the output in the command that is shown.
+    file: the name of the output in the command that is shown.
     """
     first = merge.blueprints[0]
     written = shlex.quote(str(first.target / next(iter(first.layouts))))
-    if merge.batchnorm == "stale" and len(merge.inputs) > 1:
+    if merge.batchnorm == "stale" and merge.alignment.averages:
         warn(
             "The BatchNorm statistics are those of the newest checkpoint and do not belong to the "
             f"averaged weights. Set them before use: polyak update-bn {file or written} "
@@ -237,16 +277,14 @@ def warn_of_stale(merge: Merge, file: str | None = None) -> None:
         )
 
 
-def _opened(path: str, settings: Settings) -> Checkpoint:
-    return open_checkpoint(path, settings.key, strict=False)
+def _opened(path: PathLike, options: MergeOptions) -> Checkpoint:
+    return open_checkpoint(path, key=options.key, strict=False)
 
 
-def _batchnorm(inputs: Sequence[Checkpoint], alignment: Alignment) -> str:
+def _batchnorm(newest: Checkpoint, alignment: Alignment) -> str:
     if not alignment.has_statistics:
         return "none"
-    if len(inputs) > 1:
-        return "stale"
-    return inputs[0].metadata.get("batchnorm", "refreshed")
+    return "stale" if alignment.averages else newest.metadata.get("batchnorm", "refreshed")
 
 
 def _stamp(path: str, size: int) -> tuple[str, int, int]:
@@ -268,7 +306,7 @@ class _Nowhere:
         """Drop it."""
 
 
-def _nowhere(length: int) -> Strip[Sink]:
-    strip: Strip[Sink] = Strip()
-    strip.add(_Nowhere(), 0, length)
-    return strip
+def _nowhere(length: int) -> ByteRuns[Sink]:
+    runs: ByteRuns[Sink] = ByteRuns()
+    runs.add(_Nowhere(), 0, length)
+    return runs

@@ -4,53 +4,59 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from polyak.checkpoints.merging.options import Settings
+from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.reading.stored import Checkpoint
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, require
 from polyak.maths.pieces import effective_samples, piece_weights
 from polyak.maths.profiles import SWA, Profile
 from polyak.maths.text import parse_profile
 from polyak.version import __version__
 
-How = Profile | str | Sequence[float]
-"""How an output is made: a profile, its spelling, or a weight for every input as given."""
-
 UNHASHED = "0" * 64
-"""Stands where a SHA-256 will be written once it is known."""
+"""In place of a SHA-256 that is not known yet."""
 
-_SUM_TOLERANCE = 1e-6
-_OURS = {
-    "polyak",
-    "profile",
-    "unit",
-    "time",
-    "count",
-    "inputs",
-    "base",
-    "step",
-    "batchnorm",
-    "ties",
-}
+SUM_TOLERANCE = 1e-6
+"""How far from 1 the sum of weights may be that are meant to sum to 1."""
+
+_OUR_KEYS = {
+    "polyak", "profile", "unit", "time", "count", "inputs", "base", "step", "batchnorm", "ties",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How one output is made. weights: float64, one per input, oldest first.
+class OutputWeights:
+    r"""The coefficient of each input in one output, $y = \sum_i c_i\, x_i$, used as they are.
 
-    label: the profile's repr, or `weights`. unit: of its time: `steps`, `captures` or `files`.
+    They may be negative and need not sum to 1, which is what a difference of two checkpoints needs:
+    `OutputWeights((1.0, -1.0))`. As a method they are in the order in which the inputs were given; in a
+    `MergeResult` they are oldest first. Raises ArgumentError unless all are finite and one is not zero.
+
+    coefficients: float64, one per input. label: what the output's metadata gives as its profile.
+    unit: of its time, `steps`, `captures` or `files`.
     """
 
-    label: str
-    unit: str
-    weights: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    label: str = "weights"
+    unit: str = "files"
+
+    def __post_init__(self) -> None:
+        found = [float(value) for value in self.coefficients]
+        if not all(map(math.isfinite, found)) or not any(found):
+            raise ArgumentError(f"The weights are {found}; expected finite numbers, not all zero.")
+        object.__setattr__(self, "coefficients", tuple(found))
 
     @property
     def effective_samples(self) -> float:
         """How many equal weights would cancel as much noise."""
-        return effective_samples(self.weights)
+        return effective_samples(self.coefficients)
+
+
+Method = Profile | str | Sequence[float] | OutputWeights
+"""How an output is made: a profile, its text, weights that sum to 1, or coefficients as they are."""
 
 
 def in_natural_order(inputs: Sequence[Checkpoint]) -> list[int]:
@@ -61,66 +67,97 @@ def in_natural_order(inputs: Sequence[Checkpoint]) -> list[int]:
     return sorted(range(len(inputs)), key=lambda index: steps[index] or 0)
 
 
-def recipe_for(
-    how: How, inputs: Sequence[Checkpoint], order: Sequence[int], settings: Settings
-) -> Recipe:
+def weights_for(
+    method: Method, inputs: Sequence[Checkpoint], order: Sequence[int], options: MergeOptions
+) -> OutputWeights:
     """The coefficients of one output. inputs: oldest first; order: where each was in the call.
 
     Raises ArgumentError for weights that do not fit the inputs or do not sum to 1, and for profiles
     that need steps where there are none.
     """
-    profile = parse_profile(how) if isinstance(how, str) else how
-    if not isinstance(profile, Profile):
-        weights = _explicit(profile, settings)
-        if len(weights) != len(inputs):
-            raise ArgumentError(
-                f"{len(weights)} weights for {len(inputs)} inputs; one each is needed."
-            )
-        return Recipe("weights", "files", tuple(weights[index] for index in order))
-    if settings.base is not None:
+    method = parse_profile(method) if isinstance(method, str) else method
+    if isinstance(method, Profile):
+        return _profile_weights(method, inputs, options)
+    ready = method if isinstance(method, OutputWeights) else _summing_to_1(method, options)
+    found = ready.coefficients
+    require(
+        len(found) == len(inputs),
+        f"{len(found)} weights for {len(inputs)} inputs; one each is needed.",
+    )
+    return replace(ready, coefficients=tuple(found[index] for index in order))
+
+
+def _summing_to_1(method: Sequence[float], options: MergeOptions) -> OutputWeights:
+    try:
+        weights = [float(weight) for weight in method]
+    except (TypeError, ValueError):
         raise ArgumentError(
-            f"The weights of {profile!r} sum to 1, so the base would cancel out of the result. Give "
-            "weights= (--weights) with a base, such as 0.5,0.5,0.5 to add half of each difference."
+            f"Cannot build an output from {method!r}; expected a profile like polyak.SWA(), its text "
+            "('swa'), or a weight for every input."
+        ) from None
+    ready = OutputWeights(tuple(weights))
+    total = math.fsum(weights)
+    if options.normalize:
+        require(total != 0, f"The weights {weights} sum to 0 and cannot be normalised.")
+        return replace(ready, coefficients=tuple(weight / total for weight in weights))
+    if options.base is None and abs(total - 1) > SUM_TOLERANCE:
+        raise ArgumentError(
+            f"The weights {weights} sum to {total:.6g}, not to 1. Pass normalize=True to divide them by "
+            "their sum, or pass base=PATH to add differences to a checkpoint."
+        )
+    return ready
+
+
+def _profile_weights(
+    profile: Profile, inputs: Sequence[Checkpoint], options: MergeOptions
+) -> OutputWeights:
+    if options.base is not None:
+        raise ArgumentError(
+            f"The weights of {profile!r} sum to 1, so the base would cancel out of the result. With a "
+            "base give one weight per input, such as 0.5,0.5,0.5 to add half of each difference."
         )
     unit, times = _times(profile, inputs)
-    return Recipe(repr(profile), unit, tuple(piece_weights(profile, times).tolist()))
+    return OutputWeights(tuple(piece_weights(profile, times).tolist()), repr(profile), unit)
 
 
 def metadata_of(
-    recipe: Recipe, inputs: Sequence[Checkpoint], settings: Settings, marks: Mapping[str, str]
+    weights: OutputWeights,
+    inputs: Sequence[Checkpoint],
+    options: MergeOptions,
+    marks: Mapping[str, str],
 ) -> dict[str, str]:
     """What the output says about itself, strings only; `marks` are added (batchnorm, ties).
 
-    What the newest said goes on, with `format`, without which Transformers refuses a file.
+    The newest's own metadata is kept, with `format`, without which Transformers refuses a file.
     """
-    counted = [weight for weight in recipe.weights if weight]
+    counted = [weight for weight in weights.coefficients if weight]
     steps = [one.step for one in inputs]
-    time = steps[-1] if recipe.unit == "steps" and steps[-1] is not None else len(counted)
+    time = steps[-1] if weights.unit == "steps" and steps[-1] is not None else len(counted)
     made = {
         "polyak": __version__,
-        "profile": recipe.label,
-        "unit": recipe.unit,
+        "profile": weights.label,
+        "unit": weights.unit,
         "time": str(time),
         "count": str(len(counted)),
         "inputs": json.dumps(
-            [_described(*pair, settings) for pair in zip(inputs, recipe.weights, strict=True)]
+            [_described(*pair, options) for pair in zip(inputs, weights.coefficients, strict=True)]
         ),
     }
-    if settings.base is not None:
-        made["base"] = settings.base
-    for what, patterns in (("include", settings.include), ("exclude", settings.exclude)):
+    if options.base is not None:
+        made["base"] = os.fspath(options.base)
+    for what, patterns in (("include", options.include), ("exclude", options.exclude)):
         if patterns:
             made[what] = json.dumps(patterns)
-    if recipe.unit != "steps" and steps[-1] is not None:
+    if weights.unit != "steps" and steps[-1] is not None:
         made["step"] = str(steps[-1])
     return {"format": "pt", **_carried(inputs[-1]), **made, **marks}
 
 
 def _carried(newest: Checkpoint) -> dict[str, str]:
-    """What a safetensors file says about itself beside what polyak says."""
+    """What a safetensors file says about itself apart from what polyak wrote."""
     if not newest.format.startswith("safetensors"):
         return {}
-    return {key: text for key, text in newest.metadata.items() if key not in _OURS}
+    return {key: text for key, text in newest.metadata.items() if key not in _OUR_KEYS}
 
 
 def with_hashes(metadata: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
@@ -132,37 +169,14 @@ def with_hashes(metadata: Mapping[str, str], hashes: Mapping[str, str]) -> dict[
     return {**metadata, "inputs": json.dumps(inputs)}
 
 
-def _described(one: Checkpoint, weight: float, settings: Settings) -> dict[str, object]:
+def _described(one: Checkpoint, weight: float, options: MergeOptions) -> dict[str, object]:
     described: dict[str, object] = {"path": one.path, "bytes": sum(file.size for file in one.files)}
     if one.step is not None:
         described["step"] = one.step
     described["weight"] = weight
-    if settings.verify:
+    if options.verify:
         described["sha256"] = {file.path: UNHASHED for file in one.files}
     return described
-
-
-def _explicit(how: Sequence[float], settings: Settings) -> list[float]:
-    try:
-        weights = [float(weight) for weight in how]
-    except (TypeError, ValueError):
-        raise ArgumentError(
-            f"An output is to be made by {how!r}; expected a profile like polyak.SWA(), its spelling "
-            "('swa'), or a weight for every input."
-        ) from None
-    total = math.fsum(weights)
-    if not all(map(math.isfinite, weights)) or not any(weights):
-        raise ArgumentError(f"The weights are {weights}; expected finite numbers, not all zero.")
-    if settings.normalize:
-        if not total:
-            raise ArgumentError(f"The weights {weights} sum to 0 and cannot be normalised.")
-        return [weight / total for weight in weights]
-    if settings.base is None and abs(total - 1) > _SUM_TOLERANCE:
-        raise ArgumentError(
-            f"The weights {weights} sum to {total:.6g}, not to 1. Pass normalize=True (--normalize) "
-            "to divide them by their sum, or a base to add differences to."
-        )
-    return weights
 
 
 def _times(profile: Profile, inputs: Sequence[Checkpoint]) -> tuple[str, list[float]]:
@@ -174,12 +188,13 @@ def _times(profile: Profile, inputs: Sequence[Checkpoint]) -> tuple[str, list[fl
             return "steps", steps
         if not isinstance(profile, SWA):
             raise ArgumentError(
-                f"{profile!r} needs files of different training steps; found {steps}. Are these "
-                "several runs? Give weights (--weights), or swa, which counts files equally."
+                f"{profile!r} needs files of different training steps; found {steps}. If these are "
+                "several runs, give a weight per input, or use swa, which counts files equally."
             )
     elif profile.has_horizon:
         raise ArgumentError(
-            f"{profile!r} is a length of training, and the step of {', '.join(unknown)} is not known. "
-            "Put it in the name (checkpoint-500, step_000500.pt), or use swa or weights (--weights)."
+            f"{profile!r} is measured in training steps, but the step of {', '.join(unknown)} is "
+            "unknown. Put it in the name (checkpoint-500, step_000500.pt), use swa, or give a weight "
+            "per input."
         )
     return "captures", [float(index) for index in range(1, len(inputs) + 1)]

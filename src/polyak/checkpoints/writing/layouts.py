@@ -311,7 +311,7 @@ def _end(entries: int, length: int, at: int) -> bytes:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Stands for a storage while pickling."""
+    """A storage while pickling: only its persistent id is written."""
 
     key: str
     kind: Any

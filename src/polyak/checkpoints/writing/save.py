@@ -68,16 +68,16 @@ def write_checkpoint(
     is_torch = target.suffix.lower() in TORCH_SUFFIXES
     ordered = [*tensors] if is_torch else sorted(tensors, key=lambda n: -tensors[n].element_size())
     specs = [TensorSpec(n, _SPELLINGS[tensors[n].dtype], tuple(tensors[n].shape)) for n in ordered]
-    said = {"format": "pt", "polyak": __version__, **(metadata or {})}
+    described = {"format": "pt", "polyak": __version__, **(metadata or {})}
     if ties and not is_torch:
-        said["ties"] = json.dumps(ties, sort_keys=True)
-    said = dict(sorted(said.items()))
-    layout = layout_for(target, specs, ties, said, getattr(tensors, "_metadata", None))
+        described["ties"] = json.dumps(ties, sort_keys=True)
+    described = dict(sorted(described.items()))
+    layout = layout_for(target, specs, ties, described, getattr(tensors, "_metadata", None))
     if layout is None:
         raise _wrong_suffix(target)
     values = (_bytes(tensors[name]) for name in ordered)
     with replacing(target, overwrite=overwrite) as part:
-        _write(part, layout, values, said)
+        _write(part, layout, values, described)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
