@@ -19,6 +19,7 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from polyak.errors import FormatError
 
@@ -31,6 +32,17 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )  # fmt: skip
 """Bits per value of every dtype that a stored tensor may have."""
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16,
+    "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64,
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "C32": torch.complex32, "C64": torch.complex64,
+    "C128": torch.complex128, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""Spelling of safetensors -> torch; what torch lacks is absent."""
 
 MAX_DIMENSIONS = 64
 """As many dimensions as torch and NumPy can hold."""
@@ -115,6 +127,31 @@ class StoredTensor(ABC):
         start: bytes, at least 0, `start + len(buffer) <= nbytes`; whole values are the fast path.
         buffer: writable, contiguous, one byte an item. Raises FormatError where bytes are missing.
         """
+
+    def load(self) -> Tensor:
+        """The whole tensor in host memory: row-major, with the torch dtype that it is stored as.
+
+        Raises FormatError for a dtype that torch does not have (F4, F6_E2M3, F6_E3M2), and where
+        `read_into` does.
+
+        >>> import tempfile, pathlib, torch
+        >>> from polyak import open_checkpoint
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
+        >>> torch.save({"w": torch.ones(2, 2, dtype=torch.bfloat16)}, path)
+        >>> with open_checkpoint(path) as checkpoint:
+        ...     checkpoint.tensors["w"].load()
+        tensor([[1., 1.],
+                [1., 1.]], dtype=torch.bfloat16)
+        """
+        dtype = TORCH_DTYPES.get(self.dtype)
+        if dtype is None:
+            raise FormatError(
+                f"{self.name} is stored as {self.dtype}, which torch does not have. Its bytes can be "
+                "read with read_into."
+            )
+        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.read_into(0, raw.numpy().data)
+        return raw.view(dtype).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.dtype}, {list(self.shape)})"
@@ -208,17 +245,6 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16,
-    "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64,
-    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-    "BF16": torch.bfloat16, "C32": torch.complex32, "C64": torch.complex64,
-    "C128": torch.complex128, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-"""Spelling of safetensors -> torch; what torch lacks is absent."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What is averaged, and what an average can be written as."""
