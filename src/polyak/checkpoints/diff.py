@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint, StoredTensor, pieces
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint, StoredTensor, iter_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def diff_checkpoints(
     >>> distance.l2, distance.relative, round(distance.degrees, 9)
     (1.0, 1.0, 45.0)
     """
-    with open_checkpoint(a, key_a) as first, open_checkpoint(b, key_b) as second:
+    with open_checkpoint(a, key=key_a) as first, open_checkpoint(b, key=key_b) as second:
         result = _compare(first, second)
         first.check_unchanged()
         second.check_unchanged()
@@ -122,7 +122,7 @@ def distance(a: StoredTensor, b: StoredTensor) -> Distance:
     """The distance of two stored tensors of one shape, whatever their dtypes."""
     total = Distance()
     decoded = a.dtype in TORCH_DTYPES and b.dtype in TORCH_DTYPES
-    for left, right in pieces(a, b):
+    for left, right in iter_values(a, b):
         total += _distance(left, right) if decoded else Distance(int((left != right).sum()))
     return total
 

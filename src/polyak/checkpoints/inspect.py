@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, pieces
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, iter_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def inspect_checkpoint(
     >>> inspect_checkpoint(path, values=True).tensors[0].values
     ValueCounts(nans=1, infinities=0, norm=5.0)
     """
-    with open_checkpoint(path, key, strict=False) as checkpoint:
+    with open_checkpoint(path, key=key, strict=False) as checkpoint:
         entries = tuple(
             TensorEntry(
                 stored.name,
@@ -110,7 +110,7 @@ def count_values(stored: StoredTensor) -> ValueCounts | None:
         return None
     nans = infinities = 0
     squares = 0.0
-    for (raw,) in pieces(stored):
+    for (raw,) in iter_values(stored):
         values = raw.to(torch.float64)
         nans += int(values.isnan().sum())
         infinities += int(values.isinf().sum())

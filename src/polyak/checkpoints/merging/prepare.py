@@ -238,7 +238,7 @@ def warn_of_stale(merge: Merge, file: str | None = None) -> None:
 
 
 def _opened(path: str, settings: Settings) -> Checkpoint:
-    return open_checkpoint(path, settings.key, strict=False)
+    return open_checkpoint(path, key=settings.key, strict=False)
 
 
 def _batchnorm(inputs: Sequence[Checkpoint], alignment: Alignment) -> str:

@@ -331,7 +331,7 @@ def _inside(path: str, key: str | None) -> list[Found]:
 
 
 def _opened(path: str, key: str | None) -> Found:
-    with open_checkpoint(path, key, strict=False) as checkpoint:
+    with open_checkpoint(path, key=key, strict=False) as checkpoint:
         return Found(path, checkpoint.step)
 
 
