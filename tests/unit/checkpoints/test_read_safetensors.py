@@ -125,3 +125,10 @@ def test_every_truncation_is_refused(tmp_path_factory, data):
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(FormatError):
         open_checkpoint(path)
+
+
+def test_a_merged_file_is_known_by_its_metadata(tmp_path):
+    for metadata, merged in (({"polyak": "1", "inputs": "[]"}, True), ({"inputs": "[]"}, False)):
+        save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors", metadata)
+        with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+            assert checkpoint.is_merged is merged

@@ -148,14 +148,13 @@ def training_step(place: Place, metadata: dict[str, str]) -> int | None:
     `checkpoint-500/model.safetensors` has the step of its folder.
     """
     is_part = not place.is_folder and _is_part(place.name)
+    folder = place if place.is_folder else place.parent
     steps = [
-        _trainer_step(place if place.is_folder else place.parent)
-        if place.is_folder or is_part
-        else None,
+        _trainer_step(folder) if place.is_folder or is_part else None,
         *(_whole(metadata.get(key, "")) for key in ("global_step", "step")),
         _whole(metadata.get("time", "")) if metadata.get("unit") == "steps" else None,
         step_in_name(place.name),
-        step_in_name(place.parent.name) if is_part else None,
+        step_in_name(folder.name) if is_part else None,
     ]
     return next((step for step in steps if step is not None), None)
 
