@@ -1,12 +1,12 @@
-# Two commands: `make demo` and `make test`. Each sets up .venv by itself, once.
-# TORCH_INDEX: an index that holds CPU builds of torch, where the default one holds CUDA builds.
+# `make demo` trains and reports, `make test` runs every check; `make setup` is all they need, once.
+# TORCH_INDEX: an index with CPU builds of torch, if the default one has only CUDA builds.
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3.11
 TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check setup clean
+.PHONY: demo test setup clean
 
 demo: .venv/run.stamp
 	$(BIN)/polyak train $(DEMO_FLAGS)
@@ -16,7 +16,7 @@ test: .venv/dev.stamp
 
 setup: .venv/dev.stamp
 
-# torch first: anything that depends on it would otherwise bring the CUDA build.
+# torch first: any package that depends on it would otherwise install the CUDA build.
 .venv/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) pip
@@ -32,4 +32,4 @@ setup: .venv/dev.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -32,7 +32,7 @@ def averaged(model: nn.Module, **options) -> polyak.Average:
     return average
 
 
-def enter(average: polyak.Average, **options):
+def swapped_in(average: polyak.Average, **options):
     def call() -> None:
         with average.applied(**options):
             pass
@@ -49,7 +49,7 @@ def check(model: nn.Module, average: polyak.Average) -> None:
 
 
 def allocated(call) -> int:
-    """The bytes that torch's CPU allocator had out at most, beyond those at the start."""
+    """The peak of torch's CPU allocator in bytes, beyond what it held at the start."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -102,7 +102,10 @@ def main() -> None:
         model = model_of(count, size)
         average = averaged(model)
         check(model, average)
-        candidates = {"applied": enter(average), "in_place": enter(average, in_place=True)}
+        candidates = {
+            "applied": swapped_in(average),
+            "in_place": swapped_in(average, in_place=True),
+        }
         candidates |= peers(model) if options.peers else {}
         times = interleaved(candidates, rounds=options.rounds)
         weights = 4 * count * size

@@ -1,7 +1,7 @@
 """The table: each check against polyak and every peer. `python benchmarks/conformance.py [--write]`.
 
-A check is one small function in `checks/`, a peer one thin adapter in `peers/`. A peer that does not
-claim to do what a check asks for is not judged on it. Prints a table; `--write` also writes
+A check is one small function in `checks/`, a peer one thin adapter in `peers/`. A peer is not judged on
+what it does not claim to do. Prints a table; `--write` also writes
 `benchmarks/results/conformance.jsonl` and `docs/conformance.md`. Fails if polyak fails anywhere.
 """
 
@@ -46,10 +46,10 @@ def outcome(check: Check, peer: Peer) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]], peers: list[str]) -> Iterator[str]:
     """The page of the docs."""
     versions = ", ".join(f"{p} {version(p)}" for p in peers)
-    yield "# What is right, and where\n"
-    yield "Every check below runs against polyak and against each library through a thin adapter, by"
-    yield "`python benchmarks/conformance.py --write`, which makes this page. A dash: the library does not"
-    yield "claim to do this, and is not judged on it. Where a check fails, the cell says what was found.\n"
+    yield "# Conformance\n"
+    yield "`python benchmarks/conformance.py --write` runs every check against polyak and each library,"
+    yield "through a thin adapter, and writes this page. A dash means that the library does not claim to do"
+    yield "this and is not judged on it. Where a check fails, the cell says what was found.\n"
     yield f"Versions: {versions}.\n"
     for subject in SUBJECTS:
         yield f"## {subject.capitalize() if subject.islower() else subject}\n"

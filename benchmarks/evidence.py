@@ -2,15 +2,15 @@
 
     python benchmarks/evidence.py                     # everything: about 15 minutes on 2 quiet cores
     python benchmarks/evidence.py --parts weak        # one part; parts add up in the results file
-    python benchmarks/evidence.py --quick --output /tmp/evidence.jsonl     # a smoke of it
+    python benchmarks/evidence.py --quick --output /tmp/evidence.jsonl     # a smoke test
     python benchmarks/evidence.py --summary           # the tables, as Markdown
     python benchmarks/evidence.py --write-docs        # the tables into docs/should-i-average.md
 
 The rates of SGD, of the constant-rate arm and of the cyclic arm are tuned with equal trials: four
 each, two seeds that are not reported, by the error on the validation images (NLL where equal). Then
 five other seeds, on the test images. Parts: `weak` and `strong` regularisation, 40 epochs; `budgets`,
-20 and 30 epochs under weak regularisation, tuned anew. Interrupted, it goes on where it was: jobs
-whose records are in the results file are not done again.
+20 and 30 epochs under weak regularisation, tuned again. Interrupted, it resumes: jobs whose records are
+in the results file are not repeated.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--write-docs", action="store_true", help="put the tables into the docs")
     given = parser.parse_args()
     if given.quick and given.output == RESULTS:
-        parser.error("--quick needs an --output of its own: its figures are no evidence")
+        parser.error("--quick needs its own --output: its figures are not evidence")
     results = Results(given.output)
     if not (given.summary or given.write_docs):
         run(QUICK if given.quick else Plan(), given.parts, results, given.processes)

@@ -1,9 +1,9 @@
 """Merging checkpoints: time, memory, and the peers, in one run: `python benchmarks/merge.py --gb 1`.
 
-Every arm runs in a process of its own, which says how long the work took (imports aside) and its peak
+Every arm runs in its own process, which prints how long the work took (without imports) and its peak
 memory; a round runs every arm once, in rotating order, and ratios are taken within the round. All arms
 sync what they write. `plain` reads all inputs and writes one of them, by as many threads as polyak.
-The bounds of the project are asked for at 8 files of 1 GB on 2 cores, in the page cache.
+The project's bounds hold for 8 files of 1 GB on 2 cores, in the page cache.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ GROUPS = {
 
 
 def run_arm(name: str, folder: Path) -> None:
-    """In a process of its own: import, do it once, say seconds and peak memory."""
+    """In its own process: import, do it once, print seconds and peak memory."""
     import safetensors.torch
     import torch
 

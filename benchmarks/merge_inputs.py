@@ -19,7 +19,7 @@ MODEL_CONFIG = {
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a Llama with so many layers."""
+    """The names and shapes of a Llama with this many layers."""
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (WORDS, HIDDEN),
         "lm_head.weight": (WORDS, HIDDEN),

@@ -1,4 +1,4 @@
-"""What one update costs, as a multiple of the time of `x.add_(y)` over as many values.
+"""What one update costs, as a multiple of the time of `x.add_(y)` over the same number of values.
 
     python benchmarks/update.py [--device cuda] [--rounds 20] [--small] [--peers]
 
@@ -120,7 +120,7 @@ def check(model: nn.Module) -> None:
             p.add_(1)
     average.update()
     for index, weight in enumerate(weights):
-        torch.testing.assert_close(average._held.store.tensors[index], weight + 0.5)
+        torch.testing.assert_close(average._member.accumulator.tensors[index], weight + 0.5)
 
 
 def measure(name: str, model: nn.Module, options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Train the reference network on its images, keep a checkpoint per epoch, and average them afterwards.
 
-python examples/average_checkpoints.py [EPOCHS]        # 6 unless given; works in a temporary folder
+python examples/average_checkpoints.py [EPOCHS]        # 6 by default; works in a temporary folder
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Draw how much each moment of a run counts, for every profile.
 
-python examples/profile_shapes.py [FILE]        # profiles.png unless given
+python examples/profile_shapes.py [FILE]        # profiles.png by default
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Draw SWA's cyclic schedule, and the curve that torch's schedulers are often joined to instead.
+"""Draw SWA's cyclic schedule, and the curve that torch's schedulers are often combined into instead.
 
-python examples/schedule_curve.py [FILE]        # schedule.png unless given
+python examples/schedule_curve.py [FILE]        # schedule.png by default
 """
 
 import sys
@@ -11,7 +11,7 @@ import polyak
 from polyak.report.drawing import style
 
 BEFORE = ((50, polyak.schedules.Constant(0.1)), (50, polyak.schedules.Cosine(0.1, 0.01)))
-# The paper's cycles: each ends at its lowest rate, where the weights are taken.
+# The paper's cycles: each ends at its lowest rate, where the weights are averaged.
 PAPER = polyak.schedules.chain(
     *BEFORE, (40, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=10))
 )

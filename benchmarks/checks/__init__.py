@@ -28,13 +28,13 @@ CHECKS: list[Check] = []
 
 
 def check(subject: str, title: str) -> Callable[[Callable[[Any], Result]], Callable[[Any], Result]]:
-    """Enter a function into the table."""
+    """Add a function to the table."""
 
-    def enter(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    def register(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
         CHECKS.append(Check(subject, title, function))
         return function
 
-    return enter
+    return register
 
 
 def near(found: float, expected: float, relative: float) -> Result:

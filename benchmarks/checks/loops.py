@@ -31,7 +31,7 @@ def every_k(peer: Any) -> Result:
     return near(ends[1] / ends[0], 1.0, 0.25)
 
 
-@check("loops", "an EMA 0.999 is not ruled by its first weights after 50 updates")
+@check("loops", "an EMA 0.999 is not dominated by its first weights after 50 updates")
 def first_weights(peer: Any) -> Result:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)

@@ -40,7 +40,7 @@ def masks(peer: Any) -> Result:
     return Result(found == [True, False], f"{found}, not [True, False]")
 
 
-@check("tensors", "a model that has grown a layer is noticed")
+@check("tensors", "a model with an added layer is refused")
 def grown(peer: Any) -> Result:
     model = nn.Sequential(nn.Linear(1, 1))
     running = peer.ema(model, 0.9)
@@ -50,10 +50,10 @@ def grown(peer: Any) -> Result:
         running.update()
     except Exception:  # any error is a notice
         return Result(True)
-    return Result("1.weight" in running.weights(), "accepted in silence")
+    return Result("1.weight" in running.weights(), "accepted silently")
 
 
-@check("tensors", "buffers registered anew, in another order, keep their values")
+@check("tensors", "buffers that are registered again, in another order, keep their values")
 def reordered(peer: Any) -> Result:
     model = nn.Linear(1, 1)
     model.register_buffer("a", torch.tensor(1.0))

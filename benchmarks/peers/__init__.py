@@ -18,7 +18,7 @@ class Running:
     model: nn.Module
 
     def update(self) -> None:
-        """Let the present weights enter."""
+        """Update the average with the model's current weights."""
         raise NotOffered
 
     def weights(self) -> dict[str, Tensor]:
@@ -34,11 +34,11 @@ class Running:
         raise NotOffered
 
     def state(self) -> dict[str, Any]:
-        """What one saves."""
+        """The state to save."""
         raise NotOffered
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Continue from it."""
         raise NotOffered
 
     def names(self) -> list[str]:
@@ -64,7 +64,7 @@ class Peer:
         raise NotOffered
 
     def early(self, model: nn.Module, decay: float) -> Running:
-        """An EMA with whatever the library has against the weight of its first samples."""
+        """An EMA with whatever the library offers against the bias to its first samples."""
         raise NotOffered
 
     def every(self, model: nn.Module, decay: float, k: int) -> Running:
@@ -87,7 +87,7 @@ class Peer:
         raise NotOffered
 
     def with_buffers(self, model: nn.Module, decay: float) -> Running:
-        """An EMA that looks after buffers too, floating ones averaged where that is offered."""
+        """An EMA that handles buffers too, floating ones averaged if that is offered."""
         raise NotOffered
 
     def update_bn(self, model: nn.Module, batches: Any) -> None:
@@ -95,12 +95,12 @@ class Peer:
         raise NotOffered
 
     def trains(self, check: str) -> float:
-        """For frameworks that own the loop: run it their way, and give the figure of that check."""
+        """For frameworks that own the loop: run it their way, and return that check's figure."""
         raise NotOffered
 
 
 def all_peers() -> list[Peer]:
-    """Ours first, then the others; each needs its library installed."""
+    """polyak first, then the others; each needs its library installed."""
     from peers.diffusers_ema import Diffusers
     from peers.ema_pytorch_ema import EmaPytorch
     from peers.lightning_callback import Lightning

@@ -130,9 +130,10 @@ def check_match(
         )
 
 
-# Frames between a call of the user's and the warning that it causes: our own, hooks that torch
-# calls, context managers, and the standard library's copying.
-_NOT_THE_CALLER = {"polyak", "torch", "contextlib", "copy", "functools"}
+# Packages whose frames may stand between the user's call and the warning that it causes: our own,
+# hooks that torch calls, and the standard library's context managers, copying and pickling.
+_STANDARD = {"contextlib", "copy", "functools", "multiprocessing", "pickle"}
+_NOT_THE_CALLER = {"polyak", "torch", *_STANDARD}
 
 
 def warn(message: str, category: type[PolyakWarning] = PolyakWarning) -> None:

@@ -1,7 +1,8 @@
-"""Files written beside, synced, then moved: a crash leaves the old file or none, never half."""
+"""Files are written beside their place, synced, then moved: a crash leaves the old file or none."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +17,34 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError if `path` exists and overwriting was not asked for."""
     if path.exists() and not overwrite:
         raise OutputError(
-            f"{path} exists. Choose another name, or pass overwrite=True (--overwrite) to replace it."
+            f"{path} exists. Choose another name, or pass overwrite=True to replace it."
         )
+
+
+@contextmanager
+def writing_errors(path: str | os.PathLike[str], retry: str = "try again") -> Iterator[None]:
+    """Turn an OSError of the block into an OutputError that names `path` and what to do.
+
+    retry: the last words of the message, for callers that can continue what they began.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
+        advice = "Make room" if full else "Choose another folder, or fix its permissions"
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"Could not write {path}: {reason}. {advice}, and {retry}.") from error
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to; sync it and move it into place if the block succeeds.
 
-    Raises OutputError where `path` exists and `overwrite` is False, or where the disk is full or
-    not writable; the half-written file is removed, and what was at `path` stays.
+    Raises OutputError if `path` exists and `overwrite` is False, or if the disk is full or not
+    writable; the half-written file is removed, and what was at `path` stays.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -37,23 +56,17 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     target = Path(path)
     refuse_existing(target, overwrite=overwrite)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # safetensors leaves its files to their owner alone
-        sync(part)
-        part.replace(target)
-        sync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"Could not write {target}: {getattr(error, 'strerror', None) or error}. "
-            "Nothing was changed; make room or choose another folder, and call again."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with writing_errors(target, "try again; nothing was changed"):
+        try:
+            part.touch()
+            mode = part.stat().st_mode
+            yield part
+            part.chmod(mode)  # safetensors leaves its files to their owner alone
+            sync(part)
+            part.replace(target)
+            sync(target.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

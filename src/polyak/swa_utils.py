@@ -1,15 +1,7 @@
 """The drop-in for `torch.optim.swa_utils`: change the import, keep the script.
 
 Every name of torch's module is here, with the same arguments and meaning, and state dicts load both
-ways. Where torch is wrong this is right; the page "Differences from torch" lists each case.
-
-The four averaging functions of torch's module.
-
-`update_bn` with torch's arguments.
-
-`SWALR`: torch's, without the ways in which others' writing corrupts it.
-
-`AveragedModel`: a second module that holds the average, as in torch.
+ways. What torch gets wrong is corrected; the page "Differences from torch" lists each case.
 """
 
 from __future__ import annotations
@@ -22,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.optim.swa_utils import SWALR as _TorchSWALR  # noqa: N811 - both have that name
+from torch.optim.swa_utils import SWALR as _TorchSWALR  # noqa: N811 - both have this name
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from polyak.batchnorm import update_bn as pooled_update_bn
 from polyak.batchnorm.batches import moved
-from polyak.errors import ArgumentError, MismatchError, UsageError
-from polyak.tensors.blend import accumulator_dtype, toward
+from polyak.errors import ArgumentError, UsageError, check_match
+from polyak.tensors.blend import accumulator_dtype, lerp_
 from polyak.tensors.names import named_tensors
 
 __all__ = [
@@ -45,6 +37,201 @@ __all__ = [
 Tensors = tuple[Tensor, ...] | list[Tensor]
 AvgFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 MultiAvgFn = Callable[[Tensors, Tensors, Tensor | int], None]
+
+_WIDE = "polyak_accumulators"  # in the state dict's metadata, which torch's class ignores
+
+
+class _Pair(NamedTuple):
+    name: str
+    average: Tensor
+    current: Tensor
+    is_parameter: bool
+
+
+class AveragedModel(Module):
+    """A copy of `model` that averages its weights: SWA by default, EMA with another function.
+
+    With n updates so far and w the current weights, the default is ``a += (w - a) / (n + 1)``; the
+    first update copies. Tensors are matched by name; 16-bit weights are averaged in float32 and
+    rounded once; integer and boolean buffers are those of the newest model.
+
+    Args:
+        model: the model to average; it is copied.
+        device: where to keep the copy; beside the model by default.
+        avg_fn: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
+        multi_avg_fn: ``multi_avg_fn(averaged_list, current_list, num_averaged)`` moves lists in
+            place.
+        use_buffers: average floating buffers too, instead of copying them.
+
+    Raises:
+        ArgumentError: both functions are passed.
+        UsageError: a model that cannot be copied, such as one sharded by FSDP2.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> averaged = AveragedModel(model)
+        >>> for value in (1.0, 3.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)
+        ...     averaged.update_parameters(model)
+        >>> averaged.module.weight.item()
+        2.0
+
+    """
+
+    n_averaged: Tensor
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | str | None = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        use_buffers: bool = False,
+    ) -> None:
+        super().__init__()
+        if avg_fn is not None and multi_avg_fn is not None:
+            raise ArgumentError("Both avg_fn and multi_avg_fn were passed; pass only one of them.")
+        self.module = _copied(model)
+        if device is not None:
+            self.module = self.module.to(device)
+        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
+        self.avg_fn = avg_fn
+        self.multi_avg_fn = multi_avg_fn
+        self.use_buffers = use_buffers
+        # float32 accumulators of 16-bit weights, and the identity of the weights they were rounded to
+        self._wide: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+        self._loaded_wide: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged model."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: Module) -> None:
+        """Update the average with the current weights of `model`.
+
+        Raises:
+            MismatchError: tensors are missing, unexpected or of another shape; the message names
+                all of them, and nothing is changed.
+
+        """
+        pairs = self._aligned(model)
+        copied = [pair for pair in pairs if not self._is_averaged(pair)]
+        averaged = [pair for pair in pairs if self._is_averaged(pair)]
+        accumulators = [self._accumulator(pair) for pair in averaged]
+        if int(self.n_averaged) == 0:
+            for accumulator, pair in zip(accumulators, averaged, strict=True):
+                accumulator.copy_(pair.current)
+        else:
+            self._average(accumulators, [pair.current for pair in averaged])
+        for accumulator, pair in zip(accumulators, averaged, strict=True):
+            if accumulator is not pair.average:
+                pair.average.copy_(accumulator)
+                self._wide[pair.name] = (accumulator, _identity(pair.average))
+        for pair in copied:
+            pair.average.copy_(pair.current)
+        self.n_averaged += 1
+
+    def _aligned(self, model: Module) -> list[_Pair]:
+        """Averaged and current tensors, matched by name without the prefixes of wrappers."""
+        mine, theirs = named_tensors(self.module).slots, named_tensors(model).slots
+        check_match(
+            {name: tuple(slot.tensor.shape) for name, slot in theirs.items()},
+            {name: tuple(slot.tensor.shape) for name, slot in mine.items()},
+            "This model does not match the one that the AveragedModel was built from.",
+            "Nothing was averaged. Build the AveragedModel when the model is complete.",
+        )
+        return [
+            _Pair(n, slot.tensor.detach(), theirs[n].tensor.detach(), slot.is_parameter)
+            for n, slot in mine.items()
+        ]
+
+    def _is_averaged(self, pair: _Pair) -> bool:
+        can_average = pair.average.is_floating_point() or pair.average.is_complex()
+        return can_average and (self.use_buffers or pair.is_parameter)
+
+    def _accumulator(self, pair: _Pair) -> Tensor:
+        """What to average in: the tensor itself, or for 16 bits a float32 one beside it."""
+        average = pair.average
+        dtype = accumulator_dtype(average.dtype, None)
+        if dtype == average.dtype:
+            return average
+        wide, identity = self._wide.get(pair.name, (None, None))
+        if wide is not None and identity == _identity(average):
+            return wide
+        loaded = self._loaded_wide.pop(pair.name, None)
+        if loaded is not None:
+            loaded = loaded.to(average.device)
+            if torch.equal(loaded.to(average.dtype), average):
+                return loaded.clone()
+        return average.to(dtype)  # the weights were changed from outside: continue from them
+
+    def _average(self, averages: list[Tensor], currents: list[Tensor]) -> None:
+        """Move the averages in place, by the user's function or by the default."""
+        pairs = zip(averages, currents, strict=True)
+        here = [current.to(average.device, average.dtype) for average, current in pairs]
+        if self.avg_fn is not None:
+            for average, current in zip(averages, here, strict=True):
+                n_averaged = self.n_averaged.to(average.device)
+                average.copy_(self.avg_fn(average, current, n_averaged))
+            return
+        move: Any = self.multi_avg_fn or get_swa_multi_avg_fn()
+        lists: Any = [averages, here]
+        for (device, _), (group, _) in _group_tensors_by_device_and_dtype(lists).items():
+            move(group[0], group[1], self.n_averaged.to(device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose tensors are others: accumulators are found by their values."""
+        wide = self._loaded_wide | dict(self._fresh_wide())
+        return {**self.__dict__, "_wide": {}, "_loaded_wide": wide}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self._wide:
+            wide = {n: tensor.detach().clone() for n, tensor in self._fresh_wide()}
+            metadata[prefix[:-1]][_WIDE] = wide
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        compiled = f"{prefix}module._orig_mod."  # in torch's states of compiled models
+        for key in [k for k in state_dict if k.startswith(compiled)]:
+            state_dict[f"{prefix}module.{key.removeprefix(compiled)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._wide, self._loaded_wide = {}, dict(rest[0].get(_WIDE, {}))
+
+    def _fresh_wide(self) -> Iterator[tuple[str, Tensor]]:
+        slots = named_tensors(self.module).slots
+        for name, (wide, identity) in self._wide.items():
+            if identity == _identity(slots[name].tensor):
+                yield name, wide
+
+
+def _copied(model: Module) -> Module:
+    """A deep copy; what `torch.compile` wraps, without the wrapper, so that names stay plain."""
+    model = getattr(model, "_orig_mod", model)
+    try:
+        return copy.deepcopy(model, _derived_tensors(model))
+    except (AssertionError, RuntimeError) as error:
+        raise UsageError(
+            f"AveragedModel copies the model, and this {type(model).__name__} cannot be copied "
+            f"({error}). Use polyak.Average(model, polyak.SWA()), which copies nothing and averages "
+            "sharded models as they are."
+        ) from error
+
+
+def _derived_tensors(model: Module) -> dict[int, Any]:
+    """Copies of computed tensors that modules store (old weight_norm), which refuse deepcopy."""
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor's memory is replaced or written to."""
+    return tensor.data_ptr(), tensor._version
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
@@ -111,7 +298,7 @@ def _move(averages: Tensors, sources: Tensors, share: float) -> None:
     can_average = [a.is_floating_point() or a.is_complex() for a in averages]
     pairs = list(zip(averages, sources, can_average, strict=True))
     if moving := [(a, w) for a, w, can in pairs if can]:
-        toward([a for a, _ in moving], [w for _, w in moving], share)
+        lerp_([a for a, _ in moving], [w for _, w in moving], share)
     for average, source, can in pairs:
         if not can:
             average.copy_(source)
@@ -119,7 +306,7 @@ def _move(averages: Tensors, sources: Tensors, share: float) -> None:
 
 def _check(decay: float) -> None:
     if not 0 <= decay <= 1:
-        raise ArgumentError(f"decay is {decay}; expected a number from 0 to 1")
+        raise ArgumentError(f"decay is {decay}; expected a number from 0 to 1.")
 
 
 def update_bn(
@@ -127,14 +314,14 @@ def update_bn(
 ) -> None:
     """Set the running statistics of the model's normalisation layers to those of the data.
 
-    Takes what torch's takes: each batch is what the model takes, or a list or tuple of which it
-    takes the first entry. The statistics are `polyak.update_bn`'s: exact over any split into
-    batches, with frozen layers and everything else left as they were.
+    A batch is passed to the model as it is, a list or tuple by its first entry, as in torch. The
+    statistics are those of `polyak.update_bn`: exact for any split into batches, and frozen layers
+    and everything else are left as they were.
 
     Args:
         loader: the batches.
         model: the model, or an `AveragedModel`.
-        device: where the batches go; the model's device by default.
+        device: where to move the batches; the model's device by default.
 
     """
     batches = loader if device is None else _on(loader, torch.device(device))
@@ -156,13 +343,13 @@ class SWALR(_TorchSWALR):
     :math:`(1 - \cos \pi x) / 2`, the rate after n steps is
     :math:`a(t)\,\eta_{swa} + (1 - a(t))\,\eta_0`, :math:`t = \min(1, n / anneal\_epochs)`.
 
-    torch's works :math:`\eta_0` out anew at each step from whatever the rate is by then; here it is
-    remembered, so another writer of the rate in between leaves the curve as it was. The target is
-    the scheduler's own, not the optimizer's: loading an optimizer's state does not replace it, and
-    groups that are added later anneal to it too.
+    torch's class computes :math:`\eta_0` at each step from the current rate; here it is stored, so
+    other code that changes the rate in between does not bend the curve. The target is stored in the
+    scheduler, not in the optimizer: loading an optimizer's state does not replace it, and groups
+    that are added later anneal to it too.
 
     Args:
-        optimizer: whose rates are written.
+        optimizer: the optimizer whose rates are set.
         swa_lr: the final rate, one for all groups or one for each.
         anneal_epochs: the number of steps the annealing takes.
         anneal_strategy: "cos" or "linear".
@@ -184,12 +371,12 @@ class SWALR(_TorchSWALR):
         super().__init__(optimizer, swa_lr, anneal_epochs, anneal_strategy, last_epoch)  # type: ignore[arg-type] # torch takes a list too
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates of the step that was just begun; `get_last_lr()` tells those in force."""
+        """The rates of the step that has just begun; `get_last_lr()` returns the current ones."""
         step = self._step_count - 1
         if self.anneal_epochs == 0:
             step = max(1, step)
         if step <= 1:
-            self._starts = []  # it has not begun: what the rate is now is where it will start
+            self._starts = []  # not begun: the current rate is where it will start
         starts = self._starting_rates(step)
         alpha = self._alpha(step)
         return [
@@ -198,7 +385,7 @@ class SWALR(_TorchSWALR):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of torch's, which has no memory of where it started."""
+        """Load a state of this class or of torch's, which does not store where it started."""
         self._starts = []
         super().load_state_dict(state_dict)
         if "_targets" not in state_dict:
@@ -210,14 +397,14 @@ class SWALR(_TorchSWALR):
         return alpha
 
     def _starting_rates(self, step: int) -> list[float | Tensor]:
-        """Where each group's annealing started; worked out, as torch does, where nobody noted it."""
-        n_noted = len(self._starts)
+        """Where each group's annealing started; computed as in torch if it was not stored."""
+        n_stored = len(self._starts)
         starts = list(self._starts)
         for group, target in zip(
-            self.optimizer.param_groups[n_noted:], self._all_targets()[n_noted:], strict=True
+            self.optimizer.param_groups[n_stored:], self._all_targets()[n_stored:], strict=True
         ):
             rate = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-            came_later = n_noted > 0
+            came_later = n_stored > 0
             alpha = 0.0 if came_later else self._alpha(step - 1)
             starts.append(target if alpha == 1 else (rate - alpha * target) / (1 - alpha))
         if step >= 1:
@@ -229,208 +416,3 @@ class SWALR(_TorchSWALR):
         while len(self._targets) < n_groups:
             self._targets.append(self._targets[-1])
         return self._targets
-
-
-_WIDE = "polyak_accumulators"  # in the state dict's metadata, which torch's class passes over
-
-
-class _Pair(NamedTuple):
-    name: str
-    average: Tensor
-    current: Tensor
-    is_parameter: bool
-
-
-class AveragedModel(Module):
-    """A copy of `model` that averages its weights: SWA by default, EMA with another function.
-
-    With n averages taken so far and w the present weights, the default is
-    ``a += (w - a) / (n + 1)``; the first update copies. Tensors go by name; weights of 16 bits are
-    averaged in float32 and rounded once; integer and boolean buffers are those of the newest model.
-
-    Args:
-        model: the model to average; it is copied.
-        device: where the copy lives; beside the model by default.
-        avg_fn: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
-        multi_avg_fn: ``multi_avg_fn(averaged_list, current_list, num_averaged)`` moves lists in
-            place.
-        use_buffers: average floating buffers too, instead of copying them.
-
-    Raises:
-        ArgumentError: both functions given.
-        UsageError: a model that cannot be copied, such as one sharded by FSDP2.
-
-    Example:
-        >>> model = torch.nn.Linear(1, 1)
-        >>> averaged = AveragedModel(model)
-        >>> for value in (1.0, 3.0):
-        ...     _ = torch.nn.init.constant_(model.weight, value)
-        ...     averaged.update_parameters(model)
-        >>> averaged.module.weight.item()
-        2.0
-
-    """
-
-    n_averaged: Tensor
-
-    def __init__(
-        self,
-        model: Module,
-        device: int | torch.device | str | None = None,
-        avg_fn: AvgFn | None = None,
-        multi_avg_fn: MultiAvgFn | None = None,
-        use_buffers: bool = False,
-    ) -> None:
-        super().__init__()
-        if avg_fn is not None and multi_avg_fn is not None:
-            raise ArgumentError("give avg_fn or multi_avg_fn, not both")
-        self.module = _copied(model)
-        if device is not None:
-            self.module = self.module.to(device)
-        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
-        self.avg_fn = avg_fn
-        self.multi_avg_fn = multi_avg_fn
-        self.use_buffers = use_buffers
-        # float32 accumulators of weights of 16 bits, and the weights they were last rounded to
-        self._wide: dict[str, tuple[Tensor, tuple[int, int]]] = {}
-        self._loaded_wide: dict[str, Tensor] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the averaged model."""
-        return self.module(*args, **kwargs)
-
-    @torch.no_grad()
-    def update_parameters(self, model: Module) -> None:
-        """Let the present weights of `model` enter the average.
-
-        Raises:
-            MismatchError: tensors that are missing, unexpected or of another shape, all of them by
-                name; nothing has been changed then.
-
-        """
-        pairs = self._aligned(model)
-        copied = [pair for pair in pairs if not self._is_averaged(pair)]
-        averaged = [pair for pair in pairs if self._is_averaged(pair)]
-        accumulators = [self._accumulator(pair) for pair in averaged]
-        if int(self.n_averaged) == 0:
-            for accumulator, pair in zip(accumulators, averaged, strict=True):
-                accumulator.copy_(pair.current)
-        else:
-            self._average(accumulators, [pair.current for pair in averaged])
-        for accumulator, pair in zip(accumulators, averaged, strict=True):
-            if accumulator is not pair.average:
-                pair.average.copy_(accumulator)
-                self._wide[pair.name] = (accumulator, _identity(pair.average))
-        for pair in copied:
-            pair.average.copy_(pair.current)
-        self.n_averaged += 1
-
-    def _aligned(self, model: Module) -> list[_Pair]:
-        """Averaged and current tensors by name, the prefixes of wrappers aside."""
-        mine, theirs = named_tensors(self.module).slots, named_tensors(model).slots
-        changed = {
-            n: f"{tuple(theirs[n].tensor.shape)}, the average's is {tuple(mine[n].tensor.shape)}"
-            for n in mine.keys() & theirs.keys()
-            if mine[n].tensor.shape != theirs[n].tensor.shape
-        }
-        if mine.keys() != theirs.keys() or changed:
-            raise MismatchError.of(
-                "update_parameters: this is not the model that the average was made from",
-                missing=mine.keys() - theirs.keys(),
-                unexpected=theirs.keys() - mine.keys(),
-                changed=changed,
-                advice="Nothing was averaged. Build the AveragedModel when the model is complete.",
-            )
-        return [
-            _Pair(n, slot.tensor.detach(), theirs[n].tensor.detach(), slot.is_parameter)
-            for n, slot in mine.items()
-        ]
-
-    def _is_averaged(self, pair: _Pair) -> bool:
-        can_average = pair.average.is_floating_point() or pair.average.is_complex()
-        return can_average and (self.use_buffers or pair.is_parameter)
-
-    def _accumulator(self, pair: _Pair) -> Tensor:
-        """What to average in: the tensor itself, or float32 beside one of 16 bits."""
-        average = pair.average
-        dtype = accumulator_dtype(average.dtype, None)
-        if dtype == average.dtype:
-            return average
-        wide, identity = self._wide.get(pair.name, (None, None))
-        if wide is not None and identity == _identity(average):
-            return wide
-        loaded = self._loaded_wide.pop(pair.name, None)
-        if loaded is not None:
-            loaded = loaded.to(average.device)
-            if torch.equal(loaded.to(average.dtype), average):
-                return loaded.clone()
-        return average.to(dtype)  # somebody has written to the weights: they count
-
-    def _average(self, averages: list[Tensor], currents: list[Tensor]) -> None:
-        """Move the averages in place, by the user's function or by ours."""
-        pairs = zip(averages, currents, strict=True)
-        here = [current.to(average.device, average.dtype) for average, current in pairs]
-        if self.avg_fn is not None:
-            for average, current in zip(averages, here, strict=True):
-                n_averaged = self.n_averaged.to(average.device)
-                average.copy_(self.avg_fn(average, current, n_averaged))
-            return
-        move: Any = self.multi_avg_fn or get_swa_multi_avg_fn()
-        lists: Any = [averages, here]
-        for (device, _), (group, _) in _group_tensors_by_device_and_dtype(lists).items():
-            move(group[0], group[1], self.n_averaged.to(device))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: their tensors lie elsewhere, so accumulators go by their values."""
-        wide = self._loaded_wide | dict(self._fresh_wide())
-        return {**self.__dict__, "_wide": {}, "_loaded_wide": wide}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None and self._wide:
-            wide = {n: tensor.detach().clone() for n, tensor in self._fresh_wide()}
-            metadata[prefix[:-1]][_WIDE] = wide
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        compiled = (
-            f"{prefix}module._orig_mod."  # how torch's class names a compiled model's weights
-        )
-        for key in [k for k in state_dict if k.startswith(compiled)]:
-            state_dict[f"{prefix}module.{key.removeprefix(compiled)}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._wide, self._loaded_wide = {}, dict(rest[0].get(_WIDE, {}))
-
-    def _fresh_wide(self) -> Iterator[tuple[str, Tensor]]:
-        slots = named_tensors(self.module).slots
-        for name, (wide, identity) in self._wide.items():
-            if identity == _identity(slots[name].tensor):
-                yield name, wide
-
-
-def _copied(model: Module) -> Module:
-    """A deep copy; what `torch.compile` wraps, without the wrapper, so that names stay plain."""
-    model = getattr(model, "_orig_mod", model)
-    try:
-        return copy.deepcopy(model, _derived_tensors(model))
-    except (AssertionError, RuntimeError) as error:
-        raise UsageError(
-            f"AveragedModel copies the model, and this {type(model).__name__} cannot be copied"
-            f" ({error}). polyak.Average(model, polyak.SWA()) copies nothing: it averages sharded"
-            " and other uncopyable models as they are."
-        ) from error
-
-
-def _derived_tensors(model: Module) -> dict[int, Any]:
-    """Copies of tensors that modules keep as results (old weight_norm): those refuse deepcopy."""
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-
-
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor's memory is replaced, or written to by somebody."""
-    return tensor.data_ptr(), tensor._version

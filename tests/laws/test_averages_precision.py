@@ -55,7 +55,7 @@ def relative_error(profile, n_steps, series, dtype):
         for value in values:
             model.w.copy_(value)
             average.update()
-    (accumulated,) = (average._held.store.render(i, average._held.clock) for i in range(1))
+    (accumulated,) = (average._member.accumulator.value(i, average._member.clock) for i in range(1))
     expected = twin(profile, values)
     return float(((accumulated - expected).abs() / expected.abs()).max())
 

@@ -1,136 +1,266 @@
-r"""The running average of a streaming profile, exact however small the share gets.
+"""What an average keeps of the weights: one class for each way of keeping it.
 
-`average += share * (weights - average)` is exact in the reals. In float32 it stalls once
-`share * |weights - average|` falls below half a unit in the last place: an equal mean of 200,000
-slowly drifting weights is then off by 4e-3. So below a share of $2^{-10}$ weights are gathered in a
-*block*, a plain weighted sum beside the average $A$ that was there when the block began at $T$:
-
-$$S = \sum_i g_i w_i, \qquad g_i = M_i \, share_i, \qquad M_t = \frac{1}{1 - share(t, t - T)},$$
-
-$M$ being how much all mass has grown since $T$, and the average is $(A + S) / M$. A sum does not
-stall: what it rounds off is half a unit of the small $S$. Every 64 updates it is folded into $A$,
-and what that addition rounds off is where the next sum begins, so nothing is lost (Fast2Sum,
-Dekker 1971). Shorter blocks cost more folds; in longer ones the roundings of the sum add up.
-
-The average over a window: the weights of its captures are kept, and evicted as they leave it.
-
-What leaves a window must be known, so nothing short of keeping it is exact. Snapshots are kept in
-the dtype of the weights (that loses nothing), on their device or another one.
+`RunningAverage` serves every streaming profile, `WindowAverage` the profiles that must know what
+leaves them. A further one is a subclass of `Accumulator` and a line in `accumulator_class`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak.averaging.clock import Clock, Number
-from polyak.tensors.blend import Cutter, Move, accumulator_dtype, blank_like, paired_parts
+from polyak.errors import ArgumentError
+from polyak.maths.profiles import Profile, Window
+from polyak.tensors.blend import (
+    GroupedTensors,
+    Update,
+    accumulator_dtype,
+    blank_like,
+    paired_parts,
+)
 
 SMALLEST_SHARE = 2.0**-10
 BLOCK_UPDATES = 64
 
 
-class Running:
-    """One tensor per weight, and a second one while a block is open."""
+@dataclass(frozen=True)
+class Options:
+    """How averages are kept: dtype, device, what to do about non-finite weights, CUDA graphs."""
 
-    def __init__(
-        self, live: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
-    ) -> None:
-        self._dtype = dtype
-        self._device = device
-        self.tensors = blank_like(live, dtype, device)
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    nonfinite: str | None = None
+    capturable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise ArgumentError(
+                f"dtype is {self.dtype}; expected torch.float32 or torch.float64: an average kept "
+                "in fewer bits stalls. Results come in the dtype of the weights anyway."
+            )
+        if self.nonfinite not in (None, "skip", "raise"):
+            raise ArgumentError(
+                f"nonfinite is {self.nonfinite!r}; expected 'skip', 'raise', or None."
+            )
+
+
+class Accumulator(ABC):
+    """What one average keeps, in lists of one tensor per averaged weight, in their order."""
+
+    @abstractmethod
+    def __init__(self, live: Sequence[Tensor], options: Options) -> None:
+        """Make room for tensors like the live ones."""
+
+    @abstractmethod
+    def update(self, before: Clock, now: Clock) -> Update | None:
+        """Take the weights of `now`, by itself or by the update that is returned; None if it did."""
+
+    def settle(self, now: Clock) -> None:  # noqa: B027 - nothing to do for most
+        """Called once the returned update has been applied."""
+
+    @abstractmethod
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+        """The live tensors are others than before, or are grouped differently."""
+
+    @abstractmethod
+    def add(self, values: Sequence[Tensor], now: Clock) -> None:
+        """Average more tensors, which have been constant so far."""
+
+    def blend_targets(self) -> list[Tensor]:
+        """The tensors that returned updates change; empty if it never returns one."""
+        return []
+
+    @abstractmethod
+    def tensors_held(self) -> list[list[Tensor]]:
+        """All tensors, in lists of one per weight."""
+
+    @abstractmethod
+    def value(self, index: int, now: Clock) -> Tensor:
+        """The average of one tensor at `now`, in its own precision; it may be a tensor it holds."""
+
+    def swap_targets(self) -> list[Tensor]:
+        """The tensors that are the average as they stand, to swap into the model; empty if none are.
+
+        An in-place swap moves their contents to the live tensors, and puts those into this list.
+        """
+        return []
+
+    @abstractmethod
+    def effective_samples(self, now: Clock) -> float:
+        """1 / (sum of squared shares)."""
+
+    @abstractmethod
+    def state(self, names: Sequence[str]) -> dict[str, Any]:
+        """Plain values and tensors by name, which `load_state` takes; "tensors" is always there."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Take the values of a checked state."""
+
+    @classmethod
+    @abstractmethod
+    def check_state(cls, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+        """The groups of tensors in a state, each by name.
+
+        Raises TypeError, KeyError, ValueError or AttributeError if it is damaged.
+        """
+
+    @classmethod
+    @abstractmethod
+    def dtype_held(cls, dtype: torch.dtype, options: Options) -> torch.dtype:
+        """In what dtype weights of `dtype` are held."""
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, nbytes: int, options: Options, held: Accumulator | None) -> list[str]:
+        """What it costs, with `nbytes` for one tensor per weight, and how exact it is."""
+
+
+class RunningAverage(Accumulator):
+    r"""The running average of a streaming profile, exact however small the share gets.
+
+    `average += share * (weights - average)` is exact in the reals. In float32 it stalls once
+    `share * |weights - average|` falls below half a unit in the last place: an equal mean of 200,000
+    slowly drifting weights is then off by 4e-3. So below a share of $2^{-10}$ weights are gathered in
+    a *block*, a plain weighted sum beside the average $A$ at the time $T$ when the block began:
+
+    $$S = \sum_i g_i w_i, \qquad g_i = M_i \, share_i, \qquad M_t = \frac{1}{1 - share(t, t - T)},$$
+
+    $M$ being how much all mass has grown since $T$, and the average is $(A + S) / M$. A sum does not
+    stall: what it rounds off is half a unit of the small $S$. Every 64 updates it is folded into $A$,
+    and what that addition rounds off is where the next sum begins, so nothing is lost (Fast2Sum,
+    Dekker 1971). Shorter blocks cost more folds; in longer ones the roundings of the sum add up.
+    """
+
+    def __init__(self, live: Sequence[Tensor], options: Options) -> None:
+        self._options = options
+        self.tensors = blank_like(live, options.dtype, options.device)
         self.block: list[Tensor] = []  # made when the first block opens, kept from then on
         self.block_is_open = False
         self.block_updates = 0
         self.block_start: Number = 0.0
 
-    def cut(self, cutter: Cutter) -> None:
-        """Take up a new way of cutting the tensors."""
-        self._cutter = cutter
-        self._groups = cutter.cut(self.tensors)
-        self._block_groups = cutter.cut(self.block) if self.block else []
-
-    def move(self, before: Clock, now: Clock, *, in_blocks: bool) -> Move | None:
-        """How this average moves at `now`; None where nothing enters."""
+    def update(self, before: Clock, now: Clock) -> Update | None:
+        """A step of the average toward the weights or, in a block, a sum."""
         if not now.on_device and now.share == 0:
             return None
-        if not (in_blocks and _is_small(before, now)):
-            self.close_block(before)
-            return Move(self._groups, now.share)
+        # The replays of a CUDA graph run no host code, which is what opens blocks and folds them.
+        if self._options.capturable or not _is_small(before, now):
+            self._close_block(before)
+            return Update(self._groups, now.share)
         if not self.block_is_open:
             # The first weights enter with 1 whatever the profile says: until one has, no block. This
             # waits for a device that holds the count, but only while no block is open.
             if float(before.count) == 0:
-                return Move(self._groups, now.share)
+                return Update(self._groups, now.share)
             self._open_block(before)
         grown: Any = self._growth(now)
-        return Move(self._block_groups, grown * now.share, adds=True)
+        return Update(self._block_groups, grown * now.share, adds=True)
 
     def settle(self, now: Clock) -> None:
-        """After the move: count it, and fold a full block."""
-        if not self.block_is_open:
+        """Count the update, and fold a full block."""
+        if not self.block_is_open or not (now.on_device or now.share):
             return
         self.block_updates += 1
         if self.block_updates >= BLOCK_UPDATES:
             self._fold(now)
 
-    def adopt(self, values: Sequence[Tensor], now: Clock) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+        """Group the accumulators as the live tensors are grouped."""
+        if grouped is None:
+            return
+        self._grouped = grouped
+        self._groups = grouped.group(self.tensors)
+        self._block_groups = grouped.group(self.block) if self.block else []
+
+    def add(self, values: Sequence[Tensor], now: Clock) -> None:
         """Average more tensors, which have been constant so far."""
-        own = _filled(values, self._dtype, self._device)
+        own = blank_like(values, self._options.dtype, self._options.device)
+        torch._foreach_copy_(own, [value.detach() for value in values])
         self.tensors += own
         if self.block:
-            gathered = float(self._growth(now.read())) - 1 if self.block_is_open else 0.0
+            gathered = float(self._growth(now.on_host())) - 1 if self.block_is_open else 0.0
             self.block += [value * gathered for value in own]
 
-    def groups(self) -> list[list[Tensor]]:
-        """All that is kept, in lists of one tensor per weight."""
+    def blend_targets(self) -> list[Tensor]:
+        """The average itself: a block is laid out alike."""
+        return self.tensors
+
+    def tensors_held(self) -> list[list[Tensor]]:
+        """The average, and the open block."""
         return [self.tensors, self.block] if self.block_is_open else [self.tensors]
 
-    def is_plain(self) -> bool:
-        """Whether `tensors` are the average as they stand, with no open block beside them."""
-        return not self.block_is_open
-
-    def render(self, index: int, now: Clock) -> Tensor:
-        """The average of one tensor at `now`, in the accumulator's precision; it may be its own."""
+    def value(self, index: int, now: Clock) -> Tensor:
+        """The average of one tensor at `now`: its own where no block is open."""
         average = self.tensors[index]
         if not self.block_is_open:
             return average
-        return average + _correction(average, self.block[index], self._growth(now.read()))
+        return average + _correction(average, self.block[index], self._growth(now.on_host()))
+
+    def swap_targets(self) -> list[Tensor]:
+        """The average, unless an open block holds a part of it."""
+        return [] if self.block_is_open else self.tensors
+
+    def effective_samples(self, now: Clock) -> float:
+        """1 / (sum of squared shares), which the clock keeps."""
+        return 1 / float(now.sum_squared_shares)
 
     def state(self, names: Sequence[str]) -> dict[str, Any]:
-        """Plain: name to accumulator, and the open block."""
-        return {
-            "tensors": dict(zip(names, self.tensors, strict=True)),
-            "block": self._block_state(names) if self.block_is_open else None,
+        """Name to accumulator, and the open block."""
+        block = {
+            "updates": self.block_updates,
+            "start": float(self.block_start),
+            "tensors": dict(zip(names, self.block, strict=False)),
         }
+        tensors = dict(zip(names, self.tensors, strict=True))
+        return {"tensors": tensors, "block": block if self.block_is_open else None}
 
-    def load(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+    def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Take the values of a checked state."""
         _copy(self.tensors, state["tensors"], names)
-        block = state.get("block")
+        block = state["block"]
         self.block_is_open = block is not None
         if block is not None:
             self.block_updates, self.block_start = block["updates"], block["start"]
             self._make_block()
             _copy(self.block, block["tensors"], names)
 
-    def _block_state(self, names: Sequence[str]) -> dict[str, Any]:
-        return {
-            "updates": self.block_updates,
-            "start": float(self.block_start),
-            "tensors": dict(zip(names, self.block, strict=True)),
-        }
+    @classmethod
+    def check_state(cls, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+        """The accumulators and the open block."""
+        block = state["block"]
+        if block is None:
+            return {"tensors": state["tensors"]}
+        float(block["start"] + block["updates"])
+        return {"tensors": state["tensors"], "block": block["tensors"]}
+
+    @classmethod
+    def dtype_held(cls, dtype: torch.dtype, options: Options) -> torch.dtype:
+        """Float32 at least."""
+        return accumulator_dtype(dtype, options.dtype)
+
+    @classmethod
+    def describe(cls, nbytes: int, options: Options, held: Accumulator | None) -> list[str]:
+        """One copy of the weights, two in blocks."""
+        digits = 1.1e-16 if options.dtype is torch.float64 else 6.0e-8
+        return [
+            f"keeps {_megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
+            f"when weights are gathered in blocks of {BLOCK_UPDATES} updates",
+            f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
+        ]
 
     def _open_block(self, before: Clock) -> None:
         self._make_block()
         torch._foreach_zero_(self.block)
         self.block_start, self.block_updates, self.block_is_open = before.time, 0, True
 
-    def close_block(self, before: Clock) -> None:
-        """Fold what an open block holds, and go on without one."""
+    def _close_block(self, before: Clock) -> None:
         if self.block_is_open:
             self._fold(before)
             self.block_is_open = False  # what the fold rounded off is below the next rounding
@@ -139,7 +269,7 @@ class Running:
         if not self.block:
             with torch.inference_mode(False):
                 self.block = [torch.zeros_like(tensor) for tensor in self.tensors]
-            self._block_groups = self._cutter.cut(self.block)
+            self._block_groups = self._grouped.group(self.block)
 
     def _fold(self, now: Clock) -> None:
         growth = self._growth(now)
@@ -155,6 +285,124 @@ class Running:
         return 1 / (1 - now.share_since(self.block_start))
 
 
+class WindowAverage(Accumulator):
+    """The average over a window: the weights of its captures are kept, and evicted as they leave it.
+
+    What leaves a window must be known, so nothing short of keeping it is exact. Snapshots are kept
+    in the dtype of the weights (that loses nothing), on their device or another one.
+    """
+
+    def __init__(self, live: Sequence[Tensor], options: Options) -> None:
+        self._live = live
+        self._options = options
+        # (from, to], and the weights at its end
+        self.kept: list[tuple[float, float, list[Tensor]]] = []
+
+    def update(self, before: Clock, now: Clock) -> Update | None:
+        """Keep the weights of now, which stand for the time since the last, and evict."""
+        now = now.on_host()
+        if now.share == 0:  # the profile has not begun, or the step was skipped
+            return None
+        start, end = float(before.time), float(now.time)
+        self.kept.append((start, end, self._copies(self._live)))
+        profile = now.profile
+        self.kept = [k for k in self.kept if profile.interval_mass(k[0], k[1], end) > 0]
+        return None
+
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+        """Copy these from now on."""
+        self._live = live
+
+    def add(self, values: Sequence[Tensor], now: Clock) -> None:
+        """Average more tensors, which have been constant so far: one copy serves all snapshots."""
+        shared = self._copies(values)
+        self.kept = [(start, end, tensors + shared) for start, end, tensors in self.kept]
+
+    def tensors_held(self) -> list[list[Tensor]]:
+        """The snapshots."""
+        return [tensors for _, _, tensors in self.kept]
+
+    def value(self, index: int, now: Clock) -> Tensor:
+        """The average of one tensor at `now`, in the precision of a running average."""
+        newest = self.kept[-1][2][index]
+        dtype = accumulator_dtype(newest.dtype, self._options.dtype)
+        result = torch.zeros_like(newest, dtype=dtype)
+        so_far = 0.0
+        for share, (_, _, tensors) in zip(self._shares(now), self.kept, strict=True):
+            so_far += share
+            # A running mean, not a sum: equal weights stay what they are, to the last bit.
+            result.lerp_(tensors[index].to(result.dtype), share / so_far)
+        return result
+
+    def effective_samples(self, now: Clock) -> float:
+        """1 / (sum of squared shares of the snapshots)."""
+        return 1 / sum(share**2 for share in self._shares(now))
+
+    def state(self, names: Sequence[str]) -> dict[str, Any]:
+        """No accumulators, but the snapshots."""
+        snapshots = [
+            {"from": start, "to": end, "tensors": dict(zip(names, tensors, strict=True))}
+            for start, end, tensors in self.kept
+        ]
+        return {"tensors": {}, "snapshots": snapshots}
+
+    def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Take the values of a checked state."""
+        self.kept = []
+        for snapshot in state["snapshots"]:
+            tensors = self._copies(self._live)
+            _copy(tensors, snapshot["tensors"], names)
+            self.kept.append((snapshot["from"], snapshot["to"], tensors))
+
+    @classmethod
+    def check_state(cls, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+        """The snapshots."""
+        snapshots = state["snapshots"]
+        sum(snapshot["to"] - snapshot["from"] for snapshot in snapshots)
+        return {f"snapshots[{i}]": snapshot["tensors"] for i, snapshot in enumerate(snapshots)}
+
+    @classmethod
+    def dtype_held(cls, dtype: torch.dtype, options: Options) -> torch.dtype:
+        """The dtype of the weights."""
+        return dtype
+
+    @classmethod
+    def describe(cls, nbytes: int, options: Options, held: Accumulator | None) -> list[str]:
+        """One copy of the weights per capture."""
+        kept = len(held.kept) if isinstance(held, cls) else 0
+        return [
+            f"keeps {_megabytes(nbytes)} for each capture in the window; {kept} now",
+            "resolution: snapshots are exact",
+        ]
+
+    def _shares(self, now: Clock) -> list[float]:
+        """The share of each snapshot at `now`; they sum to 1."""
+        profile, time = now.profile, float(now.time)
+        shares = [profile.interval_mass(start, end, time) for start, end, _ in self.kept]
+        total = sum(shares)  # below 1 where the first captures came late
+        return [share / total for share in shares]
+
+    def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        device = self._options.device
+        with torch.inference_mode(False), torch.no_grad():
+            return [
+                torch.empty_like(t, device=device or t.device).copy_(t)
+                for t in map(Tensor.detach, tensors)
+            ]
+
+
+def accumulator_class(profile: Profile) -> type[Accumulator]:
+    """The accumulator of a profile. Raises ArgumentError for one that cannot be averaged on the fly."""
+    if profile.streaming:
+        return RunningAverage
+    if isinstance(profile.innermost, Window):
+        return WindowAverage
+    raise ArgumentError(
+        f"{profile} cannot be averaged during training: what each weight counts is known only at the "
+        "end. Save checkpoints and use polyak.average_checkpoints."
+    )
+
+
 def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
     """`(average + block) / growth - average`, without cancelling the digits of the average."""
     if isinstance(growth, Tensor):
@@ -166,106 +414,16 @@ def _is_small(before: Clock, now: Clock) -> bool:
     """Whether a block is called for: decided on the host, from the time if nothing was skipped."""
     if not now.on_device:
         return bool(now.share < SMALLEST_SHARE)
-    elapsed = now.latest - before.latest
-    if now.latest <= now.profile.start or elapsed <= 0:
+    elapsed = now.time_if_none_skipped - before.time_if_none_skipped
+    if now.time_if_none_skipped <= now.profile.start or elapsed <= 0:
         return False
-    return bool(now.profile.share(now.latest, min(elapsed, now.latest)) < SMALLEST_SHARE)
-
-
-def _filled(
-    values: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
-) -> list[Tensor]:
-    blanks = blank_like(values, dtype, device)
-    torch._foreach_copy_(blanks, [value.detach() for value in values])
-    return blanks
+    dt = min(elapsed, now.time_if_none_skipped)
+    return bool(now.profile.share(now.time_if_none_skipped, dt) < SMALLEST_SHARE)
 
 
 def _copy(targets: Sequence[Tensor], sources: Mapping[str, Tensor], names: Sequence[str]) -> None:
     torch._foreach_copy_(list(targets), [sources[name] for name in names])
 
 
-class Snapshots:
-    """The captures in the window, each with the time since the one before it."""
-
-    def __init__(
-        self, live: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
-    ) -> None:
-        self._live = live
-        self._dtype = dtype
-        self._device = device
-        self.kept: list[
-            tuple[float, float, list[Tensor]]
-        ] = []  # (from, to], the weights at its end
-
-    def take(self, before: Clock, now: Clock) -> None:
-        """Keep the weights of now, which stand for the time since the last, and evict."""
-        if now.share == 0:  # the profile has not begun
-            return
-        start, end = float(before.time), float(now.time)
-        self.kept.append((start, end, _copies(self._live, self._device)))
-        profile = now.profile
-        self.kept = [k for k in self.kept if profile.interval_mass(k[0], k[1], end) > 0]
-
-    def follow(self, live: Sequence[Tensor]) -> None:
-        """The live tensors were replaced by others of the same names."""
-        self._live = live
-
-    def adopt(self, values: Sequence[Tensor], now: Clock) -> None:
-        """Average more tensors, which have been constant so far: one copy serves all snapshots."""
-        shared = _copies(values, self._device)
-        self.kept = [(start, end, tensors + shared) for start, end, tensors in self.kept]
-
-    def groups(self) -> list[list[Tensor]]:
-        """All that is kept, in lists of one tensor per weight."""
-        return [tensors for _, _, tensors in self.kept]
-
-    def is_plain(self) -> bool:
-        """No tensor that is kept is the average itself."""
-        return False
-
-    def weights(self, now: Clock) -> list[float]:
-        """The share of each snapshot at `now`; they sum to 1."""
-        profile, time = now.profile, float(now.time)
-        shares = [profile.interval_mass(start, end, time) for start, end, _ in self.kept]
-        total = sum(shares)  # below 1 where the first captures came late
-        return [share / total for share in shares]
-
-    def render(self, index: int, now: Clock) -> Tensor:
-        """The average of one tensor at `now`, in the accumulator's precision."""
-        newest = self.kept[-1][2][index]
-        result = torch.zeros_like(newest, dtype=accumulator_dtype(newest.dtype, self._dtype))
-        so_far = 0.0
-        for share, (_, _, tensors) in zip(self.weights(now), self.kept, strict=True):
-            so_far += share
-            # A running mean, not a sum: equal weights stay what they are, to the last bit.
-            result.lerp_(tensors[index].to(result.dtype), share / so_far)
-        return result
-
-    def state(self, names: Sequence[str]) -> dict[str, Any]:
-        """Plain: no accumulators, but the snapshots."""
-        return {
-            "tensors": {},
-            "snapshots": [
-                {"from": start, "to": end, "tensors": dict(zip(names, tensors, strict=True))}
-                for start, end, tensors in self.kept
-            ],
-        }
-
-    def load(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
-        """Take the values of a checked state."""
-        self.kept = [
-            (s["from"], s["to"], self._taken(s["tensors"], names)) for s in state["snapshots"]
-        ]
-
-    def _taken(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-        copies = _copies(self._live, self._device)
-        torch._foreach_copy_(copies, [tensors[name] for name in names])
-        return copies
-
-
-def _copies(tensors: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        return [
-            torch.empty_like(t, device=device or t.device).copy_(t)
-            for t in map(Tensor.detach, tensors)
-        ]
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"

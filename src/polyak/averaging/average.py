@@ -1,9 +1,4 @@
-"""What comes out of an average: lent to its model, copied, measured, written.
-
-`Average`: one running average of a model's weights.
-
-`Averages`: several averages of the same weights, for the price of about one.
-"""
+"""`Average`, one running average of a model's weights; `Averages`, several for about the price of one."""
 
 from __future__ import annotations
 
@@ -16,112 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging import interop, values
-from polyak.averaging.diagnostics import Plan, metrics_of, plan_of
-from polyak.averaging.hook import Attachment
+from polyak.averaging import diagnostics, interop, saving, state, values
+from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.lr_schedule import LRSchedule
-from polyak.averaging.saving import save
-from polyak.averaging.state import check_state, load_into, spelled, state_of
-from polyak.averaging.tracker import Following, Held, Options
-from polyak.batchnorm import unmeasured_layers, update_bn
-from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.averaging.tracker import Member, Tracker
+from polyak.batchnorm.batches import Forward
+from polyak.batchnorm.layers import unsupported_norm_layers
+from polyak.batchnorm.update import update_bn
+from polyak.errors import ArgumentError, EmptyAverage, MismatchError, UsageError, warn
 from polyak.maths.profiles import Profile
-from polyak.tensors.policy import Policy, patterns
 
 
-class Outlet:
-    """The half of `Average` that reads; nothing in it changes what has been averaged."""
-
-    _following: Following
-    _held: Held
-
-    @property
-    def model(self) -> Module:
-        """The model that is followed."""
-        return self._following.roster.model
-
-    @contextmanager
-    def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
-        """Let the model hold the average within the block, and its own weights again after it.
-
-        Memory is lent, not copied: a microsecond or two per tensor. Copies are made only where the
-        accumulators cannot serve as they are (another dtype or device, an open block, a window):
-        as much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so
-        that every tensor stays where it is (CUDA graphs). A `state_dict()` of the model taken inside
-        refers to the average's own memory.
-
-        While nothing has been averaged the model stays as it is, with one EmptyAverage warning.
-        Optimizer steps and updates inside raise UsageError, and so does applying another average of
-        the same weights; the same one may be nested. With `check=True` a NaN or an infinity in the
-        average raises NonFiniteError before anything is lent.
-        """
-        following, held = self._following, self._held
-        if held.is_lent or self._is_empty("the model keeps its own weights"):
-            yield self.model
-            return
-        following.refuse_during_loan("applied()")
-        following.ready_to_read()
-        if check:
-            values.refuse_nonfinite_average(following, held, "applied()")
-        with values.loan(following, held, owner=self, in_place=in_place):
-            yield self.model
-
-    def copy_to(self, model: Module) -> None:
-        """Copy the average and its statistics into a model, this one or another of its kind, for good.
-
-        Raises MismatchError, naming every tensor that does not fit, and NonFiniteError; nothing is
-        copied then.
-        """
-        if self._is_empty("nothing was copied"):
-            return
-        self._following.refuse_during_loan("copy_to()")
-        self._following.ready_to_read()
-        values.refuse_nonfinite_average(self._following, self._held, "copy_to()")
-        values.copy_into(model, values.copies(self._following, self._held))
-
-    def update_bn(self, batches: Iterable[Any], **options: Any) -> None:
-        """Set the average's BatchNorm statistics to those of the data under the averaged weights.
-
-        They stay with the average, for `applied`, `save` and `copy_to`, until its next update. Takes
-        the options of `polyak.update_bn`. The model's own statistics are not touched.
-        """
-        if self._is_empty("there are no statistics to measure"):
-            return
-        if (layers := self._following.layers_to_refresh()) is not None:
-            options.setdefault("layers", layers)
-        with self.applied():
-            update_bn(self.model, batches, **options)
-        self._held.statistics_are_fresh = not unmeasured_layers(self.model)
-
-    def averaged_tensors(self) -> dict[str, Tensor]:
-        """The state dict of the averaged model, as copies in the dtypes of the weights.
-
-        Names are without the prefixes that wrappers add; tied weights appear under all their names.
-        """
-        self._following.ready_to_read()
-        if self._held.is_empty():
-            raise UsageError("There are no averaged tensors: nothing has been averaged yet.")
-        return values.copies(self._following, self._held)
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the averaged model as safetensors, with what it is made of in the metadata.
-
-        Warns (StaleStatistics) and records it where BatchNorm statistics are not the average's own.
-        Raises OutputError if `path` exists and `overwrite` is False, or cannot be written;
-        NonFiniteError, naming the tensors; UsageError while nothing has been averaged.
-        """
-        save(self._following, self._held, path, overwrite=overwrite)
-
-    def _is_empty(self, consequence: str) -> bool:
-        if not self._held.is_empty():
-            return False
-        if not self._held.said_empty:
-            self._held.said_empty = True
-            values.warn_empty(self, consequence)
-        return True
-
-
-class Average(Outlet):
+class Average:
     r"""A running average of a model's weights, beside the model, while it trains.
 
     With $w_n$ the weights of the n-th update and $share_n$ what the profile gives them,
@@ -130,15 +31,16 @@ class Average(Outlet):
 
     Time counts from the start of averaging, in `unit`; the first weights enter at time `dt` (at 0
     for a profile that keeps its first weights). Accumulators are float32 at least, whatever the
-    dtype of the weights, and results come back in the dtype of the weights. What happens to each
-    tensor, and why, is what `print(average.plan())` says.
+    dtype of the weights, and results come back in the dtype of the weights. `print(average.plan())`
+    shows what happens to each tensor, and why.
 
     Args:
-        model: the model that trains. It is never copied; tensors go by their names.
-        profile: how much each moment counts: `SWA()`, `EMA.from_half_life(500)`, `Window(2000)`, ...
-        unit: what time is counted in. `attach` sets "steps" or "captures"; say "samples", "tokens"
-            or "epochs" for updates of your own. A profile with a length of time that is attached to
-            captures needs `unit="captures"`.
+        model: the model that trains. It is never copied; tensors are matched by name.
+        profile: how much each moment counts: `SWA()`, `EMA.from_half_life(500)`, `Window(2000)`, or
+            as text: `"ema:half_life=500"`.
+        unit: what time is counted in. `attach` sets "steps" or "captures"; pass "samples", "tokens"
+            or "epochs" if you call `update` yourself. A profile with a length of time that is
+            attached to captures needs `unit="captures"`.
         include: name patterns of the only parameters to average, frozen or not: `"*lora_*"`.
         exclude: name patterns of tensors to leave out.
         dtype: torch.float64 for more exact accumulators.
@@ -146,10 +48,14 @@ class Average(Outlet):
         nonfinite: "skip" leaves out weights with NaN or infinity, "raise" refuses them; either
             reads every weight once more at each update.
         average_buffers: name patterns of floating buffers to average like weights.
+        capturable: keep the time on the weights' device, so that updates can be captured in a CUDA
+            graph after the first one, as in torch's optimizers. Blocks are disabled; shares below
+            1e-3 then have plain float32 precision.
 
     Raises:
-        ArgumentError: a profile that cannot be followed (`Annealed`), options out of their domain.
-            Patterns that fit no tensor are refused at the first update, when the model is bound.
+        ArgumentError: a profile that cannot be averaged during training (`Annealed`), options out of
+            their domain. Patterns that match no tensor are refused at the first update, which binds
+            the model.
 
     Source: Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407.
 
@@ -170,7 +76,7 @@ class Average(Outlet):
     def __init__(  # noqa: PLR0913 - each one fact about the average, keyword-only
         self,
         model: Module,
-        profile: Profile,
+        profile: Profile | str,
         *,
         unit: str | None = None,
         include: str | Iterable[str] | None = None,
@@ -179,143 +85,311 @@ class Average(Outlet):
         device: torch.device | str | None = None,
         nonfinite: Literal["skip", "raise"] | None = None,
         average_buffers: str | Iterable[str] | None = None,
+        capturable: bool = False,
     ) -> None:
-        policy = Policy(patterns(include), patterns(exclude) or (), patterns(average_buffers) or ())
-        options = Options(dtype, None if device is None else torch.device(device), nonfinite)
-        self._following = Following(model, policy, options, unit=unit)
-        self._held: Held = self._following.join(profile)
+        tracker = Tracker(
+            model,
+            unit=unit,
+            include=include,
+            exclude=exclude,
+            dtype=dtype,
+            device=device,
+            nonfinite=nonfinite,
+            average_buffers=average_buffers,
+            capturable=capturable,
+        )
+        self._member = tracker.join(profile)
+        self._tracker = tracker
+        self._name: str | None = None  # of a member of Averages
 
     @classmethod
-    def _of(cls, following: Following, profile: Profile) -> Average:
-        """One of several averages that follow the same weights."""
+    def _of(cls, member: Member, name: str) -> Average:
+        """One member of Averages."""
         average = cls.__new__(cls)
-        average._following = following
-        average._held = following.join(profile)
+        average._member, average._tracker, average._name = member, member.tracker, name
         return average
+
+    @property
+    def model(self) -> Module:
+        """The model whose weights are averaged."""
+        return self._tracker.tensors.model
 
     @property
     def profile(self) -> Profile:
         """How much each moment counts."""
-        return self._held.profile
+        return self._member.profile
 
     @property
     def unit(self) -> str | None:
-        """What time is counted in; None until it is said or `attach` sets it."""
-        return self._following.unit
+        """What time is counted in; None until it is given or set by `attach`."""
+        return self._member.unit
 
     @property
     def time(self) -> float:
         """Time since the start of averaging, in `unit`."""
-        return float(self._held.clock.time)
+        return float(self._member.clock.time)
 
     @property
     def count(self) -> int:
         """How many weights have been averaged."""
-        return int(self._held.clock.count)
+        return int(self._member.clock.count)
 
-    def update(self, dt: float = 1) -> None:
-        """Let the present weights enter; `dt` is the time since the last update.
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been averaged yet."""
+        return self._member.is_empty()
 
-        Raises MismatchError, naming every tensor, if the model is not the one that was bound at the
-        first update; NonFiniteError with `nonfinite="raise"`; UsageError inside `applied()`, and
-        for one of several averages (`Averages.update` updates them all). A refused update changes
-        nothing.
+    def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
+        """Update the average with the model's current weights.
+
+        Args:
+            dt: the time since the last update, in `unit`.
+            real: False for an optimizer step that was skipped, which then changes nothing; a tensor
+                with one value, 0 for a skipped step and 1 for a real one, where only the device
+                knows: nothing waits for it.
+
+        Raises:
+            MismatchError: the model has changed since the first update; every tensor is named.
+            NonFiniteError: a NaN or an infinity in the weights, with `nonfinite="raise"`.
+            UsageError: inside `applied()`; a member of `Averages`, whose `update` updates them all.
+
         """
-        self._refuse_if_one_of_several("update()")
-        update(self._following, dt)
+        if self._name is not None:
+            raise UsageError(
+                "update() is not available on a member of Averages; call it on the Averages."
+            )
+        self._tracker.update(dt, real)
 
     def attach(
         self, optimizer: Any, *, every: int | None = None, at: LRSchedule | None = None
     ) -> Attachment:
-        """Update by itself: after every k-th real step of an optimizer, or at a schedule's points.
+        """Update automatically: after every k-th real step of an optimizer, or at a schedule's points.
 
-        `every=k` counts steps that really happened (a step that a `GradScaler` skips does not
-        count) and each update moves the time by k. `at=lr` takes the weights whenever `lr.step()`
-        completes a step after which that schedule averages, once per optimizer step or once per
-        epoch alike; the unit is then "captures", each counted as 1.
+        Args:
+            optimizer: the optimizer that trains the model, or a list of several: then a step is
+                complete whenever each of them has stepped at least once since the last one, so that
+                five critic steps and one generator step make one.
+            every: k; counts steps that really happened (a step that a `GradScaler` skips does not
+                count), and each update moves the time by k. 1 by default.
+            at: a schedule. Weights are taken whenever `at.step()` completes a step after which it
+                averages, be that once per optimizer step or once per epoch; the unit is then
+                "captures", each counted as 1. An empty average also takes the weights it is
+                attached at if the schedule averages there.
 
-        Gives an object with `remove()`. Raises ArgumentError for an optimizer that steps none of
-        this model's parameters, or a unit that does not fit; UsageError if attached already.
+        Returns an `Attachment`, with `remove()`. On a member of `Averages` this sets that member's own
+        timing; the `attach` of the Averages then updates the others.
+
+        Raises:
+            ArgumentError: an optimizer that steps none of this model's parameters, or a unit that
+                does not fit.
+            UsageError: attached already.
+
         """
-        self._refuse_if_one_of_several("attach()")
-        return Attachment(self._following, optimizer, every=every, at=at)
+        return Attachment(Members(self._tracker, self._member), optimizer, every=every, at=at)
+
+    def detach(self) -> None:
+        """Remove the attachment that updates this average; nothing if there is none."""
+        if self._member.attachment is not None:
+            self._member.attachment.remove()
+
+    def lend(self, *, check: bool = False, in_place: bool = False) -> values.Loan:
+        """Swap the average into the model until `give_back()` of the loan that is returned.
+
+        For hooks that begin and end in different places; everywhere else use `applied`, which takes
+        the same arguments and has the same rules.
+        """
+        if self._member.is_applied or self._is_empty("the model keeps its own weights"):
+            return values.Loan()
+        self._tracker.refuse_during_loan("applied()")
+        self._tracker.ready_to_read()
+        if check:
+            values.refuse_nonfinite_average(self._member, "applied()")
+        return values.Loan(values.swapped_in(self._member, owner=self, in_place=in_place))
+
+    @contextmanager
+    def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
+        """Swap the average into the model for the block, then restore the model's own weights.
+
+        Memory is swapped, not copied: a microsecond or two per tensor. Copies are made only where the
+        accumulators cannot serve as they are (another dtype or device, an open block, a window):
+        as much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so
+        that every tensor stays where it is (CUDA graphs). A `state_dict()` of the model taken inside
+        refers to the average's own memory.
+
+        While nothing has been averaged the model stays as it is, with one EmptyAverage warning.
+        Optimizer steps and updates inside raise UsageError, and so does applying another average of
+        the same weights; the same one may be nested. With `check=True` a NaN or an infinity in the
+        average raises NonFiniteError before anything is swapped.
+        """
+        with self.lend(check=check, in_place=in_place):
+            yield self.model
+
+    def copy_to(self, model: Module) -> None:
+        """Copy the average and its statistics into a model, this one or another of its kind, for good.
+
+        Raises MismatchError, naming every tensor that does not fit, and NonFiniteError; nothing is
+        copied then.
+        """
+        if self._is_empty("nothing was copied"):
+            return
+        self._tracker.refuse_during_loan("copy_to()")
+        self._tracker.ready_to_read()
+        values.refuse_nonfinite_average(self._member, "copy_to()")
+        values.copy_into(model, values.copied_values(self._member))
+
+    def update_bn(
+        self,
+        batches: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        limit: int | None = None,
+        passes: int = 1,
+        progress: bool = False,
+        layers: Iterable[str | Module] | None = None,
+    ) -> None:
+        """Set the average's BatchNorm statistics to those of the data under the averaged weights.
+
+        They stay with the average, for `applied`, `save` and `copy_to`, until its next update. The
+        arguments are those of `polyak.update_bn`. The model's own statistics are not touched.
+        """
+        if self._is_empty("there are no statistics to measure"):
+            return
+        if layers is None:
+            layers = self._tracker.layers_to_refresh()
+        with self.applied():
+            update_bn(
+                self.model,
+                batches,
+                forward=forward,
+                limit=limit,
+                passes=passes,
+                progress=progress,
+                layers=layers,
+            )
+        self._member.statistics_are_fresh = not unsupported_norm_layers(self.model)
+
+    def averaged_tensors(self) -> dict[str, Tensor]:
+        """The state dict of the averaged model, as copies in the dtypes of the weights.
+
+        Names are without the prefixes that wrappers add; tied weights appear under all their names.
+        """
+        self._tracker.ready_to_read()
+        if self.empty:
+            raise UsageError("There are no averaged tensors: nothing has been averaged yet.")
+        return values.copied_values(self._member)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        layout: Literal["model", "averaged_model"] = "model",
+        overwrite: bool = False,
+    ) -> None:
+        """Write the averaged model to a file, with what it is made of; `load` reads it.
+
+        The suffix of `path` decides the format: `.safetensors`, or torch's (`.pt`, `.pth`, `.bin`,
+        `.ckpt`), a bare state dict that `model.load_state_dict(torch.load(path))` takes. Profile,
+        time and count are stored in the metadata of the one, and in the `_metadata` of the other.
+        `layout="averaged_model"` (torch's suffixes only) writes the state of a
+        `torch.optim.swa_utils.AveragedModel` around the model.
+
+        Warns (StaleStatistics) and records it where BatchNorm statistics are not the average's own.
+        Raises OutputError if `path` exists and `overwrite` is False, or cannot be written;
+        NonFiniteError, naming the tensors; UsageError while nothing has been averaged; ArgumentError
+        for another suffix or a layout that the format has no room for.
+        """
+        saving.save(self._member, path, layout=layout, overwrite=overwrite)
+
+    def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
+        """Continue from a file: what `save` wrote, a saved `state_dict()`, or another library's average.
+
+        What `save` wrote holds the values in the dtype of the weights. Where that is narrower than
+        the accumulators a PolyakWarning says so: `torch.save(average.state_dict(), path)` writes a
+        file from which averaging continues bitwise. Anything else is read as by `import_state`, with
+        its `updates`; with `updates` given, a file that `save` wrote is as well.
+
+        Raises ArgumentError if there is no such file, or for a window, whose snapshots only a
+        `state_dict()` holds; FormatError if it cannot be read without running code from it;
+        MismatchError and whatever `load_state_dict` and `import_state` raise. The average stays as it
+        was then.
+        """
+        self._tracker.refuse_during_loan("load()")
+        with self._tracker.tensors.bound_temporarily():
+            self.load_state_dict(interop.read_state(self._member, path, updates))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from, bitwise, as plain values that `torch.load(weights_only=True)` reads.
+        """Everything needed to resume bitwise, as plain values that `torch.load(weights_only=True)` reads.
 
         As in torch's state dicts, the tensors are the average's own: save them, or deep-copy them,
         before the next update.
         """
-        return state_of(self._following, self._held)
+        return state.state_dict(self._member)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises FormatError or MismatchError, and changes nothing, if it is another's."""
-        self._following.refuse_during_loan("load_state_dict()")
-        check_state(self._following, self._held, state)
-        load_into(self._following, self._held, state)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state.
 
-    def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
-        """Go on from a file: a saved `state_dict()`, bitwise, or the average of another library.
-
-        `torch.save(average.state_dict(), path)` writes the first. All else is read as by
-        `import_state`, with its `updates`: `torch.save` files of the states it knows, and safetensors,
-        those that `save` writes included (they hold the rounded result, so that needs `updates=`).
-
-        Raises ArgumentError if there is no such file, FormatError if it cannot be read without
-        running code from it, and what `load_state_dict` and `import_state` raise; the average stays
-        as it was.
+        Raises FormatError if it is not one, MismatchError if it belongs to a different average; nothing
+        is changed then.
         """
-        interop.load(self, path, updates=updates)
+        self._tracker.refuse_during_loan("load_state_dict()")
+        state.check_state(self._member, state_dict)
+        state.load_state(self._member, state_dict)
 
-    def import_state(self, state: Mapping[str, Any], *, updates: int | None = None) -> None:
-        """Go on from another library's average: see `polyak.averaging.interop.import_state`."""
-        interop.import_state(self, state, updates=updates)
+    def import_state(self, state_dict: Mapping[str, Any], *, updates: int | None = None) -> None:
+        """Continue from the average that another library has taken of the same model.
 
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        layout: Literal["plain", "averaged_model"] = "plain",
-        overwrite: bool = False,
-    ) -> None:
-        """Write the average for other libraries: see `polyak.averaging.interop.export`."""
-        interop.export(self, path, layout=layout, overwrite=overwrite)
+        The states of torch's `AveragedModel`, timm's `ModelEma`, ema-pytorch's `EMA`, diffusers'
+        `EMAModel` and torch-ema are recognised, and plain state dicts of the averaged model. The
+        average keeps its own profile: only the weights and the number of updates come over.
 
-    def keep_time_on_device(self) -> None:
-        """Keep the time on the weights' device, so that updates can be captured in a CUDA graph.
+        Args:
+            state_dict: the other library's state dict, or a plain one.
+            updates: how many updates, one unit of time apart, the state stands for: needed where it
+                does not count them (timm's), and otherwise used instead of what it says.
 
-        Call it after the first update and before the capture. From then on nothing is gathered in
-        blocks: shares below 1e-3 lose digits, as they would in any float32 average.
+        Raises:
+            FormatError: not a state of any kind that is known.
+            MismatchError: tensors that are missing or of another shape, all by name.
+            ArgumentError: no number of updates; a window, which needs its single snapshots.
+            NonFiniteError: a NaN or an infinity in the state.
+
         """
-        self._following.keep_time_on_device()
+        with self._tracker.tensors.bound_temporarily():
+            self.load_state_dict(interop.translated_state(self._member, state_dict, updates))
 
-    def plan(self) -> Plan:
+    def plan(self) -> diagnostics.TensorPlan:
         """What happens to each tensor, and why; print it."""
-        return plan_of(self._following, self._held)
+        return diagnostics.plan(self._member)
 
     def metrics(self) -> dict[str, float]:
-        """Figures to log: see `polyak.averaging.diagnostics.metrics_of`."""
-        return metrics_of(self._following, self._held)
+        """Figures to log: distance to the weights, effective samples, age, next share, skipped updates.
+
+        It reads every weight: call it now and then, not every step. Before the first update all but
+        `skipped` are NaN.
+
+        - `distance`: L2 norm of average minus live weights, over all that is averaged;
+          `relative_distance` divides it by the norm of the live weights;
+        - `effective_samples`: 1 / (sum of squared shares): as many equal weights cancel as much noise;
+        - `mean_age`: in `unit`;  `next_share`: the share with which the next weights will enter;
+        - `skipped`: updates left out by `nonfinite="skip"`.
+        """
+        return diagnostics.metrics(self._member)
 
     def __repr__(self) -> str:
-        unit = self.unit or "updates"
         return (
-            f"Average({type(self.model).__name__}, {spelled(self.profile)}, "
-            f"time={self.time:g} {unit}, count={self.count})"
+            f"Average({type(self.model).__name__}, {state.profile_text(self.profile)}, "
+            f"time={self.time:g} {self.unit or 'updates'}, count={self.count})"
         )
 
-    def _refuse_if_one_of_several(self, what: str) -> None:
-        if len(self._following.members) > 1:
-            raise UsageError(
-                f"{what} of one of several averages: call it on the Averages they are in."
+    def _is_empty(self, consequence: str) -> bool:
+        if not self.empty:
+            return False
+        if not self._member.warned_empty:
+            self._member.warned_empty = True
+            warn(
+                f"{self!r} is empty: nothing has been averaged yet, so {consequence}.", EmptyAverage
             )
-
-
-def update(following: Following, dt: float) -> None:
-    """An update by hand: no hook will order the next optimizer step after what is still being read."""
-    following.update(float(dt))
-    if following.attachment is None:
-        following.wait_before_step()
+        return True
 
 
 class Averages(Mapping[str, Average]):
@@ -324,7 +398,7 @@ class Averages(Mapping[str, Average]):
     Each piece of the weights is read once and enters every average while it is in the cache, so K
     of them cost about (2K + 1) / 3 of one. The options are those of `Average`, for all of them.
 
-    Raises ArgumentError where there is no profile, or one that cannot be followed.
+    Raises ArgumentError if there is no profile, or one that cannot be averaged during training.
 
     >>> import torch, polyak
     >>> model = torch.nn.Linear(2, 1)
@@ -337,7 +411,7 @@ class Averages(Mapping[str, Average]):
     def __init__(  # noqa: PLR0913 - as Average
         self,
         model: Module,
-        profiles: Mapping[str, Profile],
+        profiles: Mapping[str, Profile | str],
         *,
         unit: str | None = None,
         include: str | Iterable[str] | None = None,
@@ -346,13 +420,28 @@ class Averages(Mapping[str, Average]):
         device: torch.device | str | None = None,
         nonfinite: Literal["skip", "raise"] | None = None,
         average_buffers: str | Iterable[str] | None = None,
+        capturable: bool = False,
     ) -> None:
-        if not profiles:
-            raise ArgumentError("Averages needs at least one profile, as {'swa': polyak.SWA()}.")
-        policy = Policy(patterns(include), patterns(exclude) or (), patterns(average_buffers) or ())
-        options = Options(dtype, None if device is None else torch.device(device), nonfinite)
-        self._following = Following(model, policy, options, unit=unit)
-        self._averages = {n: Average._of(self._following, p) for n, p in profiles.items()}
+        if not profiles or not hasattr(profiles, "items"):
+            raise ArgumentError(
+                "Averages needs profiles by name, such as {'swa': polyak.SWA()}; found "
+                f"{profiles!r}."
+            )
+        self._tracker = Tracker(
+            model,
+            unit=unit,
+            include=include,
+            exclude=exclude,
+            dtype=dtype,
+            device=device,
+            nonfinite=nonfinite,
+            average_buffers=average_buffers,
+            capturable=capturable,
+        )
+        self._averages = {
+            name: Average._of(self._tracker.join(profile), name)
+            for name, profile in profiles.items()
+        }
 
     def __getitem__(self, name: str) -> Average:
         return self._averages[name]
@@ -363,34 +452,49 @@ class Averages(Mapping[str, Average]):
     def __len__(self) -> int:
         return len(self._averages)
 
-    def update(self, dt: float = 1) -> None:
-        """Let the present weights enter every average; see `Average.update`."""
-        update(self._following, dt)
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been averaged yet in any of them."""
+        return all(average.empty for average in self.values())
+
+    def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
+        """Update every average with the model's current weights; see `Average.update`."""
+        self._tracker.update(dt, real)
 
     def attach(
         self, optimizer: Any, *, every: int | None = None, at: LRSchedule | None = None
     ) -> Attachment:
-        """Update all by themselves; see `Average.attach`."""
-        return Attachment(self._following, optimizer, every=every, at=at)
+        """Update automatically all members without a timing of their own; see `Average.attach`.
+
+        A member gets its own by `averages["swa"].attach(optimizer, at=lr)`, before or after this.
+        """
+        return Attachment(Members(self._tracker), optimizer, every=every, at=at)
+
+    def detach(self) -> None:
+        """Remove every attachment, those of single members included."""
+        for average in self.values():
+            average.detach()
+        if self._tracker.attachment is not None:
+            self._tracker.attachment.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each average, by name."""
-        return {name: state_of(self._following, a._held) for name, a in self._averages.items()}
+        return {name: average.state_dict() for name, average in self.items()}
 
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Go on from a state; all are checked before the first is changed."""
-        self._following.refuse_during_loan("load_state_dict()")
-        if states.keys() != self._averages.keys():
+    def load_state_dict(self, state_dicts: Mapping[str, Any]) -> None:
+        """Continue from a state; all are checked before the first is changed."""
+        self._tracker.refuse_during_loan("load_state_dict()")
+        if state_dicts.keys() != self.keys():
             raise MismatchError.of(
                 "This is the state of other averages.",
-                missing=self._averages.keys() - states.keys(),
-                unexpected=states.keys() - self._averages.keys(),
+                missing=self.keys() - state_dicts.keys(),
+                unexpected=state_dicts.keys() - self.keys(),
                 advice="Nothing was loaded.",
             )
-        for name, average in self._averages.items():
-            check_state(self._following, average._held, states[name])
-        for name, average in self._averages.items():
-            load_into(self._following, average._held, states[name])
+        for name, average in self.items():
+            state.check_state(average._member, state_dicts[name])
+        for name, average in self.items():
+            state.load_state(average._member, state_dicts[name])
 
     def __repr__(self) -> str:
-        return f"Averages({', '.join(f'{n}: {a!r}' for n, a in self._averages.items())})"
+        return f"Averages({', '.join(f'{n}: {a!r}' for n, a in self.items())})"

@@ -11,7 +11,7 @@ as 0-d float64 tensors: a skipped step moves it by 0 and enters with share 0, an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,22 +24,22 @@ Number = float | Tensor
 
 @dataclass(frozen=True)
 class Clock:
-    """One moment of an average. `advanced` gives the next; nothing here changes in place."""
+    """One moment of an average. `advance` gives the next; nothing here changes in place."""
 
     profile: Profile
     time: Number = 0.0
     dt: Number = 1.0
     share: Number = 0.0  # with what share the weights of this moment enter
-    count: Number = 0  # weights that have entered
-    squares: Number = 0.0  # sum of squared shares of all that entered
-    latest: float = 0.0  # on the host: the time if no step was skipped
+    count: Number = 0  # weights averaged so far
+    sum_squared_shares: Number = 0.0  # sum of squared shares of all that entered
+    time_if_none_skipped: float = 0.0  # on the host: the time if no step was skipped
 
     @property
     def on_device(self) -> bool:
         """Whether time lives in tensors."""
         return isinstance(self.time, Tensor)
 
-    def advanced(self, dt: float, real: Tensor | None = None) -> Clock:
+    def advance(self, dt: float, real: Tensor | None = None) -> Clock:
         """The moment `dt` later; `real` (0-d) is the part of `dt` that was not skipped, 0 to 1.
 
         Raises ArgumentError unless `dt` is positive and finite.
@@ -50,29 +50,36 @@ class Clock:
             return self._advanced_on_device(dt, real)
         return self._advanced_on_host(dt)
 
-    def moved(self, device: torch.device) -> Clock:
+    def to(self, device: torch.device) -> Clock:
         """The same moment with its numbers in tensors on a device."""
         return replace(
             self,
             time=_scalar(self.time, device),
             count=_scalar(self.count, device),
-            squares=_scalar(self.squares, device),
+            sum_squared_shares=_scalar(self.sum_squared_shares, device),
         )
 
-    def written_over(self, before: Clock) -> Clock:
+    def copied_into(self, before: Clock) -> Clock:
         """The same moment in the memory of the one before, as the replays of a graph need it."""
-        for name in ("time", "count", "squares"):
+        for name in ("time", "count", "sum_squared_shares"):
             getattr(before, name).copy_(getattr(self, name))
-        return replace(self, time=before.time, count=before.count, squares=before.squares)
+        return replace(
+            self, time=before.time, count=before.count, sum_squared_shares=before.sum_squared_shares
+        )
 
-    def read(self) -> Clock:
+    def on_host(self) -> Clock:
         """The same moment with all numbers on the host: the one place that waits for a device."""
         if not self.on_device:
             return self
         dt, share = float(self.dt), float(self.share)
-        squares = float(self.squares)
+        sum_squared_shares = float(self.sum_squared_shares)
         return replace(
-            self, time=float(self.time), dt=dt, share=share, count=int(self.count), squares=squares
+            self,
+            time=float(self.time),
+            dt=dt,
+            share=share,
+            count=int(self.count),
+            sum_squared_shares=sum_squared_shares,
         )
 
     def share_since(self, start: Number) -> Number:
@@ -80,50 +87,58 @@ class Clock:
         if not isinstance(self.time, Tensor):
             return self.profile.share(self.time, self.time - float(start))
         elapsed = self.time - start
-        share = self.profile.share(_typed(self.time), _typed(elapsed))
-        return torch.where(elapsed > 0, _typed(share), 0.0)
+        share = self.profile.share(cast("float", self.time), cast("float", elapsed))
+        return torch.where(elapsed > 0, share, 0.0)
 
     def _advanced_on_host(self, dt: float) -> Clock:
         first = self.count == 0
         waits = first and self.profile.initial_mass(0.0) == 1
         time = float(self.time) + (0.0 if waits else dt)
-        latest = self.latest + (0.0 if waits else dt)
+        time_if_none_skipped = self.time_if_none_skipped + (0.0 if waits else dt)
         if time <= self.profile.start and not waits:
-            return replace(self, time=time, dt=dt, share=0.0, latest=latest)
+            return replace(
+                self, time=time, dt=dt, share=0.0, time_if_none_skipped=time_if_none_skipped
+            )
         share = 1.0 if first else self.profile.share(time, dt)
-        squares = float(self.squares) * (1 - share) ** 2 + share**2
+        sum_squared_shares = float(self.sum_squared_shares) * (1 - share) ** 2 + share**2
         count = int(self.count) + 1
         return replace(
-            self, time=time, dt=dt, share=share, count=count, squares=squares, latest=latest
+            self,
+            time=time,
+            dt=dt,
+            share=share,
+            count=count,
+            sum_squared_shares=sum_squared_shares,
+            time_if_none_skipped=time_if_none_skipped,
         )
 
     def _advanced_on_device(self, dt: float, real: Tensor | None) -> Clock:
-        before = self if self.on_device or real is None else self.moved(real.device)
-        time, count, squares = map(_as_tensor, (before.time, before.count, before.squares))
+        # As on the host, but every `if` is a `where`: nothing may wait to learn what was skipped. The
+        # branch that does not count may hold a NaN (0 / 0 before the first real step); `where` drops
+        # it. A skipped step has step = 0, so the time stays and the weights enter with share 0.
+        before = self if self.on_device or real is None else self.to(real.device)
+        time, count, sum_squared_shares = map(
+            _as_tensor, (before.time, before.count, before.sum_squared_shares)
+        )
         step = torch.full_like(time, dt) if real is None else real.to(time.dtype) * dt
         first = count == 0
         waits = self.profile.initial_mass(0.0) == 1
         now = time + torch.where(first, 0.0, step) if waits else time + step
         enters = (step > 0) & ((now > self.profile.start) | waits)
-        known: Any = torch.where(first, 1.0, self.profile.share(_typed(now), _typed(step)))
-        share = torch.where(
-            enters, known, 0.0
-        )  # where: 0 / 0 before the first real step is dropped
-        squares = squares * (1 - share) ** 2 + share**2
+        known: Any = torch.where(
+            first, 1.0, self.profile.share(cast("float", now), cast("float", step))
+        )
+        share = torch.where(enters, known, 0.0)
+        sum_squared_shares = sum_squared_shares * (1 - share) ** 2 + share**2
         return replace(
             before,
             time=now,
             dt=step,
             share=share,
             count=count + enters,
-            squares=squares,
-            latest=self.latest + dt,
+            sum_squared_shares=sum_squared_shares,
+            time_if_none_skipped=self.time_if_none_skipped + dt,
         )
-
-
-def _typed(number: Any) -> Any:
-    """Profiles are typed in floats; their formulas hold for 0-d tensors alike."""
-    return number
 
 
 def _as_tensor(number: Number) -> Tensor:

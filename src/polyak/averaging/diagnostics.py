@@ -1,27 +1,22 @@
-"""The plan: what an average does with each tensor of a model, why, and what it costs.
-
-How an average is doing, in figures to log.
-"""
+"""What an average does with each tensor, why, and what it costs; and how it is doing, in figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyak.averaging.accumulators import BLOCK_UPDATES, SMALLEST_SHARE, Snapshots
-from polyak.averaging.tracker import Following, Held
-from polyak.averaging.values import lendable
-from polyak.tensors.blend import accumulator_dtype
+from polyak.averaging.accumulators import accumulator_class
+from polyak.averaging.tracker import Member
+from polyak.averaging.values import as_model_dtype
 from polyak.tensors.policy import Kind
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorPlanRow:
     """One tensor: its name, its shape and dtype, what happens to it, and why."""
 
     name: str
@@ -32,10 +27,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """What happens to each tensor; `str(plan)` is a table. `nbytes` is what the average keeps."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TensorPlanRow, ...]
     nbytes: int
     notes: tuple[str, ...]
 
@@ -44,7 +39,7 @@ class Plan:
         cells += [
             (
                 row.name,
-                _shape(row.shape),
+                "x".join(map(str, row.shape)) or "-",
                 str(row.dtype).removeprefix("torch."),
                 row.kind,
                 row.reason,
@@ -58,61 +53,33 @@ class Plan:
         return "\n".join([*lines, "", *self.notes])
 
 
-def plan_of(following: Following, held: Held) -> Plan:
+def plan(member: Member) -> TensorPlan:
     """The plan of one average for its model as it is now."""
-    named, kinds = following.roster.look()
+    named, kinds = member.tracker.tensors.inspect()
     rows = [
-        Row(name, tuple(s.tensor.shape), s.tensor.dtype, kinds[name].kind.value, kinds[name].reason)
+        TensorPlanRow(
+            name,
+            tuple(s.tensor.shape),
+            s.tensor.dtype,
+            kinds[name].kind.value,
+            kinds[name].reason,
+        )
         for name, s in named.slots.items()
     ]
     rows += [
-        Row(alias, (), named.slots[name].tensor.dtype, "tied", f"the same tensor as {name}")
+        TensorPlanRow(
+            alias, (), named.slots[name].tensor.dtype, "tied", f"the same tensor as {name}"
+        )
         for alias, name in named.ties.items()
     ]
-    one = sum(_kept_bytes(row, following, held) for row in rows)
-    notes = (
-        _window_notes(held, one) if not held.profile.streaming else _running_notes(following, one)
-    )
-    return Plan(tuple(rows), one, tuple(notes))
-
-
-def _kept_bytes(row: Row, following: Following, held: Held) -> int:
-    values = torch.Size(row.shape).numel()
-    if row.kind == Kind.STATISTIC.value:
-        return values * row.dtype.itemsize
-    if row.kind != Kind.AVERAGED.value:
-        return 0
-    wide = accumulator_dtype(row.dtype, following.options.dtype)
-    return values * (wide if held.profile.streaming else row.dtype).itemsize
-
-
-def _running_notes(following: Following, nbytes: int) -> Sequence[str]:
-    digits = 1.1e-16 if following.options.dtype is torch.float64 else 6.0e-8
-    return (
-        f"keeps {_megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
-        f"when weights gather in blocks of {BLOCK_UPDATES} updates",
-        f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
-    )
-
-
-def _window_notes(held: Held, nbytes: int) -> Sequence[str]:
-    kept = 0 if held.store is None else len(held.store.kept)  # type: ignore[union-attr]
-    return (
-        f"keeps {_megabytes(nbytes)} for each capture in the window; {kept} now",
-        "resolution: snapshots are exact",
-    )
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "-"
+    nbytes = sum(_bytes_held(row, member) for row in rows)
+    held_by, options = accumulator_class(member.profile), member.tracker.options
+    notes = held_by.describe(nbytes, options, member.accumulator)
+    return TensorPlan(tuple(rows), nbytes, tuple(notes))
 
 
 @torch.no_grad()
-def metrics_of(following: Following, held: Held) -> dict[str, float]:
+def metrics(member: Member) -> dict[str, float]:
     """Drift and health of an average. It reads every weight: call it now and then, not every step.
 
     - `distance`: L2 norm of average minus live weights, over all that is averaged;
@@ -123,33 +90,38 @@ def metrics_of(following: Following, held: Held) -> dict[str, float]:
 
     Before the first update all but `skipped` are NaN.
     """
-    following.refuse_during_loan("metrics()")
-    following.ready_to_read()
-    skipped = float(following.skipped)
-    if held.is_empty():
+    tracker = member.tracker
+    tracker.refuse_during_loan("metrics()")
+    tracker.ready_to_read()
+    skipped = float(tracker.skipped)
+    if member.accumulator is None or member.is_empty():
         names = ("distance", "relative_distance", "effective_samples", "mean_age", "next_share")
         return dict.fromkeys(names, math.nan) | {"skipped": skipped}
-    live = following.roster.live
-    pairs = zip(lendable(following, held), live, strict=True)
+    live = tracker.tensors.live
+    pairs = zip(as_model_dtype(member), live, strict=True)
     distance = math.sqrt(sum(_squares(a.to(w.device) - w) for a, w in pairs))
     norm = math.sqrt(sum(map(_squares, live)))
-    clock = held.clock.read()
+    clock = member.clock.on_host()
     dt = float(clock.dt) or 1.0
     time: Any = clock.time
     return {
         "distance": distance,
         "relative_distance": distance / norm if norm else math.nan,
-        "effective_samples": _effective_samples(held),
-        "mean_age": float(held.profile.mean_age(time)) if time > 0 else 0.0,
-        "next_share": float(held.profile.share(time + dt, dt)),
+        "effective_samples": member.accumulator.effective_samples(clock),
+        "mean_age": float(member.profile.mean_age(time)) if time > 0 else 0.0,
+        "next_share": float(member.profile.share(time + dt, dt)),
         "skipped": skipped,
     }
 
 
-def _effective_samples(held: Held) -> float:
-    if isinstance(held.store, Snapshots):
-        return 1 / sum(weight**2 for weight in held.store.weights(held.clock))
-    return 1 / float(held.clock.squares)
+def _bytes_held(row: TensorPlanRow, member: Member) -> int:
+    values = torch.Size(row.shape).numel()
+    if row.kind == Kind.STATISTIC.value:
+        return values * row.dtype.itemsize
+    if row.kind != Kind.AVERAGED.value:
+        return 0
+    held_by = accumulator_class(member.profile)
+    return values * held_by.dtype_held(row.dtype, member.tracker.options).itemsize
 
 
 def _squares(tensor: Tensor) -> float:

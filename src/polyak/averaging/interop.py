@@ -1,11 +1,10 @@
-"""Coming from other libraries and going to them: their state dicts in, plain ones out.
+"""States from elsewhere: the files that `Average.save` writes, and other libraries' averages.
 
-What is read: torch's `AveragedModel` (`module.*`, `n_averaged`), timm's `ModelEmaV2` and
+Recognised are torch's `AveragedModel` (`module.*`, `n_averaged`), timm's `ModelEmaV2` and
 `ModelEmaV3` (`module.*`, or `state_dict_ema` in timm's checkpoints), ema-pytorch's `EMA`
 (`ema_model.*`, `step`), diffusers' `EMAModel` and torch-ema (`shadow_params`, in the order of the
-parameters), and any plain state dict of the averaged model.
-
-An average goes on from a file: its own state, or another library's.
+parameters), and any plain state dict of the averaged model. All become the state that the average
+would have, which `Average.load_state_dict` takes.
 """
 
 from __future__ import annotations
@@ -15,85 +14,80 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.saving import batchnorm_status, warn_stale
-from polyak.averaging.state import VERSION, spelled
-from polyak.averaging.tracker import Following
-from polyak.averaging.values import refuse_nonfinite_average
-from polyak.errors import ArgumentError, FormatError, MismatchError, UsageError
-from polyak.files import replacing
-from polyak.maths.profiles import Profile
+from polyak.averaging.state import VERSION, profile_text
+from polyak.averaging.tracker import Member
+from polyak.errors import ArgumentError, FormatError, MismatchError, warn
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
 
-if TYPE_CHECKING:
-    from polyak.averaging.average import Average
-
-Layout = Literal["plain", "averaged_model"]
-
 _ADVICE = "Nothing was imported. Is it the state of another model?"
+_SAVED = {"profile", "unit", "time", "count", "sum_squared_shares", "batchnorm"}
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """What another library's state says: tensors by name, and how many updates it has seen."""
+    """What another library's state holds: tensors by name, and how many updates it has seen."""
 
     tensors: dict[str, Tensor]
     updates: int | None
 
 
-def import_state(average: Average, state: Mapping[str, Any], *, updates: int | None = None) -> None:
-    """Go on from the average that another library has taken of the same model.
+def read_state(
+    member: Member, path: str | os.PathLike[str], updates: int | None = None
+) -> Mapping[str, Any]:
+    """The state in a file, for `Average.load_state_dict`; what `Average.load` documents."""
+    state, metadata = _read(Path(path))
+    if isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}:
+        if updates is not None:
+            raise ArgumentError(
+                f"{path} holds a state_dict() of polyak, which records how many updates it stands for: "
+                "leave out updates=."
+            )
+        return state
+    if updates is None and metadata.keys() >= _SAVED and isinstance(state, Mapping):
+        return _saved_state(member, path, state, metadata)
+    return translated_state(member, state, updates)
 
-    The average keeps its own profile: only the weights and the number of updates come over. A
-    state that does not count (timm's) needs `updates=`; it overrides what a state says.
 
-    Args:
-        average: replaced whole; on an error it stays as it was.
-        state: the other library's state dict, or a plain one.
-        updates: how many updates, one unit of time apart, the state stands for.
-
-    Raises:
-        FormatError: not a state of any kind that is known.
-        MismatchError: tensors that are missing or of another shape, all by name.
-        ArgumentError: nothing says how many updates; a window, which needs its single snapshots.
-        NonFiniteError: a NaN or an infinity in the state.
-
-    """
-    following, profile = average._following, average.profile  # one room: as state.py does
-    if not profile.streaming:
-        raise ArgumentError(
-            f"{profile!r} keeps snapshots, which no running average can be taken apart into;"
-            " import into an Average with a streaming profile, such as SWA or EMA"
-        )
-    foreign = read_foreign(state, following.roster.model)
+def translated_state(
+    member: Member, state: Mapping[str, Any], updates: int | None = None
+) -> dict[str, Any]:
+    """The state that this average would have after so many updates to another library's weights."""
+    profile, tracker = member.profile, member.tracker
+    _refuse_snapshots(member)
+    foreign = read_foreign(state, tracker.tensors.model)
     updates = foreign.updates if updates is None else updates
     if updates is None:
         raise ArgumentError(
-            "the state does not say how many updates it stands for: pass updates="
-            " (for example the number of optimizer steps so far)"
+            "The state does not record how many updates it stands for: pass updates= (for example "
+            "the number of optimizer steps so far)."
         )
     if updates < 1 or updates % 1:
         raise ArgumentError(
-            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state"
+            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state."
         )
-    refuse_nonfinite(foreign.tensors.items(), "import_state()", "Nothing was imported.")
-    with following.roster.bound_for_now():
-        average.load_state_dict(_translated(following, profile, foreign.tensors, int(updates)))
+    first = 0 if profile.initial_mass(0.0) == 1 else 1
+    times = [float(first + i) for i in range(int(updates))]
+    numbers = {
+        "time": times[-1],
+        "count": int(updates),
+        "sum_squared_shares": 1 / profile.effective_samples(times),
+    }
+    return _state(member, foreign.tensors, numbers, member.unit, statistics_are_fresh=False)
 
 
 def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
     """The averaged tensors in another library's state, by the model's own names."""
     if not isinstance(state, Mapping):
-        raise FormatError(f"import_state() reads a state dict; found {type(state).__name__}")
+        raise FormatError(f"import_state() reads a state dict; found {type(state).__name__}.")
     if "shadow_params" in state:
         count = state.get("optimization_step", state.get("num_updates"))
         return Foreign(_by_position(state["shadow_params"], model), _whole(count))
@@ -109,99 +103,133 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
     tensors = _below(state, "module." if is_wrapped else "", names)
     if not tensors:
         raise FormatError(
-            "import_state() found no tensors. Expected the state dict of torch's AveragedModel,"
+            "There are no tensors in this state. Expected the state dict of torch's AveragedModel,"
             " timm's ModelEma, ema-pytorch's EMA, diffusers' EMAModel or torch-ema, or a plain"
-            f" one; found the entries {sorted(map(str, state))[:10]}"
+            f" one; found the entries {sorted(map(str, state))[:10]}."
         )
     return Foreign(tensors, count)
 
 
-def export(
-    average: Average,
+def _saved_state(
+    member: Member,
     path: str | os.PathLike[str],
-    *,
-    layout: Layout = "plain",
-    overwrite: bool = False,
-) -> None:
-    """Write the average for others to read.
-
-    A path that ends in ``.safetensors`` gets what `Average.save` writes; any other a `torch.save`
-    of a dict of tensors, readable with ``weights_only=True``: the state dict of the model
-    ("plain"), or of a `torch.optim.swa_utils.AveragedModel` around it ("averaged_model").
-
-    Raises:
-        OutputError: `path` exists and `overwrite` is False, or cannot be written.
-        NonFiniteError: a NaN or an infinity in the average, by name.
-        UsageError: nothing has been averaged yet.
-        ArgumentError: a layout that is not known, or that the format has no room for.
-
-    """
-    if layout not in ("plain", "averaged_model"):
-        raise ArgumentError(f"layout is {layout!r}; expected 'plain' or 'averaged_model'")
-    if Path(path).suffix == ".safetensors":
-        if layout != "plain":
-            raise ArgumentError(f"{path}: torch loads AveragedModel states from .pt files")
-        average.save(path, overwrite=overwrite)
-        return
-    state = exported(average, layout=layout)
-    with replacing(path, overwrite=overwrite) as part:
-        torch.save(state, part)
-
-
-def exported(average: Average, *, layout: Layout = "plain") -> dict[str, Tensor]:
-    """What `export` writes, as a dict."""
-    following, held = average._following, average._held
-    if held.is_empty():
-        raise UsageError("There is nothing to export: nothing has been averaged yet.")
-    refuse_nonfinite_average(following, held, "export()")
-    if batchnorm_status(following, held) == "stale":
-        warn_stale()
-    tensors = average.averaged_tensors()
-    if layout == "plain":
-        return tensors
-    n_averaged = torch.tensor(average.count)
-    return {"n_averaged": n_averaged, **{f"module.{n}": t for n, t in tensors.items()}}
-
-
-def _translated(
-    following: Following, profile: Profile, tensors: Mapping[str, Tensor], updates: int
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The state that this average would have after so many updates to these weights."""
-    roster = following.roster
-    if missing := set(roster.names) - tensors.keys():
-        unexpected = tensors.keys() - roster.kinds.keys()
+    """The state of the average that `save` wrote, with its values as stored."""
+    _refuse_snapshots(member)
+    if metadata["profile"] != profile_text(member.profile):
+        raise MismatchError(
+            f"{path} is an average with the profile {metadata['profile']!r}, and this one has "
+            f"{profile_text(member.profile)!r}. Nothing was loaded. To begin from its weights all the "
+            "same, pass updates=, the number of updates that they stand for."
+        )
+    try:
+        count = int(metadata["count"])
+        numbers = {name: float(metadata[name]) for name in ("time", "sum_squared_shares")}
+    except ValueError:
+        raise FormatError(f"{path}: time and count in its metadata are not numbers.") from None
+    unit = None if metadata["unit"] == "updates" else metadata["unit"]
+    names = named_tensors(member.tracker.tensors.model).slots.keys()
+    prefix = "module." if "n_averaged" in tensors and "n_averaged" not in names else ""
+    values = _below(tensors, prefix, names)
+    fresh = metadata["batchnorm"] == "refreshed"
+    state = _state(member, values, {**numbers, "count": count}, unit, statistics_are_fresh=fresh)
+    _warn_if_rounded(member, path, values)
+    return state
+
+
+def _warn_if_rounded(
+    member: Member, path: str | os.PathLike[str], values: Mapping[str, Tensor]
+) -> None:
+    bound, options = member.tracker.tensors, member.tracker.options
+    for name, live in zip(bound.names, bound.live, strict=True):
+        wide, dtype = accumulator_dtype(live.dtype, options.dtype), values[name].dtype
+        if dtype != wide:
+            warn(
+                f"{path} holds {str(dtype).removeprefix('torch.')} values, and this average keeps "
+                f"{str(wide).removeprefix('torch.')}: averaging continues from the rounded values. To "
+                "resume exactly, save and load its state_dict()."
+            )
+            return
+
+
+def _state(
+    member: Member,
+    values: Mapping[str, Tensor],
+    numbers: Mapping[str, float],
+    unit: str | None,
+    *,
+    statistics_are_fresh: bool,
+) -> dict[str, Any]:
+    bound, options = member.tracker.tensors, member.tracker.options
+    refuse_nonfinite(values.items(), "The state", "Nothing was imported.")
+    if missing := set(bound.names) - values.keys():
         raise MismatchError.of(
-            "import_state(): this is not a state of the model that is averaged",
+            "This is not a state of the model that is averaged.",
             missing=missing,
-            unexpected=unexpected,
+            unexpected=values.keys() - bound.kinds.keys(),
             advice=_ADVICE,
         )
-    first = 0 if profile.initial_mass(0.0) == 1 else 1
-    times = [float(first + i) for i in range(updates)]
-    live = dict(zip(roster.statistic_names, roster.statistics, strict=True))
+    live = dict(zip(bound.statistic_names, bound.statistics, strict=True))
     return {
         "version": VERSION,
-        "profile": spelled(profile),
-        "unit": following.unit,
-        "time": times[-1],
-        "count": updates,
-        "squares": 1 / profile.effective_samples(times),
-        "latest": times[-1],
-        "tensors": {n: _wide(tensors[n], t, following) for n, t in _pairs(roster)},
+        "profile": profile_text(member.profile),
+        "unit": unit,
+        **numbers,
+        "time_if_none_skipped": numbers["time"],
+        "tensors": {
+            name: values[name].detach().to(accumulator_dtype(tensor.dtype, options.dtype))
+            for name, tensor in zip(bound.names, bound.live, strict=True)
+        },
         "block": None,
-        "statistics": {n: tensors.get(n, t).to(t).clone() for n, t in live.items()},
-        "statistics_are_fresh": False,
+        "statistics": {n: values.get(n, t).to(t).clone() for n, t in live.items()},
+        "statistics_are_fresh": statistics_are_fresh,
         "layer_modes": None,
-        "pending": [0, 0.0],
+        "pending": [0, 0.0, []],
     }
 
 
-def _pairs(roster: Any) -> list[tuple[str, Tensor]]:
-    return list(zip(roster.names, roster.live, strict=True))
+def _refuse_snapshots(member: Member) -> None:
+    if not member.profile.streaming:
+        raise ArgumentError(
+            f"{member.profile!r} stores individual snapshots, which cannot be recovered from averaged "
+            "weights: use state_dict() and load_state_dict(), or an Average with a streaming profile, "
+            "such as SWA or EMA."
+        )
 
 
-def _wide(tensor: Tensor, live: Tensor, following: Following) -> Tensor:
-    return tensor.detach().to(accumulator_dtype(live.dtype, following.options.dtype))
+def _read(path: Path) -> tuple[Any, Mapping[str, str]]:
+    """What is in a file, and what it says about itself, without running code from it."""
+    if path.is_dir():
+        raise ArgumentError(
+            f"{path} is a folder; load() takes a file, as save() writes it or torch.save(state_dict())."
+        )
+    if not path.is_file():
+        raise ArgumentError(f"{path}: there is no such file.")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = file.keys()  # not a mapping: it cannot be iterated
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise FormatError(
+            f"{path} cannot be read as a state. It may be cut short, or hold more than tensors and"
+            " plain values: then load it as it was saved, and give load_state_dict() (a state of"
+            " polyak) or import_state() (another library's) the part that is the state."
+            f" ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    metadata = getattr(state, "_metadata", None)
+    said = metadata.get("polyak") if isinstance(metadata, Mapping) else None
+    return state, said if isinstance(said, Mapping) else {}
 
 
 def _below(state: Mapping[str, Any], prefix: str, names: Set[str]) -> dict[str, Tensor]:
@@ -224,15 +252,13 @@ def _by_position(shadows: Any, model: Module) -> dict[str, Tensor]:
     slots = {n: s for n, s in named_tensors(model).slots.items() if s.is_parameter}
     trained = {n: s for n, s in slots.items() if s.tensor.requires_grad}
     if not isinstance(shadows, (list, tuple)) or not all(isinstance(t, Tensor) for t in shadows):
-        raise FormatError(
-            "import_state(): shadow_params is no list of tensors. Nothing was imported."
-        )
+        raise FormatError("shadow_params is not a list of tensors. Nothing was imported.")
     for candidates in (slots, trained):
         if len(candidates) == len(shadows):
             break
     else:
         raise MismatchError(
-            f"import_state(): the state lists {len(shadows)} parameters, and this model has"
+            f"The state lists {len(shadows)} parameters, and this model has"
             f" {len(slots)}, of which {len(trained)} take gradients. {_ADVICE}"
         )
     found = dict(zip(candidates, shadows, strict=True))
@@ -242,47 +268,9 @@ def _by_position(shadows: Any, model: Module) -> dict[str, Tensor]:
         if t.shape != slots[n].tensor.shape
     }
     if changed:
-        raise MismatchError.of(
-            "import_state(): the state lists other parameters", changed=changed, advice=_ADVICE
-        )
+        raise MismatchError.of("The state lists other parameters.", changed=changed, advice=_ADVICE)
     return found
 
 
 def _whole(count: Any) -> int | None:
     return None if count is None else int(count)
-
-
-def load(average: Average, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
-    """Go on from a file; what `Average.load` says."""
-    state = _read(Path(path))
-    is_own = isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}
-    if not is_own:
-        import_state(average, state, updates=updates)
-    elif updates is None:
-        average.load_state_dict(state)
-    else:
-        raise ArgumentError(
-            f"{path} is a state of polyak's, which says how many updates it stands for: leave out updates="
-        )
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ArgumentError(f"{path}: there is no such file.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        UnpicklingError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise FormatError(
-            f"{path} cannot be read as a state. It may be cut short, or hold more than tensors and"
-            " plain values: then load it as it was saved, and give load_state_dict() (a state of"
-            f" polyak's) or import_state() (another's) the part that is the state. ({type(error).__name__}: {str(error)[:200]})"
-        ) from error

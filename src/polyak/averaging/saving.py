@@ -1,88 +1,101 @@
-"""An average as a file: safetensors with provenance, written beside and then moved."""
+"""An average as a file, and what the file says about itself."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module
 
-from polyak.averaging.tracker import Following, Held
-from polyak.averaging.values import copies, refuse_nonfinite_average
-from polyak.errors import StaleStatistics, UsageError, warn
-from polyak.files import refuse_existing, replacing
-from polyak.tensors.names import named_tensors
-from polyak.version import __version__
+from polyak.averaging.state import profile_text
+from polyak.averaging.tracker import Member
+from polyak.averaging.values import copied_values, refuse_nonfinite_average
+from polyak.errors import ArgumentError, StaleStatistics, UsageError, require, warn
+from polyak.tensors.names import named_modules, named_tensors
 
 _HOST = torch.device("cpu")
 
 
 def save(
-    following: Following, held: Held, path: str | os.PathLike[str], *, overwrite: bool
+    member: Member, path: str | os.PathLike[str], *, layout: str = "model", overwrite: bool = False
 ) -> None:
-    """Write the averaged model's tensors, each tied one once, and where they come from."""
-    refuse_existing(Path(path), overwrite=overwrite)
-    following.ready_to_read()
-    if held.is_empty():
+    """Write the averaged model's tensors, tied ones once, and where they come from."""
+    from polyak.checkpoints.writing.save import check_target, write_checkpoint
+
+    _check_layout(path, layout)
+    check_target(Path(path), overwrite=overwrite)
+    member.tracker.ready_to_read()
+    if member.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")
-    refuse_nonfinite_average(following, held, f"Not saved to {path}")
-    status = batchnorm_status(following, held)
-    if status == "stale":
-        warn_stale()
-    ties = named_tensors(following.roster.model).ties
-    tensors = {
-        n: t.contiguous() for n, t in copies(following, held, _HOST).items() if n not in ties
-    }
-    metadata = provenance(following, held) | {"batchnorm": status}
-    if ties:
-        metadata["ties"] = json.dumps(ties, sort_keys=True)
-    with replacing(path, overwrite=overwrite) as part:
-        save_file(tensors, part, metadata=metadata)
-        _sort_header(part)
+    refuse_nonfinite_average(member, f"Not saved to {path}")
+    metadata = provenance(member)
+    if metadata["batchnorm"] == "stale":
+        warn(
+            "The BatchNorm statistics of this average are those of the newest weights, not its own. "
+            "Call average.update_bn(batches) before saving; the file says that they are stale.",
+            StaleStatistics,
+        )
+    tensors, ties = _state_dict(member)
+    if layout == "averaged_model":
+        tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
+    write_checkpoint(path, tensors, ties=ties, metadata=metadata, overwrite=overwrite)
 
 
-def _sort_header(path: Path) -> None:
-    """Put the metadata in order; the header keeps its length.
-
-    safetensors writes it in a random order, and equal runs are to give equal files.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = {"__metadata__": header.pop("__metadata__")} | header
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def provenance(following: Following, held: Held) -> dict[str, str]:
+def provenance(member: Member) -> dict[str, str]:
     """What the average is made of: strings, and no time of day, so that equal runs give equal files."""
-    clock = held.clock.read()
+    clock = member.clock.on_host()
     return {
-        "format": "pt",
-        "polyak": __version__,
-        "profile": repr(held.profile),
-        "unit": following.unit or "updates",
+        "profile": profile_text(member.profile),
+        "unit": member.unit or "updates",
         "time": repr(clock.time),
         "count": repr(clock.count),
+        "sum_squared_shares": repr(clock.sum_squared_shares),
+        "batchnorm": batchnorm_status(member),
     }
 
 
-def batchnorm_status(following: Following, held: Held) -> str:
+def batchnorm_status(member: Member) -> str:
     """'none' without running statistics, 'refreshed' if they are the average's own, or 'stale'."""
-    if not following.roster.statistics:
+    if not member.tracker.tensors.statistics:
         return "none"
-    stale = following.statistics_go_stale() and not held.statistics_are_fresh
+    stale = member.tracker.statistics_go_stale() and not member.statistics_are_fresh
     return "stale" if stale else "refreshed"
 
 
-def warn_stale() -> None:
-    """Say that the BatchNorm statistics belong to other weights than the average."""
-    warn(
-        "The BatchNorm statistics of this average are those of the newest weights, not its own. Call "
-        "average.update_bn(batches) before saving; the file says that they are stale.",
-        StaleStatistics,
+def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:
+    """The averaged model's state dict, as `Module.state_dict` orders and versions it; and its ties."""
+    model = member.tracker.tensors.model
+    ties = named_tensors(model).ties
+    values = copied_values(member, _HOST)
+    tensors = OrderedDict((name, tensor) for name, tensor in values.items() if name not in ties)
+    tensors._metadata = _versions(model)  # type: ignore[attr-defined]
+    return tensors, {alias: name for alias, name in ties.items() if name in tensors}
+
+
+def _versions(model: Module) -> OrderedDict[str, dict[str, Any]]:
+    """What `Module.state_dict` says of each module's layout, which loading it again asks for."""
+    return OrderedDict(
+        (prefix.removesuffix("."), {"version": module._version})
+        for prefix, module in named_modules(model)
     )
+
+
+def _as_averaged_model(
+    tensors: OrderedDict[str, Tensor], ties: dict[str, str], count: int
+) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:
+    wrapped = OrderedDict({"n_averaged": torch.tensor(count)})
+    wrapped |= {f"module.{name}": tensor for name, tensor in tensors.items()}
+    return wrapped, {f"module.{alias}": f"module.{name}" for alias, name in ties.items()}
+
+
+def _check_layout(path: str | os.PathLike[str], layout: str) -> None:
+    require(
+        layout in ("model", "averaged_model"),
+        f"layout is {layout!r}; expected 'model' or 'averaged_model'.",
+    )
+    if layout == "averaged_model" and str(path).lower().endswith(".safetensors"):
+        raise ArgumentError(f"{path}: torch loads the states of AveragedModel from .pt files.")

@@ -1,12 +1,16 @@
 """The state of an average: plain names, numbers and tensors, checked whole before any of it is used.
 
-version, polyak   of this layout, and of the package that wrote it
-profile, unit     the profile's spelling, and what its time is counted in
-time, count       how far it has come; `squares` and `latest` belong to the clock as well
-tensors           name -> accumulator;  `block`: the open block, or None
-snapshots         for a window, instead of accumulators
-statistics        normalisation statistics that belong to the average, and whether they are fresh
-pending           steps that the hook has counted since the last update
+version, polyak        of this layout, and of the package that wrote it
+profile, unit          the profile as text, and what its time is counted in
+time, count            how far it has come
+sum_squared_shares,    as the clock keeps them
+time_if_none_skipped
+tensors                name -> accumulator;  `block`: the open block, or None
+snapshots              for a window, instead of accumulators
+statistics             normalisation statistics that belong to the average
+statistics_are_fresh   whether they were measured on it
+layer_modes            which layers trained at the last capture, or None
+pending                steps that the hook has counted since the last update: all, real, by which
 """
 
 from __future__ import annotations
@@ -18,118 +22,134 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.averaging.tracker import Following, Held
+from polyak.averaging.accumulators import accumulator_class
+from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError
 from polyak.maths.profiles import Profile
 from polyak.maths.text import format_profile
-from polyak.tensors.blend import accumulator_dtype
 from polyak.version import __version__
 
-VERSION = 1
-_NUMBERS = ("time", "count", "squares", "latest")
+VERSION = 2
+_NUMBERS = ("time", "count", "sum_squared_shares", "time_if_none_skipped")
 _NEEDED = {*_NUMBERS, "version", "profile", "unit", "tensors", "statistics", "pending"}
 _NEEDED |= {"statistics_are_fresh", "layer_modes"}
+_NOTHING_PENDING = (0, 0.0, ())
 
 
-def spelled(profile: Profile) -> str:
-    """The profile as the command line spells it; a profile of one's own as it prints."""
+def profile_text(profile: Profile) -> str:
+    """The profile as the command line spells it; a custom one as it prints."""
     try:
         return format_profile(profile)
     except ArgumentError:
         return repr(profile)
 
 
-def state_of(following: Following, held: Held) -> dict[str, Any]:
+def state_dict(member: Member) -> dict[str, Any]:
     """The state of one average. Its tensors are the average's own, as in torch's state dicts."""
-    following.finish()
-    clock = held.clock.read()
-    roster = following.roster
-    kept = {"tensors": {}} if held.store is None else held.store.state(roster.names)
+    tracker = member.tracker
+    tracker.finish()
+    clock, tensors = member.clock.on_host(), tracker.tensors
+    held = member.accumulator
+    attachment = member.attachment or tracker.attachment
+    pending = attachment.pending() if attachment else member.pending
     return {
         "version": VERSION,
         "polyak": __version__,
-        "profile": spelled(held.profile),
-        "unit": following.unit,
-        "time": clock.time,
-        "count": clock.count,
-        "squares": clock.squares,
-        "latest": clock.latest,
-        **kept,
-        "statistics": dict(zip(roster.statistic_names, held.statistics, strict=False)),
-        "statistics_are_fresh": held.statistics_are_fresh,
-        "layer_modes": following.layer_modes,
-        "pending": [following.pending_steps, float(following.pending_real)],
+        "profile": profile_text(member.profile),
+        "unit": member.unit,
+        **{number: getattr(clock, number) for number in _NUMBERS},
+        **({"tensors": {}} if held is None else held.state(tensors.names)),
+        "statistics": dict(zip(tensors.statistic_names, member.statistics, strict=False)),
+        "statistics_are_fresh": member.statistics_are_fresh,
+        "layer_modes": tracker.layer_modes,
+        "pending": list(pending or _NOTHING_PENDING),
     }
 
 
-def check_state(following: Following, held: Held, state: Any) -> None:
-    """Raise FormatError for what is no such state, MismatchError for one of another average."""
-    if not isinstance(state, Mapping) or not state.keys() >= _NEEDED:
-        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise FormatError(
-            f"This is not the state of a polyak average: expected {', '.join(sorted(_NEEDED))}; "
-            f"found {found}. import_state() reads those of other libraries."
-        )
-    if state["version"] != VERSION:
-        raise FormatError(
-            f"The state has version {state['version']!r}; this polyak reads version {VERSION}."
-        )
-    if damaged := _damaged(state):
-        raise FormatError(
-            f"The state is damaged: {', '.join(damaged)} cannot be what was saved. Nothing was loaded."
-        )
+def check_state(member: Member, state: Any) -> None:
+    """FormatError if this is not a polyak state, MismatchError if it belongs to a different average."""
+    _check_layout(state)
+    groups = _groups(member, state)
+    tracker = member.tracker
     changed = {
         what: f"{have!r}, but this average has {expected!r}"
         for what, have, expected in (
-            ("profile", state["profile"], spelled(held.profile)),
-            ("unit", state["unit"], following.unit),
+            ("profile", state["profile"], profile_text(member.profile)),
+            ("unit", state["unit"], member.unit),
         )
         if have != expected and not (what == "unit" and None in (have, expected))
     }
-    if state["tensors"] or state.get("snapshots"):
-        with following.roster.bound_for_now():
-            _check_tensors(following, held, state, changed)
+    if groups and not changed:
+        with tracker.tensors.bound_temporarily():
+            _check_tensors(member, state, groups)
     elif changed:
-        _raise(changed, (), ())
+        _refuse(changed)
 
 
-def load_into(following: Following, held: Held, state: Mapping[str, Any]) -> None:
-    """Take over a state that `check_state` has passed."""
-    following.finish()
-    if state["tensors"] or state.get("snapshots"):
-        following.prepare()
-        if held.store is not None:
-            held.store.load(state, following.roster.names)
+def load_state(member: Member, state: Mapping[str, Any]) -> None:
+    """Continue from a state that `check_state` has passed."""
+    tracker = member.tracker
+    tracker.finish()
+    if _holds_weights(state):
+        tracker.prepare()
+        if member.accumulator is not None:
+            member.accumulator.load_state(state, tracker.tensors.names)
         with torch.no_grad():
-            for kept, name in zip(held.statistics, following.roster.statistic_names, strict=True):
+            for kept, name in zip(member.statistics, tracker.tensors.statistic_names, strict=True):
                 kept.copy_(state["statistics"][name])
     else:
-        held.store = None
-    held.statistics_are_fresh = bool(state["statistics_are_fresh"])
-    numbers = {k: state[k] for k in ("time", "count", "squares", "latest")}
-    held.clock = replace(held.clock, **numbers)
-    following.unit = state["unit"] or following.unit
-    following.layer_modes = state["layer_modes"]
-    following.pending_steps, following.pending_real = state["pending"]
+        member.accumulator = None
+    member.statistics_are_fresh = bool(state["statistics_are_fresh"])
+    member.clock = replace(member.clock, **{number: state[number] for number in _NUMBERS})
+    if tracker.tensors.bound:
+        tracker.to_device_if_capturable(member)
+    member.unit = state["unit"] or member.unit
+    tracker.layer_modes = state["layer_modes"]
+    member.pending = list(state["pending"])
+    if attachment := member.attachment or tracker.attachment:
+        attachment.resume(member.pending)
 
 
-def _damaged(state: Mapping[str, Any]) -> list[str]:
-    """The entries that no average has written."""
+def _check_layout(state: Any) -> None:
+    if isinstance(state, Mapping) and {"version", "profile", "tensors"} <= state.keys():
+        if state["version"] != VERSION:
+            raise FormatError(
+                f"The state has version {state['version']!r}; this polyak reads version {VERSION}. "
+                "Load it with the release that wrote it, and save the averaged weights."
+            )
+        if not _NEEDED - state.keys():
+            return
+    found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+    raise FormatError(
+        f"This is not the state of a polyak average: expected {', '.join(sorted(_NEEDED))}; "
+        f"found {found}. import_state() reads those of other libraries."
+    )
+
+
+def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+    """The groups of averaged tensors in a state. Raises FormatError for what no average wrote."""
     bad = [n for n in _NUMBERS if not _is_number(state[n]) or not 0 <= state[n] < float("inf")]
-    groups = {"tensors": state["tensors"], "statistics": state["statistics"]}
-    block, snapshots = state.get("block"), state.get("snapshots", ())
+    groups: dict[str, Mapping[str, Tensor]] = {}
     try:
-        if block is not None:
-            groups["block"] = block["tensors"]
-            float(block["start"] + block["updates"])
-        groups |= {f"snapshots[{i}]": s["tensors"] for i, s in enumerate(snapshots)}
-        sum(s["to"] - s["from"] for s in snapshots)
-        steps, real = state["pending"]
-        float(steps + real)
+        if _holds_weights(state) and state["profile"] == profile_text(member.profile):
+            groups = accumulator_class(member.profile).check_state(state)
+        steps, real, stepped = state["pending"]
+        float(steps + real + sum(stepped))
     except (TypeError, KeyError, ValueError, AttributeError):
         bad.append("block, snapshots or pending")
-    bad += [n for n, g in groups.items() if not _holds_tensors(g)]
-    return bad or ["tensors"] * (state["count"] > 0 and not (state["tensors"] or snapshots))
+    named = {**groups, "statistics": state["statistics"], "tensors": state["tensors"]}
+    bad += [n for n, group in named.items() if not _holds_tensors(group)]
+    if not bad and state["count"] > 0 and not _holds_weights(state):
+        bad = ["tensors"]
+    if bad:
+        raise FormatError(
+            f"The state is damaged: {', '.join(bad)} cannot be what was saved. Nothing was loaded."
+        )
+    return groups
+
+
+def _holds_weights(state: Mapping[str, Any]) -> bool:
+    return bool(state["tensors"] or state.get("snapshots"))
 
 
 def _is_number(value: Any) -> bool:
@@ -141,43 +161,39 @@ def _holds_tensors(group: Any) -> bool:
 
 
 def _check_tensors(
-    following: Following, held: Held, state: Mapping[str, Any], changed: dict[str, str]
+    member: Member, state: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    roster = following.roster
-    groups = [state["tensors"]] if held.profile.streaming else []
-    groups += [state["block"]["tensors"]] if state.get("block") else []
-    groups += [snapshot["tensors"] for snapshot in state.get("snapshots", ())]
-    expected = dict(zip(roster.names, roster.live, strict=True))
-    kept = dict(zip(roster.statistic_names, roster.statistics, strict=True))
-    missing, unexpected = set(kept) - state["statistics"].keys(), state["statistics"].keys() - kept
-    for group in groups:
-        missing |= expected.keys() - group.keys()
-        unexpected |= group.keys() - expected.keys()
-        for name in expected.keys() & group.keys():
-            wide = held.profile.streaming
-            changed |= _difference(name, group[name], expected[name], following, wide=wide)
-    for name in kept.keys() & state["statistics"].keys():
-        if state["statistics"][name].shape != kept[name].shape:
-            changed[name] = (
-                f"{tuple(state['statistics'][name].shape)}, not {tuple(kept[name].shape)}"
-            )
+    tensors, options = member.tracker.tensors, member.tracker.options
+    held_by = accumulator_class(member.profile)
+    weights = {
+        n: f"{tuple(t.shape)} {held_by.dtype_held(t.dtype, options)}"
+        for n, t in zip(tensors.names, tensors.live, strict=True)
+    }
+    statistics = {
+        n: str(tuple(t.shape))
+        for n, t in zip(tensors.statistic_names, tensors.statistics, strict=True)
+    }
+    expected = weights | statistics
+    missing: set[str] = set()
+    unexpected: set[str] = set()
+    changed: dict[str, str] = {}
+    for group in groups.values():
+        found = {n: f"{tuple(t.shape)} {t.dtype}" for n, t in group.items()}
+        found |= {n: str(tuple(t.shape)) for n, t in state["statistics"].items()}
+        missing |= expected.keys() - found.keys()
+        unexpected |= found.keys() - expected.keys()
+        changed |= {
+            n: f"{found[n]}, but this model's is {expected[n]}"
+            for n in expected.keys() & found.keys()
+            if found[n] != expected[n]
+        }
     if missing or unexpected or changed:
-        _raise(changed, missing, unexpected)
+        _refuse(changed, missing, unexpected)
 
 
-def _difference(
-    name: str, found: Tensor, live: Tensor, following: Following, *, wide: bool
-) -> dict[str, str]:
-    dtype = accumulator_dtype(live.dtype, following.options.dtype) if wide else live.dtype
-    have, expected = (tuple(found.shape), found.dtype), (tuple(live.shape), dtype)
-    if have == expected:
-        return {}
-    return {name: f"{have[0]} {have[1]}, but this model's is {expected[0]} {expected[1]}"}
-
-
-def _raise(changed: dict[str, str], missing: Any, unexpected: Any) -> None:
+def _refuse(changed: dict[str, str], missing: Any = (), unexpected: Any = ()) -> None:
     raise MismatchError.of(
-        "This is the state of another average.",
+        "This state belongs to a different average.",
         missing=missing,
         unexpected=unexpected,
         changed=changed,

@@ -1,60 +1,44 @@
-"""How averages are kept, and what each of them keeps.
-
-One or several averages that follow the same weights: bound together, updated in one pass.
-"""
+"""The weights of one model, and the averages that track them: bound together, updated in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.accumulators import Running, Snapshots
-from polyak.averaging.clock import Clock, Number
+from polyak.averaging.accumulators import Accumulator, Options, accumulator_class
+from polyak.averaging.clock import Clock
 from polyak.averaging.offload import Staging, stages
-from polyak.batchnorm import norm_layers, trained_layers, unmeasured_layers
+from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError
-from polyak.maths.profiles import After, Profile, Window
-from polyak.tensors.binding import Roster
-from polyak.tensors.blend import Cutter, Move
+from polyak.maths.profiles import Profile
+from polyak.maths.text import as_profile
+from polyak.tensors.binding import BoundTensors
+from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
-from polyak.tensors.policy import Policy
-from polyak.tensors.swap import owner_of_loan
+from polyak.tensors.policy import Policy, patterns
+from polyak.tensors.swap import current_owner
 
 
-@dataclass(frozen=True)
-class Options:
-    """How averages are kept: their dtype and device, and what to do about non-finite weights."""
+@dataclass(eq=False, repr=False)
+class Member:
+    """One average of the weights that its tracker tracks."""
 
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    nonfinite: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (None, torch.float32, torch.float64):
-            raise ArgumentError(
-                f"dtype is {self.dtype}; expected torch.float32 or torch.float64: an average kept "
-                "in fewer bits stalls. Results come in the dtype of the weights anyway."
-            )
-        if self.nonfinite not in (None, "skip", "raise"):
-            raise ArgumentError(
-                f"nonfinite is {self.nonfinite!r}; expected 'skip', 'raise', or None."
-            )
-
-
-@dataclass
-class Held:
-    """What one average keeps."""
-
+    tracker: Tracker
     clock: Clock
-    store: Running | Snapshots | None = None
+    unit: str | None = None
+    accumulator: Accumulator | None = None
     statistics: list[Tensor] = field(default_factory=list)
     statistics_are_fresh: bool = False
-    is_lent: bool = False  # to the model, by `applied`
-    said_empty: bool = False
+    pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
+    attachment: Any = None  # of this member alone; `tracker.attachment` updates the others
+    is_applied: bool = False
+    warned_empty: bool = False
 
     @property
     def profile(self) -> Profile:
@@ -63,77 +47,105 @@ class Held:
 
     def is_empty(self) -> bool:
         """Whether nothing has been averaged yet; this waits for a device that holds the time."""
-        return self.store is None or float(self.clock.count) == 0
+        return self.accumulator is None or float(self.clock.count) == 0
 
 
-class Following:
-    """The weights of one model, and the averages that follow them."""
+class Tracker:
+    """The weights of one model, and the averages that track them."""
 
-    def __init__(
-        self, model: Module, policy: Policy, options: Options, *, unit: str | None
+    def __init__(  # noqa: PLR0913 - what Average documents, turned into policy and options here only
+        self,
+        model: Module,
+        *,
+        unit: str | None = None,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        nonfinite: str | None = None,
+        average_buffers: str | Iterable[str] | None = None,
+        capturable: bool = False,
     ) -> None:
         if not isinstance(model, Module):
             raise ArgumentError(f"Average needs a torch module; found {type(model).__name__}.")
-        self.roster = Roster(model, policy)
-        self.options = options
-        self.members: list[Held] = []
+        policy = Policy(patterns(include), patterns(exclude) or (), patterns(average_buffers) or ())
+        self.tensors = BoundTensors(model, policy)
+        self.options = Options(
+            dtype, None if device is None else torch.device(device), nonfinite, capturable
+        )
         self.unit = unit
-        self.in_blocks = True  # where shares are small
+        self.members: list[Member] = []
         self.skipped = 0  # updates skipped because of non-finite weights
-        self.pending_steps = 0  # by the hook: steps since the last update, skipped ones included,
-        self.pending_real: Number = 0.0  # and those of them that were not skipped
-        self.attachment: object | None = None
+        self.attachment: Any = None  # updates the members without an attachment of their own
         self.layer_modes: dict[str, bool] | None = None  # at the last capture, if the model trained
-        self._cutter: Cutter | None = None
-        self._cut_at = -1
+        self._grouped: GroupedTensors | None = None
+        self._grouped_at = -1
         self._staging: Staging | None = None
 
-    def join(self, profile: Profile) -> Held:
-        """One more average of these weights. Raises ArgumentError for a profile nothing can follow."""
-        _refuse_annealed(profile)
-        held = Held(Clock(profile))
-        self.members.append(held)
-        return held
+    def join(self, profile: Profile | str) -> Member:
+        """One more average of these weights. Raises ArgumentError for a profile that does not fit."""
+        profile = as_profile(profile)
+        accumulator_class(profile)
+        member = Member(self, Clock(profile), self.unit)
+        self.members.append(member)
+        return member
 
-    def update(self, dt: float = 1.0, real: Tensor | None = None) -> None:
-        """Let the present weights enter every average; all checks come before the first write."""
+    def update(
+        self,
+        dt: float = 1.0,
+        real: bool | Tensor = True,
+        members: Sequence[Member] | None = None,
+    ) -> None:
+        """Update the members, all by default; every check comes before the first write."""
+        if real is False:
+            return
         self.refuse_during_loan("update()")
         self.finish()
-        self.roster.refresh() if self.roster.bound else self.roster.bind()
-        capturing = self._is_capturing()
-        moments = [held.clock.advanced(dt, real) for held in self.members]
-        if not self._may_enter():
+        self.tensors.refresh() if self.tensors.bound else self._bind()
+        members = self.members if members is None else members
+        capturing = self._is_capturing(members)
+        part = _part(real)
+        moments = [member.clock.advance(float(dt), part) for member in members]
+        if not self._may_average():
             return
         if any(now.on_device or now.share for now in moments):
-            self.prepare()
-            self._enter(moments)
-        for held, now in zip(self.members, moments, strict=True):
-            held.clock = now.written_over(held.clock) if capturing else now
+            with torch.no_grad():
+                self.prepare()
+                self._accumulate(members, moments)
+        for member, now in zip(members, moments, strict=True):
+            member.clock = now.copied_into(member.clock) if capturing else now
+        if (
+            not self.is_attached()
+        ):  # no hook will order the next step after what is still being read
+            self.wait_before_step()
 
     def prepare(self) -> None:
         """Make what the averages need, once the model is bound."""
-        live, options = self.roster.live, self.options
-        for held in self.members:
-            if held.store is None:
-                kind = Running if held.profile.streaming else Snapshots
-                held.store = kind(live, options.dtype, options.device)
-                held.statistics = [s.detach().clone() for s in self.roster.statistics]
-                self._cut_at = -1
-        if self._cut_at != self.roster.generation:
-            self._cut()
+        live = self.tensors.live
+        for member in self.members:
+            if member.accumulator is None:
+                member.accumulator = accumulator_class(member.profile)(live, self.options)
+                member.statistics = [s.detach().clone() for s in self.tensors.statistics]
+                self._grouped_at = -1
+        if self._grouped_at != self.tensors.generation:
+            self._group()
 
     def ready_to_read(self) -> None:
-        """Complete what is under way, and check that the model is still the one that is followed."""
+        """Complete what is under way, and check that the model has not changed."""
         self.finish()
-        if not self.roster.bound or self.owner_of_loan() is not None:
+        if not self.tensors.bound or self.owner_of_loan() is not None:
             return
-        if self.attachment is not None:  # whatever is thawed has not been stepped yet
-            self.adopt_thawed()
-        self.roster.refresh()
+        if self.is_attached():  # whatever was unfrozen has not been stepped yet
+            self.add_unfrozen()
+        self.tensors.refresh()
+
+    def is_attached(self) -> bool:
+        """Whether an attachment updates any of the members."""
+        return self.attachment is not None or any(m.attachment is not None for m in self.members)
 
     def owner_of_loan(self) -> object | None:
         """Whose average is in the model now; None while it holds its own weights."""
-        return owner_of_loan(self.roster.live)
+        return current_owner(self.tensors.live)
 
     def finish(self) -> None:
         """Complete an update whose weights were still on their way to another device."""
@@ -145,15 +157,15 @@ class Following:
         if self._staging is not None:
             self._staging.order_after_reading()
 
-    def adopt_thawed(self) -> None:
-        """Take up parameters that are about to train for the first time: they were constant so far."""
-        if not self.roster.bound or not (names := self.roster.thawed()):
+    def add_unfrozen(self) -> None:
+        """Average parameters that are about to train for the first time: they were constant so far."""
+        if not self.tensors.bound or not (names := self.tensors.unfrozen()):
             return
         self.finish()
-        values = self.roster.adopt(names)
-        for held in self.members:
-            if held.store is not None:
-                held.store.adopt(values, held.clock)
+        values = self.tensors.add(names)
+        for member in self.members:
+            if member.accumulator is not None:
+                member.accumulator.add(values, member.clock)
 
     def refuse_during_loan(self, what: str) -> None:
         """Raise UsageError while another set of weights is in the model."""
@@ -163,41 +175,37 @@ class Following:
                 "that train. Leave the `with` block first."
             )
 
-    def keep_time_on_device(self) -> None:
-        """Move every clock to the weights' device, for good; and use no blocks.
-
-        The replays of a graph run no host code, which is what opens blocks and folds them.
-        """
-        if not self.roster.bound:
-            raise UsageError("keep_time_on_device() needs a first update(), which binds the model.")
-        self.finish()
-        self.in_blocks = False
-        for held in self.members:
-            if isinstance(held.store, Running):
-                held.store.close_block(held.clock)
-            held.clock = held.clock.moved(self._device())
-
     def layers_to_refresh(self) -> list[str] | None:
         """The normalisation layers whose statistics follow the average; None lets update_bn choose."""
-        model = self.roster.model
+        model = self.tensors.model
         if model.training or self.layer_modes is None:
             return None
         return [name for name in trained_layers(model) if self.layer_modes.get(name, True)]
 
     def statistics_go_stale(self) -> bool:
         """Whether there are statistics that follow the weights."""
-        if not self.roster.statistics:
+        if not self.tensors.statistics:
             return False
-        if unmeasured_layers(self.roster.model):
+        if unsupported_norm_layers(self.tensors.model):
             return True
         layers = self.layers_to_refresh()
-        return bool(trained_layers(self.roster.model) if layers is None else layers)
+        return bool(trained_layers(self.tensors.model) if layers is None else layers)
 
-    def _may_enter(self) -> bool:
+    def to_device_if_capturable(self, member: Member) -> None:
+        """Keep the member's time on the weights' device, where the replays of a graph move it."""
+        if self.options.capturable:
+            member.clock = member.clock.to(self._device())
+
+    def _bind(self) -> None:
+        self.tensors.bind()
+        for member in self.members:
+            self.to_device_if_capturable(member)
+
+    def _may_average(self) -> bool:
         mode = self.options.nonfinite
         if mode is None:
             return True
-        tensors = list(zip(self.roster.names, self.roster.live, strict=True))
+        tensors = list(zip(self.tensors.names, self.tensors.live, strict=True))
         if mode == "raise":
             refuse_nonfinite(tensors, "update()", "Nothing was averaged.")
         elif nonfinite(tensors):
@@ -205,78 +213,77 @@ class Following:
             return False
         return True
 
-    @torch.no_grad()
-    def _enter(self, moments: Sequence[Clock]) -> None:
-        moves = self._moves(moments)
-        if self._staging is not None:
-            self._staging.start(self.roster.live, lambda: self._blend(moves, moments))
-        else:
-            self._blend(moves, moments)
-        for held, now in zip(self.members, moments, strict=True):
-            if isinstance(held.store, Snapshots):
-                held.store.take(held.clock, now.read())
-            if self.roster.statistics and (now.on_device or now.share):
-                torch._foreach_copy_(held.statistics, self.roster.statistics)
-                held.statistics_are_fresh = False
-        self._note_modes()
-
-    def _moves(self, moments: Sequence[Clock]) -> list[Move]:
-        moves = [
-            held.store.move(held.clock, now, in_blocks=self.in_blocks)
-            for held, now in zip(self.members, moments, strict=True)
-            if isinstance(held.store, Running)
+    def _accumulate(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
+        pairs = [
+            (member.accumulator, member.clock, now)
+            for member, now in zip(members, moments, strict=True)
+            if member.accumulator is not None
         ]
-        return [move for move in moves if move is not None]
+        updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
+        steps = [partial(held.settle, now) for held, _, now in pairs]
+        if self._grouped is not None:
+            steps.insert(0, partial(self._grouped.blend, updates))
+        if self._staging is not None:
+            self._staging.start(self.tensors.live, steps)
+        else:
+            for step in steps:
+                step()
+        self._copy_statistics(members, moments)
 
-    def _blend(self, moves: Sequence[Move], moments: Sequence[Clock]) -> None:
-        if self._cutter is not None:
-            self._cutter.blend(moves)
-        for held, now in zip(self.members, moments, strict=True):
-            if isinstance(held.store, Running) and (now.on_device or now.share):
-                held.store.settle(now)
+    def _copy_statistics(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
+        if not self.tensors.statistics:
+            return
+        for member, now in zip(members, moments, strict=True):
+            if now.on_device or now.share:
+                torch._foreach_copy_(member.statistics, self.tensors.statistics)
+                member.statistics_are_fresh = False
+        in_training = self.tensors.model.training
+        modes = {name: layer.training for name, layer in self._norms} if in_training else None
+        self.layer_modes = modes
 
-    def _cut(self) -> None:
-        stores = [held.store for held in self.members if isinstance(held.store, Running)]
-        source: Sequence[Tensor] = self.roster.live
-        if stores and stages(self.roster.live, self.options.device):
-            self._staging = Staging(self.roster.live)
+    def _group(self) -> None:
+        live = self.tensors.live
+        held = [member.accumulator for member in self.members if member.accumulator is not None]
+        targets = [tensors for accumulator in held if (tensors := accumulator.blend_targets())]
+        source: Sequence[Tensor] = live
+        if targets and stages(live, self.options.device):
+            self._staging = Staging(live)
             source = self._staging.tensors
-        if stores:
-            self._cutter = Cutter(source, stores[0].tensors, n_averages=len(stores))
-        for held in self.members:
-            if isinstance(held.store, Running) and self._cutter is not None:
-                held.store.cut(self._cutter)
-            elif isinstance(held.store, Snapshots):
-                held.store.follow(self.roster.live)
-        self._norms = list(norm_layers(self.roster.model).items()) if self.roster.statistics else []
-        self._cut_at = self.roster.generation
+        if targets:
+            self._grouped = GroupedTensors(source, targets[0], n_averages=len(targets))
+        for accumulator in held:
+            accumulator.regroup(live, self._grouped)
+        self._norms = (
+            list(norm_layers(self.tensors.model).items()) if self.tensors.statistics else []
+        )
+        self._grouped_at = self.tensors.generation
 
-    def _note_modes(self) -> None:
-        if self.roster.statistics:
-            in_training = self.roster.model.training
-            modes = {name: layer.training for name, layer in self._norms} if in_training else None
-            self.layer_modes = modes
-
-    def _is_capturing(self) -> bool:
+    def _is_capturing(self, members: Sequence[Member]) -> bool:
         if self._device().type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return False
-        if not all(held.clock.on_device for held in self.members):
+        if not self.options.capturable:
             raise UsageError(
                 "update() in a CUDA graph, but the time of this average is kept on the host, where "
-                "no replay can move it. Call keep_time_on_device() before the capture."
+                "no replay can advance it. Construct the average with capturable=True."
+            )
+        if any(member.accumulator is None for member in members):
+            raise UsageError(
+                "The first update() cannot be captured in a CUDA graph: it makes the accumulators. "
+                "Call update() once before the capture."
             )
         return True
 
     def _device(self) -> torch.device:
-        return self.roster.live[0].device
+        return self.tensors.live[0].device
 
 
-def _refuse_annealed(profile: Profile) -> None:
-    inner = profile
-    while isinstance(inner, After):
-        inner = inner.profile
-    if not (inner.streaming or isinstance(inner, Window)):
+def _part(real: bool | Tensor) -> Tensor | None:
+    """What `Clock.advance` takes: the part that was not skipped, or None if that is certain."""
+    if real is True:
+        return None
+    if not isinstance(real, Tensor) or real.numel() != 1:
         raise ArgumentError(
-            f"{profile} cannot be followed while training: what each weight counts is known only "
-            "at the end. Save checkpoints and use polyak.average_checkpoints."
+            f"real is {real!r}; expected True, False, or a tensor with one value from 0 (a skipped "
+            "step) to 1."
         )
+    return real.detach().reshape(()).to(torch.float64)

@@ -1,60 +1,74 @@
-"""The values of an average: lent to the model, copied into one, or given out by name."""
+"""The values of an average: swapped into the model, copied into one, or returned by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.accumulators import Running
-from polyak.averaging.tracker import Following, Held
-from polyak.errors import EmptyAverage, MismatchError, warn
+from polyak.averaging.tracker import Member
+from polyak.errors import check_match
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
-from polyak.tensors.swap import lent, recomputed, refresh
+from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 
-def lendable(following: Following, held: Held) -> list[Tensor]:
+class Loan:
+    """The average in its model, until `give_back`; also a context manager."""
+
+    def __init__(self, swap: AbstractContextManager[None] | None = None) -> None:
+        self._swap = ExitStack()
+        if swap is not None:
+            self._swap.enter_context(swap)
+
+    def give_back(self) -> None:
+        """Restore the model's own weights. A second call does nothing."""
+        self._swap.close()
+
+    def __enter__(self) -> Loan:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.give_back()
+
+
+def as_model_dtype(member: Member) -> list[Tensor]:
     """The average of each weight in the weight's dtype: the accumulator itself wherever it can be."""
-    return [_lendable(held, i, live) for i, live in enumerate(following.roster.live)]
+    targets = member.accumulator.swap_targets() if member.accumulator is not None else []
+    return [_value(member, targets, i, live) for i, live in enumerate(member.tracker.tensors.live)]
 
 
 @torch.no_grad()
-def copies(
-    following: Following, held: Held, device: torch.device | None = None
-) -> dict[str, Tensor]:
+def copied_values(member: Member, device: torch.device | None = None) -> dict[str, Tensor]:
     """Everything a state dict of the averaged model holds: by name, ties under all their names."""
-    roster = following.roster
-    named, _ = roster.look()
-    index_of = {name: index for index, name in enumerate(roster.names)}
-    statistics = dict(zip(roster.statistic_names, held.statistics, strict=True))
+    tensors = member.tracker.tensors
+    named, _ = tensors.inspect()
+    averaged = dict(zip(tensors.names, as_model_dtype(member), strict=True))
+    statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
     result: dict[str, Tensor] = {}
     for name, slot in named.slots.items():
-        if name in index_of:
-            value = _lendable(held, index_of[name], slot.tensor)
-        else:
-            value = statistics.get(name, slot.tensor).detach()
+        value = averaged.get(name, statistics.get(name, slot.tensor)).detach()
         if slot.persistent:
             result[name] = value.to(device or value.device, copy=True)
     return result | {alias: result[n] for alias, n in named.ties.items() if n in result}
 
 
 @contextmanager
-def loan(following: Following, held: Held, *, owner: object, in_place: bool) -> Iterator[None]:
-    """Let the model hold the average, its statistics included, within the block."""
-    roster = following.roster
-    live = [*roster.live, *roster.statistics]
-    values = [*lendable(following, held), *held.statistics]
-    stay = {id(tensor) for tensor in live} if in_place else roster.shares_memory()
+def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[None]:
+    """Swap the average, its statistics included, into the model for the block."""
+    tensors = member.tracker.tensors
+    live = [*tensors.live, *tensors.statistics]
+    values = [*as_model_dtype(member), *member.statistics]
+    stay = {id(tensor) for tensor in live} if in_place else tensors.shares_memory()
     with (
-        lent(live, values, owner=owner, in_place=stay),
-        _kept_right(held, live, values, stay),
-        recomputed(roster.model),
-        _statistics_watched(held, roster.statistics),
+        swapped(live, values, owner=owner, in_place=stay),
+        _track_swapped(member, live, values, stay),
+        derived_tensors_recomputed(tensors.model),
+        _statistics_watched(member, tensors.statistics),
     ):
         yield
 
@@ -65,85 +79,68 @@ def copy_into(model: Module, values: dict[str, Tensor]) -> None:
     named = named_tensors(model)
     persistent = {n: s.tensor for n, s in named.slots.items() if s.persistent}
     source = {n: t for n, t in values.items() if n not in named.ties}
-    changed = {
-        n: f"shape {tuple(persistent[n].shape)}, the average's is {tuple(source[n].shape)}"
-        for n in persistent.keys() & source.keys()
-        if persistent[n].shape != source[n].shape
-    }
-    missing, unexpected = source.keys() - persistent.keys(), persistent.keys() - source.keys()
-    if missing or unexpected or changed:
-        raise MismatchError.of(
-            f"The average does not fit this {type(model).__name__}.",
-            missing=missing,
-            unexpected=unexpected,
-            changed=changed,
-            advice="Nothing was copied. Build the model as the averaged one was built.",
-        )
+    check_match(
+        {n: f"shape {tuple(t.shape)}" for n, t in persistent.items()},
+        {n: f"shape {tuple(t.shape)}" for n, t in source.items()},
+        f"The average does not fit this {type(model).__name__}.",
+        "Nothing was copied. Build the model as the averaged one was built.",
+    )
     for name, tensor in persistent.items():
         tensor.detach().copy_(source[name])
-    refresh(model)
+    recompute_derived(model)
 
 
-def warn_empty(owner: object, consequence: str) -> None:
-    """Say that nothing has been averaged, and what follows."""
-    warn(
-        f"{owner!r} is empty: nothing has been averaged yet, so {consequence}.",
-        EmptyAverage,
-    )
-
-
-def refuse_nonfinite_average(following: Following, held: Held, what: str) -> None:
+def refuse_nonfinite_average(member: Member, what: str) -> None:
     """Raise NonFiniteError that names the averaged tensors and statistics with NaN or infinity."""
-    names, store = following.roster.names, held.store
-    kept = [] if store is None else [zip(names, g, strict=True) for g in store.groups()]
-    statistics = zip(following.roster.statistic_names, held.statistics, strict=True)
+    tensors, accumulator = member.tracker.tensors, member.accumulator
+    groups = [] if accumulator is None else accumulator.tensors_held()
+    held = chain.from_iterable(zip(tensors.names, group, strict=True) for group in groups)
+    statistics = zip(tensors.statistic_names, member.statistics, strict=True)
     refuse_nonfinite(
-        [*chain.from_iterable(kept), *statistics],
+        [*held, *statistics],
         what,
         "One bad update spoils an average for good: load an earlier state, and construct it with "
         "nonfinite='skip' or 'raise' to keep such weights out.",
     )
 
 
-def _lendable(held: Held, index: int, live: Tensor) -> Tensor:
-    store = held.store
-    if isinstance(store, Running) and store.is_plain():
-        kept = store.tensors[index]
+def _value(member: Member, targets: Sequence[Tensor], index: int, live: Tensor) -> Tensor:
+    if targets:
+        kept = targets[index]
         if (kept.dtype, kept.device, kept.stride()) == (live.dtype, live.device, live.stride()):
             return kept
-    if store is None:
+    if member.accumulator is None:
         return live.detach()
     with torch.no_grad(), torch.inference_mode(False):
-        return torch.empty_like(live).copy_(store.render(index, held.clock))
+        return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
 
 
 @contextmanager
-def _kept_right(
-    held: Held, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]
+def _track_swapped(
+    member: Member, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]
 ) -> Iterator[None]:
-    """Where contents changed places the average lies in the live tensor: look for it there."""
+    """After an in-place swap the averaged values are in the live tensors: look for them there."""
     moved = {id(v): w.detach() for w, v in zip(live, values, strict=True) if id(w) in stay}
-    store, statistics = held.store, held.statistics
-    accumulators = store.tensors if isinstance(store, Running) else []
-    held.statistics = [moved.get(id(s), s) for s in statistics]
-    if isinstance(store, Running):
-        store.tensors = [moved.get(id(t), t) for t in accumulators]
-    held.is_lent = True
+    targets = member.accumulator.swap_targets() if member.accumulator is not None else []
+    lists = (targets, member.statistics)
+    before = [list(tensors) for tensors in lists]
+    for tensors in lists:
+        tensors[:] = [moved.get(id(t), t) for t in tensors]
+    member.is_applied = True
     try:
         yield
     finally:
-        held.is_lent = False
-        held.statistics = statistics
-        if isinstance(store, Running):
-            store.tensors = accumulators
+        member.is_applied = False
+        for tensors, own in zip(lists, before, strict=True):
+            tensors[:] = own
 
 
 @contextmanager
-def _statistics_watched(held: Held, statistics: Sequence[Tensor]) -> Iterator[None]:
+def _statistics_watched(member: Member, statistics: Sequence[Tensor]) -> Iterator[None]:
     """Statistics that change while the average is in the model are its own from then on."""
     before = [statistic._version for statistic in statistics]
     try:
         yield
     finally:
         if before != [statistic._version for statistic in statistics]:
-            held.statistics_are_fresh = True
+            member.statistics_are_fresh = True

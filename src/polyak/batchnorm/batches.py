@@ -1,4 +1,4 @@
-"""Running a model over batches: what a batch means, where it goes, how far it has come."""
+"""Running a model over batches: what a batch means, its device, and the progress."""
 
 from __future__ import annotations
 
@@ -35,20 +35,19 @@ def checked(batches: Any, *, limit: int | None, passes: int) -> Iterable[Any]:
     """Refuse what cannot be run before anything is touched."""
     for name, value in (("passes", passes), ("limit", limit)):
         if not (_is_count(value) or (name == "limit" and value is None)):
-            raise ArgumentError(f"update_bn: {name} must be a whole number from 1, found {value!r}")
+            raise ArgumentError(f"{name} is {value!r}; expected a whole number, 1 or more.")
     if not isinstance(batches, Iterable) or isinstance(batches, Module):
         raise ArgumentError(
-            "update_bn: batches must be an iterable of batches, such as a DataLoader, found"
-            f" {type(batches).__name__}; torch's update_bn takes its arguments the other way"
-            " round: polyak.update_bn(model, batches)"
+            f"batches is a {type(batches).__name__}; expected an iterable of batches, such as a "
+            "DataLoader. The order is polyak.update_bn(model, batches), the opposite of torch's."
         )
     if passes > 1 and isinstance(batches, Iterator):
         raise ArgumentError(
-            f"update_bn: passes={passes} runs over the data several times, but an iterator can be"
-            " read only once: give a list or a DataLoader"
+            f"passes={passes} reads the data several times, but an iterator can be read only once. "
+            "Pass a list or a DataLoader."
         )
-    checked: Iterable[Any] = batches
-    return checked
+    iterable: Iterable[Any] = batches
+    return iterable
 
 
 def _is_count(value: object) -> bool:
@@ -56,9 +55,9 @@ def _is_count(value: object) -> bool:
 
 
 def one_pass(batches: Iterable[Any], *, limit: int | None, title: str | None) -> Iterator[Any]:
-    """The batches of one pass, no more than `limit` fetched, with a line of progress if titled.
+    """The batches of one pass, at most `limit` of them fetched, with progress if there is a title.
 
-    A generator: nothing is asked of `batches`, not even an iterator, before the pass begins.
+    A generator: `iter(batches)` is not called before the pass begins.
     """
     total = len(batches) if isinstance(batches, Sized) else None
     if limit is not None:
@@ -68,7 +67,7 @@ def one_pass(batches: Iterable[Any], *, limit: int | None, title: str | None) ->
 
 
 def _reported(batches: Iterable[Any], total: int | None, title: str) -> Iterator[Any]:
-    """Pass the batches on, writing how far it is to stderr, twice a second at most."""
+    """The batches, with the progress written to stderr at most twice a second."""
     start = written = time.monotonic()
     done = 0
     for done, batch in enumerate(batches, 1):
@@ -87,12 +86,12 @@ def _so_far(done: int, total: int | None, seconds: float) -> str:
 
 
 def _default_forward(model: Module, batch: Any) -> object:
-    """A tensor goes in as it is, of a tuple or list the first entry, a mapping as keywords."""
+    """Pass a tensor as it is, a tuple or list by its first entry, a mapping as keywords."""
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, (tuple, list)):
         if not batch:
-            raise ArgumentError("update_bn: an empty batch: expected (inputs, ...)")
+            raise ArgumentError("A batch is an empty tuple or list; expected (inputs, ...).")
         return model(batch[0])
     if not isinstance(batch, Mapping):
         return model(batch)
@@ -102,9 +101,9 @@ def _default_forward(model: Module, batch: Any) -> object:
         if _takes(model, batch):
             raise
         raise UsageError(
-            f"update_bn: the model does not take the batch's entries {sorted(map(str, batch))} as"
-            f" keyword arguments ({error}); say how it is called, for example"
-            " forward=lambda model, batch: model(batch['image'])"
+            f"The model does not take the batch's entries {sorted(map(str, batch))} as keyword "
+            f"arguments ({error}). Pass forward=, for example "
+            "forward=lambda model, batch: model(batch['image'])."
         ) from error
 
 
@@ -117,7 +116,7 @@ def _takes(model: Module, keywords: Mapping[str, Any]) -> bool:
 
 
 def _unwrapped(model: Module) -> Module:
-    """Data-parallel wrappers broadcast buffers, or copy layers, at each call: run what is inside."""
+    """The model inside data-parallel wrappers, which broadcast buffers or copy layers at each call."""
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
     return model

@@ -1,7 +1,4 @@
-"""Merging the moments of every rank of a process group.
-
-What one layer saw: its batch statistics, read at each call.
-"""
+"""`StatisticsCollector`: the moments of one layer's inputs over a pass, merged over all ranks."""
 
 from __future__ import annotations
 
@@ -19,57 +16,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from polyak.batchnorm import moments
 from polyak.batchnorm.moments import InstanceMoments, Moments
 
-
-def is_distributed() -> bool:
-    """Whether there are other ranks to merge with."""
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
-
-
-def merge_ranks(recorders: Sequence[Recorder], n_batches: int) -> int:
-    """Merge each layer's moments over all ranks, in rank order; returns the batches of all.
-
-    Every rank must come here, with the same layers; each ends with the same bits.
-    """
-    if not is_distributed():
-        return n_batches
-    mine = _packed(recorders, n_batches)
-    parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, mine)
-    for recorder in recorders:
-        recorder.calls = 0
-        recorder.moments = type(recorder.moments).empty(recorder.moments.mean)
-    return sum(_merge_part(recorders, part) for part in parts)
-
-
-def _packed(recorders: Sequence[Recorder], n_batches: int) -> Tensor:
-    """One vector: the batches, then count, calls, means and spreads layer by layer."""
-    device, dtype = recorders[0].moments.mean.device, recorders[0].moments.mean.dtype
-    pieces = [torch.tensor([n_batches], dtype=dtype)]
-    for recorder in recorders:
-        moments = recorder.moments
-        pieces.append(torch.tensor([moments.count, recorder.calls], dtype=dtype))
-        pieces += [moments.mean, moments.spread]
-    return torch.cat([piece.to(device, dtype) for piece in pieces])
-
-
-def _merge_part(recorders: Sequence[Recorder], part: Tensor) -> int:
-    position = 1
-    for recorder in recorders:
-        moments = recorder.moments
-        n_channels = moments.mean.numel()
-        count, calls = part[position : position + 2].tolist()
-        flat = part[position + 2 : position + 2 + 2 * n_channels].to(moments.mean)
-        mean, spread = flat.view(2, n_channels)
-        moments.merge(count, mean, spread)
-        recorder.calls += int(calls)
-        position += 2 + 2 * n_channels
-    return int(part[0])
-
-
 # Calls gathered before they are merged (one merge of 64 costs as much as one of 1): few at first,
 # since a pass may be short.
 _FIRST_ROWS, _ROWS = 8, 64
@@ -83,13 +29,12 @@ _order = itertools.count()
 Buffers = dict[str, Tensor | None]
 
 
-class Recorder:
-    """Stands in for the layer's `forward` during a pass and gathers the moments of its inputs.
+class StatisticsCollector:
+    """Replaces the layer's `forward` during a pass and collects the moments of its inputs.
 
-    In training mode with momentum 1 a layer leaves its batch statistics in the running buffers,
-    so each call gets a row of scratch as its buffers and nothing is computed twice. Where that
-    is not exact, or not what happens (evaluation mode, low-precision statistics, a synchronised
-    layer), the input is measured instead.
+    In training mode with momentum 1 a layer leaves its batch statistics in the running buffers, so
+    each call gets a row of scratch as its buffers and nothing is computed twice. Where that is not
+    exact, or does not happen, the input is measured beside the layer instead (see `__call__`).
     """
 
     def __init__(self, layer: _NormBase, *, training: bool) -> None:
@@ -110,26 +55,34 @@ class Recorder:
         self._make_rows(_FIRST_ROWS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Record, and run the layer."""
+        """Collect the moments of the input and run the layer, in the cheapest exact way of four."""
         x: Tensor = args[0] if args else kwargs["input"]
         count = self._count(x)
-        if count == 0:  # nothing to learn from; what is wrong with it, the layer will say
+        if count == 0:  # nothing to collect; the layer itself will report what is wrong with it
             return self._forward(*args, **kwargs)
         if self.calls == 0:
             self.first_call = next(_order)
         self.calls += 1
+        # 1. The layer computes its batch statistics anyway, and exactly: it leaves them in a row of
+        #    scratch. All calls of a usual float32 model go this way.
         if self._leaves_exact(x, count):
             return self._leaving_a_row(x, count, *args, **kwargs)
         seen = self._measured(x, count)
         self.moments.add(seen)
-        if not self._training or self._synchronised:
+        is_single = count == 1 and not self._instances
+        # 2. Measured beside the layer, which runs as it is. In evaluation mode it normalises by the
+        #    statistics of the pass before; a synchronised layer must call the other ranks; one
+        #    with 16-bit statistics would round what it leaves, but its output is that of training.
+        runs_itself = not self._training or self._synchronised
+        if runs_itself or (self._is_low_precision and not is_single):
             return self._forward(*args, **kwargs)
-        if count == 1 and not self._instances:
-            # One value has no variance: it is pooled, and normalised by the statistics so far.
+        # 3. One value per channel has no variance, and torch refuses it in training mode: it counts
+        #    with variance 0, and is normalised by the statistics so far.
+        if is_single:
             self.flush()
             seen = self.moments
-        elif self._is_low_precision:
-            return self._forward(*args, **kwargs)
+        # 4. The kernel's own statistics would be inexact (many values in an unlucky layout): the
+        #    layer normalises by the measured ones, as if it had found them itself.
         return self._normalised_by(seen, x, *args, **kwargs)
 
     def flush(self) -> None:
@@ -140,14 +93,8 @@ class Recorder:
             self.moments.add(seen)
             self._counts = []
 
-    def _make_rows(self, n_rows: int) -> None:
-        assert self.layer.running_mean is not None  # noqa: S101 - norm_layers saw to it
-        self._means = self.layer.running_mean.new_zeros((n_rows, *self.moments.mean.shape))
-        self._variances = torch.zeros_like(self._means)
-        self._rows = list(zip(self._means.unbind(), self._variances.unbind(), strict=True))
-
     def statistics(self) -> Buffers:
-        """The running buffers that the layer shall have."""
+        """The running buffers that the layer should store."""
         tracked = self.layer.num_batches_tracked
         found: Buffers = {
             "running_mean": self.moments.mean.to(self._dtype),
@@ -162,6 +109,7 @@ class Recorder:
         return InstanceMoments if self._instances else Moments
 
     def _count(self, x: Tensor) -> int:
+        """Values per channel, or instances, of an input; 0 for one that no layer takes."""
         if x.dim() < 2:
             return 0
         if self._instances:
@@ -186,12 +134,18 @@ class Recorder:
             moments.mean_into(mean, x)
         return out
 
+    def _make_rows(self, n_rows: int) -> None:
+        assert self.layer.running_mean is not None  # noqa: S101 - norm_layers saw to it
+        self._means = self.layer.running_mean.new_zeros((n_rows, *self.moments.mean.shape))
+        self._variances = torch.zeros_like(self._means)
+        self._rows = list(zip(self._means.unbind(), self._variances.unbind(), strict=True))
+
     def _run_into(
         self, mean: Tensor, variance: Tensor, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Run the layer so that it leaves its batch statistics here."""
         layer = self.layer
-        if self._is_plain:  # what its forward comes to, without what it does besides
+        if self._is_plain:  # all that its forward computes, without its bookkeeping
             cast("Any", layer)._check_input_dim(x)
             return F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
         layer._buffers.update(running_mean=mean, running_var=variance)
@@ -203,13 +157,11 @@ class Recorder:
             return self._kind.of([count], *moments.of_instances(self.layer, x.to(dtype)))
         return self._kind.of(*moments.of_values(x, dtype))
 
-    def _normalised_by(self, moments: Moments, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _normalised_by(self, seen: Moments, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer with these statistics, as it would with those of its batch."""
         layer = self.layer
-        mean, variance = (
-            moments.mean.to(self._dtype),
-            moments.variance(unbiased=False).to(self._dtype),
-        )
+        mean = seen.mean.to(self._dtype)
+        variance = seen.variance(unbiased=False).to(self._dtype)
         if self._is_plain:
             return F.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
         layer._buffers.update(running_mean=mean, running_var=variance)
@@ -218,3 +170,53 @@ class Recorder:
             return self._forward(*args, **kwargs)
         finally:
             layer.training = True
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks to merge with."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+def merge_ranks(collectors: Sequence[StatisticsCollector], n_batches: int) -> int:
+    """Merge each layer's moments over all ranks, in rank order; returns the batches of all.
+
+    Every rank must call this, with the same layers; all end with the same bits.
+    """
+    if not is_distributed():
+        return n_batches
+    mine = _packed(collectors, n_batches)
+    parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, mine)
+    for collector in collectors:
+        collector.calls = 0
+        collector.moments = type(collector.moments).empty(collector.moments.mean)
+    return sum(_merge_part(collectors, part) for part in parts)
+
+
+def _packed(collectors: Sequence[StatisticsCollector], n_batches: int) -> Tensor:
+    """One vector: the batches, then count, calls, means and spreads layer by layer."""
+    device, dtype = collectors[0].moments.mean.device, collectors[0].moments.mean.dtype
+    pieces = [torch.tensor([n_batches], dtype=dtype)]
+    for collector in collectors:
+        own = collector.moments
+        pieces.append(torch.tensor([own.count, collector.calls], dtype=dtype))
+        pieces += [own.mean, own.spread]
+    return torch.cat([piece.to(device, dtype) for piece in pieces])
+
+
+def _merge_part(collectors: Sequence[StatisticsCollector], part: Tensor) -> int:
+    position = 1
+    for collector in collectors:
+        own = collector.moments
+        n_channels = own.mean.numel()
+        count, calls = part[position : position + 2].tolist()
+        flat = part[position + 2 : position + 2 + 2 * n_channels].to(own.mean)
+        mean, spread = flat.view(2, n_channels)
+        own.merge(count, mean, spread)
+        collector.calls += int(calls)
+        position += 2 + 2 * n_channels
+    return int(part[0])

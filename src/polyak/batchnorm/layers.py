@@ -18,8 +18,7 @@ def norm_layers(model: Module) -> dict[str, Module]:
 
     These are BatchNorm, SyncBatchNorm and InstanceNorm layers (and classes derived from them) with
     ``track_running_stats=True``. A layer that is used in several places appears once, under its
-    first name. What wrappers add to names (``_orig_mod.``, ``module.`` of data parallelism) is left
-    out.
+    first name. Names are without what wrappers add (``_orig_mod.``, ``module.`` of data parallelism).
 
     Raises:
         UsageError: a lazy layer has not seen any data yet, so its size is unknown.
@@ -45,8 +44,8 @@ def trained_layers(model: Module) -> dict[str, Module]:
     """The layers of `norm_layers` that are not frozen.
 
     A layer is frozen when it is in evaluation mode while the model itself trains, or when it has
-    affine parameters and none of them takes a gradient (though others in the model do: a model
-    that takes no gradients at all says nothing about its layers).
+    affine parameters and none of them takes a gradient while others in the model do (a model
+    without any gradients says nothing about its layers).
 
     Example:
         >>> import torch
@@ -65,11 +64,11 @@ def trained_layers(model: Module) -> dict[str, Module]:
     }
 
 
-def unmeasured_layers(model: Module) -> list[str]:
-    """Names of layers that train and keep running statistics in a way of their own.
+def unsupported_norm_layers(model: Module) -> list[str]:
+    """Names of layers that train and keep running statistics that `update_bn` cannot measure.
 
-    Neither torch's BatchNorm nor its InstanceNorm, or scripted: `update_bn` does not know what
-    their statistics mean. A layer without parameters that train keeps constants, not statistics.
+    They are neither torch BatchNorm nor InstanceNorm layers, or are scripted. A layer without
+    parameters that train is left out: its buffers are constants, not statistics.
     """
     return [
         prefix.removesuffix(".")
@@ -90,8 +89,7 @@ def chosen_layers(model: Module, layers: Iterable[str | Module] | None) -> dict[
 def _asked_for(known: dict[str, Module], layers: Iterable[str | Module]) -> dict[str, Module]:
     if isinstance(layers, (str, Module)):
         raise ArgumentError(
-            f"update_bn: layers= takes several names or modules, found a single {layers!r};"
-            " put it in a list"
+            f"layers is a single {layers!r}; expected several names or modules. Put it in a list."
         )
     name_of = {layer: name for name, layer in known.items()}
     wanted = [
@@ -99,9 +97,9 @@ def _asked_for(known: dict[str, Module], layers: Iterable[str | Module]) -> dict
     ]
     if unknown := set(wanted) - known.keys():
         raise MismatchError.of(
-            "update_bn: layers= names layers that keep no running statistics in this model",
+            "layers= names layers that keep no running statistics in this model.",
             unexpected=unknown,
-            advice=f"those that do: {', '.join(known) or 'none'}",
+            advice=f"These do: {', '.join(known) or 'none'}.",
         )
     return {name: layer for name, layer in known.items() if name in wanted}
 
@@ -111,8 +109,8 @@ def _tracks(layer: Module, name: str) -> TypeGuard[_NormBase]:
         return False
     if isinstance(layer.running_mean, UninitializedBuffer):
         raise UsageError(
-            f"the lazy normalisation layer {name!r} has not seen data yet:"
-            " run the model on one batch first"
+            f"The lazy normalisation layer {name!r} has not seen data yet. Run the model on one "
+            "batch first."
         )
     return layer.running_mean is not None and layer.running_var is not None
 

@@ -1,6 +1,7 @@
-"""Means and variances that are merged exactly, whatever the split into batches.
+"""Means and variances: merged exactly whatever the split into batches, and those of one input.
 
-Moments of a layer's input, measured beside the layer.
+`Moments` and `InstanceMoments` merge. The functions below them find the moments of a layer's input
+to float32 accuracy, and tell where torch's own kernels do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Moments:
 
     Two parts merge as in Chan, Golub and LeVeque (1979): with d the difference of their means,
     ``mean += d * n_b / n`` and ``spread += spread_b + d^2 * n_a * n_b / n``, where the spread is
-    the sum of squared deviations from the mean. Nothing is ever subtracted from a sum of squares,
+    the sum of squared deviations from the mean. No sum of squares is ever subtracted from another,
     so a mean far from zero costs no digits.
     """
 
@@ -69,15 +70,15 @@ class Moments:
         return self.count > 1
 
     def is_finite(self) -> bool:
-        """Whether nothing but finite values was seen, and nothing overflowed."""
+        """Whether all values were finite, and nothing overflowed."""
         return bool((self.mean + self.spread).isfinite().all())
 
 
 class InstanceMoments(Moments):
     """What InstanceNorm keeps: means over instances of each instance's mean and variance.
 
-    `count` is instances and the spread is the sum of their unbiased variances; what lies between
-    instances is no part of its definition.
+    `count` is instances and the spread is the sum of their unbiased variances; the variance between
+    instances is not part of its definition.
     """
 
     @classmethod
@@ -101,7 +102,7 @@ class InstanceMoments(Moments):
         return self.spread / self.count
 
     def is_enough(self) -> bool:
-        """One instance is enough: each has a variance of its own."""
+        """One instance is enough: each has its own variance."""
         return self.count > 0
 
 
@@ -114,15 +115,15 @@ def _column(counts: list[int], like: Tensor) -> Tensor:
     return column.to(like.device, non_blocking=True).unsqueeze(1)
 
 
-# Where the channel comes last torch's CPU kernel adds up float32 values one after the other, and in
-# low precision everywhere: measured on 64 images of 56 x 56, the variance is off by 1e-4. Pieces of
-# this many values per channel are good to 1e-6, and stay in the cache, so they cost no more.
+# With channels last, and for 16-bit inputs always, torch's CPU kernel adds up float32 values one after
+# the other: on 64 images of 56 x 56 the variance is off by 1e-4. Pieces of this many values per
+# channel are accurate to 1e-6, and fit into the cache, so they cost no more.
 _VALUES_PER_PIECE = 4096
 
-# Up to here the kernel's variance is good to 4e-6 all the same, and pieces would only cost.
+# Up to here the kernel's variance is accurate to 4e-6 anyway, and pieces would only cost time.
 _VALUES_TO_TRUST = 8192
 
-# Up to here the same holds for the mean, on which more depends (4e-7 of it at worst).
+# Up to here the same holds for the mean, on which more depends (relative error 4e-7 at worst).
 _VALUES_IN_ORDER = 256
 
 
@@ -134,19 +135,19 @@ def kernel_is_exact(x: Tensor, count: int) -> bool:
 
 
 def channels_come_last(x: Tensor) -> bool:
-    """Whether the CPU kernel adds up in order: vectors, and images in channels-last layout."""
+    """Whether the CPU kernel sums in order: vectors, and images in channels-last layout."""
     return x.stride(1) == 1 and x.device.type == "cpu"
 
 
 def mean_is_exact(x: Tensor, count: int) -> bool:
-    """Whether the kernel's mean is as good as its variance; on many values in order it is not."""
+    """Whether the kernel's mean is as accurate as its variance: not for many values summed in order."""
     return count <= _VALUES_IN_ORDER or not channels_come_last(x)
 
 
 def mean_into(mean: Tensor, x: Tensor) -> None:
-    """The mean per channel, added up in a tree: ten times as exact as the kernel's on ordered data.
+    """The mean per channel, summed pairwise: ten times as accurate as the kernel's on such data.
 
-    An error in a batch's mean far from zero would show in what lies between batches.
+    An error in the mean of a batch, far from zero, would enter the variance between batches.
     """
     torch.mean(_rows(x), 0, dtype=mean.dtype, out=mean)
 
@@ -181,7 +182,7 @@ def of_instances(layer: _NormBase, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def n_instances(layer: _NormBase, x: Tensor) -> int:
-    """How many instances an input holds; one without a batch dimension is one."""
+    """The number of instances in an input; without a batch dimension it is one."""
     return x.shape[0] if x.dim() > _rank_without_batch(layer) else 1
 
 

@@ -1,7 +1,4 @@
-"""Lending a model to a pass over data: whatever is changed comes back, also after an error.
-
-`update_bn`: the statistics of the data under the present weights.
-"""
+"""`update_bn`: sets the running statistics of a model to those of the data under its weights."""
 
 from __future__ import annotations
 
@@ -16,77 +13,24 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from polyak.batchnorm.batches import Forward, checked, one_pass, run
-from polyak.batchnorm.collector import Buffers, Recorder, merge_ranks
-from polyak.batchnorm.layers import chosen_layers, norm_layers, unmeasured_layers
+from polyak.batchnorm.collector import Buffers, StatisticsCollector, merge_ranks
+from polyak.batchnorm.layers import chosen_layers, norm_layers, unsupported_norm_layers
 from polyak.batchnorm.moments import Moments
 from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, warn
-from polyak.tensors.modes import lent_modes, set_mode
+from polyak.tensors.modes import restored_modes, set_mode
 
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+Estimator = Literal["pooled", "torch"]
 
-
-@contextmanager
-def lent_layers(layers: Iterable[_NormBase]) -> Iterator[None]:
-    """Scratch buffers during the pass: the layers' own are not touched until all has gone well."""
-    lent = [(layer, layer.momentum, {k: layer._buffers[k] for k in BUFFERS}) for layer in layers]
-    try:
-        for layer, _, buffers in lent:
-            layer._buffers.update({k: _clone(b) for k, b in buffers.items()})
-        yield
-    finally:
-        for layer, momentum, buffers in lent:
-            layer.momentum = momentum
-            layer._buffers.update(buffers)
-
-
-@contextmanager
-def lent_forwards(recorders: Mapping[str, Recorder]) -> Iterator[None]:
-    """Each recorder stands in for its layer's `forward`.
-
-    Not a hook: this also sees calls of `layer.forward(x)` and the input as other hooks left it.
-    """
-    own = {recorder: recorder.layer.__dict__.get("forward") for recorder in recorders.values()}
-    try:
-        for recorder in own:
-            recorder.layer.__dict__["forward"] = recorder
-        yield
-    finally:
-        for recorder, forward in own.items():
-            if forward is None:
-                recorder.layer.__dict__.pop("forward", None)
-            else:
-                recorder.layer.__dict__["forward"] = forward
-
-
-@contextmanager
-def lent_randomness(model: Module) -> Iterator[None]:
-    """The pass (a shuffling loader, say) leaves torch's generators where they were."""
-    on_gpu = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    devices = {p.device for p in on_gpu if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
-
-
-def eagerly() -> AbstractContextManager[None]:
-    """Compiled models run uncompiled: what was traced before cannot see the recorders."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it costs a second
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-def _clone(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.clone()
-
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 _NO_BATCHES = (
-    "update_bn: there were no batches, so there is nothing to measure; the statistics are left as"
-    " they were: was an iterator used up before?"
+    "There were no batches, so the statistics were not updated. Check that the iterator was not "
+    "used up before."
 )
 
-_LEFT_OUT = (
-    "update_bn: {} keep running statistics in a way of their own (no BatchNorm or InstanceNorm of"
-    " torch's, or scripted), and are left as they were: measure them inside average.applied()"
+_UNSUPPORTED = (
+    "{} are not torch BatchNorm or InstanceNorm layers (or are scripted); their statistics were "
+    "not updated. Update them yourself inside average.applied()."
 )
 
 
@@ -99,7 +43,7 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
     passes: int = 1,
     progress: bool = False,
     layers: Iterable[str | Module] | None = None,
-    estimator: Literal["pooled", "torch"] = "pooled",
+    estimator: Estimator = "pooled",
 ) -> None:
     r"""Set the running statistics of normalisation layers to those of the data.
 
@@ -108,34 +52,38 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
     .. math:: \mu = \sum_b n_b m_b / N, \qquad
               \sigma^2 = \sum_b n_b (s_b^2 + (m_b - \mu)^2) / (N - 1), \qquad N = \sum_b n_b,
 
-    the moments of all its values, however they are split into batches, merged in float64. Layers
-    normalise by the statistics of the batch meanwhile, as in training, so a deep layer sees
-    inputs that depend a little on the split; each further pass runs with the statistics found so
+    the moments of all its values, however they are split into batches, merged in float64. During
+    the pass layers normalise by the statistics of the batch, as in training, so a deep layer sees
+    inputs that depend slightly on the split; each further pass runs with the statistics found so
     far and makes one more layer exact. InstanceNorm keeps its own definition: the means over all
     instances of their means and unbiased variances.
 
-    Only layers that train are touched (see `trained_layers`), dropout is off, and everything but
-    the statistics comes back: modes, momenta, torch's random state. After an error the statistics
-    are as they were too. A layer the data never reaches keeps what it had; a model without such
-    layers returns at once. Under a process group every rank must call this, and all end with the
-    statistics of the data of all ranks together.
+    Only layers that train are updated (see `trained_layers`), dropout is off, and everything else
+    is restored: modes, momenta, torch's random state; after an error the statistics as well. A
+    layer that the data never reaches keeps its statistics; for a model without such layers nothing
+    is run. Under a process group every rank must call this, and all end with the statistics of the
+    data of all ranks together.
+
+    The arguments of `torch.optim.swa_utils.update_bn` are in the opposite order.
 
     Args:
         model: the model; its buffers are changed in place, in their own dtype.
-        batches: an iterable of batches. A tensor goes to the model as it is, of a tuple or list
-            the first entry, a mapping as keyword arguments; tensors are moved to the model's device.
-        forward: ``forward(model, batch)``, for batches that mean something else.
-        limit: how many batches to use in each pass; all of them by default.
-        passes: how many passes to make.
+        batches: an iterable of batches. A tensor is passed to the model as it is, a tuple or list
+            by its first entry, a mapping as keyword arguments; tensors are moved to the model's
+            device.
+        forward: ``forward(model, batch)`` runs the model on any other kind of batch.
+        limit: use at most this many batches in each pass; all of them by default.
+        passes: the number of passes over the batches.
         progress: write a line of progress to stderr now and then.
         layers: the layers to update, by name or as modules, instead of those that train.
         estimator: "torch" gives what `torch.optim.swa_utils.update_bn` gives, for comparison:
-            each batch counts the same whatever its size, what lies between batches is dropped,
+            each batch counts the same whatever its size, the variance between batches is dropped,
             dropout is on, and frozen layers are changed.
 
     Raises:
         ArgumentError: no batches at all; one value per channel in all of the data; an argument
             outside its domain.
+        MismatchError: `layers` names layers that keep no running statistics.
         NonFiniteError: a layer's input held a NaN or an infinity.
         UsageError: the model does not take the batches, or its layers were never called.
 
@@ -151,14 +99,14 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
     """
     batches = checked(batches, limit=limit, passes=passes)
     if estimator not in ("pooled", "torch"):
-        raise ArgumentError(f"update_bn: estimator is 'pooled' or 'torch', found {estimator!r}")
+        raise ArgumentError(f"estimator is {estimator!r}; expected 'pooled' or 'torch'.")
     if estimator == "torch" and (passes > 1 or layers is not None):
         raise ArgumentError(
-            "update_bn: estimator='torch' makes one pass over all BatchNorm layers, as torch does;"
-            " leave out passes= and layers="
+            "estimator='torch' makes one pass over all BatchNorm layers, as torch does; "
+            "leave out passes= and layers=."
         )
-    if layers is None and (left_out := unmeasured_layers(model)):
-        warn(_LEFT_OUT.format(", ".join(left_out)), StaleStatistics)
+    if layers is None and (unsupported := unsupported_norm_layers(model)):
+        warn(_UNSUPPORTED.format(", ".join(unsupported)), StaleStatistics)
     titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
     feeds = [one_pass(batches, limit=limit, title=title if progress else None) for title in titles]
     if estimator == "torch":
@@ -175,12 +123,12 @@ def _pool(
 ) -> None:
     """One pass in training mode, the others with the statistics of the pass before."""
     found: dict[_NormBase, Buffers] = {}
-    with _lent(model, chosen.values()):
+    with _restored(model, chosen.values()):
         for number, batches in enumerate(feeds):
-            recorders = _recorders(model, chosen, training=number == 0)
-            with lent_forwards(recorders):
+            collectors = _collectors(model, chosen, training=number == 0)
+            with replaced_forwards(collectors):
                 n_batches = run(model, batches, forward)
-            found = _statistics(recorders, n_batches)
+            found = _statistics(collectors, n_batches)
             for layer, statistics in found.items():
                 layer._buffers.update(statistics)
     _store(found)
@@ -193,77 +141,128 @@ def _as_torch_does(model: Module, batches: Iterable[Any], forward: Forward | Non
     ]
     if not chosen:
         return
-    with _lent(model, chosen):
+    with _restored(model, chosen):
         model.train()
         for layer in chosen:
             layer.reset_running_stats()
             layer.momentum = None
         if run(model, batches, forward) == 0:
             raise ArgumentError(_NO_BATCHES)
-        found = {layer: {name: layer._buffers[name] for name in BUFFERS} for layer in chosen}
+        found = {layer: {name: layer._buffers[name] for name in _BUFFERS} for layer in chosen}
     _store(found)
 
 
-@contextmanager
-def _lent(model: Module, layers: Iterable[_NormBase]) -> Iterator[None]:
-    with (
-        lent_randomness(model),
-        lent_modes(model),
-        lent_layers(layers),
-        eagerly(),
-    ):
-        yield
-
-
-def _recorders(
+def _collectors(
     model: Module, chosen: Mapping[str, _NormBase], *, training: bool
-) -> dict[str, Recorder]:
-    """One recorder per layer, and the modes of the pass: only these layers may train."""
+) -> dict[str, StatisticsCollector]:
+    """One collector per layer, and the modes of the pass: only these layers may train."""
     targets = set(chosen.values())
     for module in model.modules():
         set_mode(module, training=training and module in targets)
     for layer in chosen.values():
         layer.momentum = 1.0  # the statistics of the batch, nothing else, are left behind
-    return {name: Recorder(layer, training=training) for name, layer in chosen.items()}
+    return {name: StatisticsCollector(layer, training=training) for name, layer in chosen.items()}
 
 
-def _statistics(recorders: Mapping[str, Recorder], n_batches: int) -> dict[_NormBase, Buffers]:
-    """What each layer that was reached shall store, checked."""
-    for recorder in recorders.values():
-        recorder.flush()
-    n_batches = merge_ranks(list(recorders.values()), n_batches)
-    reached = {name: recorder for name, recorder in recorders.items() if recorder.calls}
+def _statistics(
+    collectors: Mapping[str, StatisticsCollector], n_batches: int
+) -> dict[_NormBase, Buffers]:
+    """What each layer that was reached should store, checked."""
+    for collector in collectors.values():
+        collector.flush()
+    n_batches = merge_ranks(list(collectors.values()), n_batches)
+    reached = {name: collector for name, collector in collectors.items() if collector.calls}
     if n_batches == 0:
         raise ArgumentError(_NO_BATCHES)
     if not reached:
         raise UsageError(
-            f"update_bn: {n_batches} batches ran, but none of the layers {', '.join(recorders)} was"
-            " called: does forward= reach them?"
+            f"After {n_batches} batches none of the layers {', '.join(collectors)} was called. "
+            "Check that forward= reaches them."
         )
-    for name, recorder in sorted(reached.items(), key=lambda item: item[1].first_call):
-        _check(name, recorder.moments, n_batches)
-    return {recorder.layer: recorder.statistics() for recorder in reached.values()}
+    for name, collector in sorted(reached.items(), key=lambda item: item[1].first_call):
+        _check(name, collector.moments, n_batches)
+    return {collector.layer: collector.statistics() for collector in reached.values()}
 
 
 def _check(name: str, moments: Moments, n_batches: int) -> None:
     if not moments.is_enough():
         raise ArgumentError(
-            f"update_bn: layer {name!r} saw one value per channel in all of the data"
-            f" ({n_batches} batches), which has no variance: give more data"
+            f"Layer {name!r} saw one value per channel in all of the data ({n_batches} batches), "
+            "which has no variance. Pass more data."
         )
     if not moments.is_finite():
         raise NonFiniteError(
-            f"update_bn: layer {name!r} saw a NaN, an infinity or an overflow in its input, within"
-            f" {n_batches} batches; its statistics are left as they were: look at the data and at"
-            " the weights before this layer"
+            f"Layer {name!r} saw a NaN, an infinity or an overflow in its input within "
+            f"{n_batches} batches; no statistics were changed. Check the data and the weights "
+            "before this layer."
         )
 
 
 def _store(found: Mapping[_NormBase, Buffers]) -> None:
-    """Copy into the layers' own buffers, which others may hold on to."""
+    """Copy into the layers' own buffers, which others may refer to."""
     with torch.no_grad():
         for layer, statistics in found.items():
             for name, value in statistics.items():
                 buffer = layer._buffers[name]
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
+
+
+@contextmanager
+def _restored(model: Module, layers: Iterable[_NormBase]) -> Iterator[None]:
+    with restored_rng(model), restored_modes(model), restored_buffers(layers), uncompiled():
+        yield
+
+
+@contextmanager
+def restored_buffers(layers: Iterable[_NormBase]) -> Iterator[None]:
+    """Scratch buffers during the pass; the layers' own are written only after all has succeeded."""
+    own = [(layer, layer.momentum, {k: layer._buffers[k] for k in _BUFFERS}) for layer in layers]
+    try:
+        for layer, _, buffers in own:
+            layer._buffers.update({k: _clone(b) for k, b in buffers.items()})
+        yield
+    finally:
+        for layer, momentum, buffers in own:
+            layer.momentum = momentum
+            layer._buffers.update(buffers)
+
+
+@contextmanager
+def replaced_forwards(collectors: Mapping[str, StatisticsCollector]) -> Iterator[None]:
+    """Each collector replaces its layer's `forward`.
+
+    Not a hook: this also sees calls of `layer.forward(x)`, and the input as other hooks left it.
+    """
+    own = {collector: collector.layer.__dict__.get("forward") for collector in collectors.values()}
+    try:
+        for collector in own:
+            collector.layer.__dict__["forward"] = collector
+        yield
+    finally:
+        for collector, forward in own.items():
+            if forward is None:
+                collector.layer.__dict__.pop("forward", None)
+            else:
+                collector.layer.__dict__["forward"] = forward
+
+
+@contextmanager
+def restored_rng(model: Module) -> Iterator[None]:
+    """Whatever draws random numbers in the pass, torch's generators are restored."""
+    on_gpu = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = {p.device for p in on_gpu if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled models run uncompiled: what was traced before does not call the collectors."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it costs a second
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _clone(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.clone()

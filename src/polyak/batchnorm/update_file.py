@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -17,8 +14,8 @@ from polyak.batchnorm.layers import norm_layers
 from polyak.batchnorm.update import update_bn
 from polyak.checkpoints.merging.average import iter_averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, MismatchError
-from polyak.files import refuse_existing, replacing
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -59,7 +56,8 @@ def update_bn_file(
             name = f"{layer}.{last}" if layer else last
             if name in state:
                 state[name] = found[name].detach().cpu().to(state[name].dtype)
-    _save(target, state, ties, {**metadata, "batchnorm": "refreshed"})
+    metadata["batchnorm"] = "refreshed"
+    write_checkpoint(target, state, ties=ties, metadata=metadata, overwrite=True)
     return tuple(layers)
 
 
@@ -67,10 +65,8 @@ def _refuse(source: Path, target: Path, *, overwrite: bool) -> None:
     for path in (source, target):
         if path.is_dir():
             raise ArgumentError(f"{path} is a folder; name the file of weights in it.")
-    if target.suffix not in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
-        raise ArgumentError(f"Output {target}: expected .safetensors, .pt, .pth, .bin or .ckpt.")
-    if target.resolve() != source.resolve():
-        refuse_existing(target, overwrite=overwrite)
+    in_place = target.resolve() == source.resolve()
+    check_target(target, overwrite=overwrite or in_place)
 
 
 def _load(
@@ -93,18 +89,3 @@ def _load(
             advice="Check that --model builds the model that the file was trained as.",
         )
     model.load_state_dict(whole)
-
-
-def _save(
-    target: Path, state: dict[str, Tensor], ties: Mapping[str, str], metadata: dict[str, str]
-) -> None:
-    with replacing(target, overwrite=True) as part:
-        if target.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file(state, part, metadata)
-            return
-        torch.save({**state, **{alias: state[name] for alias, name in ties.items()}}, part)
-        with zipfile.ZipFile(part, "a") as archive:
-            root = archive.namelist()[0].partition("/")[0]
-            archive.writestr(f"{root}/extra/polyak.json", json.dumps(metadata))

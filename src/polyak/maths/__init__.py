@@ -1,4 +1,4 @@
-"""Profiles, schedules and their text: functions of time, without torch."""
+"""Profiles and schedules, and both as text: functions of time, without torch."""
 
 from __future__ import annotations
 

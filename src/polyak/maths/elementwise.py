@@ -1,7 +1,7 @@
-"""The few functions that the formulas need, for floats, NumPy arrays and 0-d tensors alike.
+"""exp, log and limits for floats, NumPy arrays and 0-d tensors alike.
 
-Tensors are recognised by their methods, so nothing here imports torch. All are typed as the float
-they stand for; what comes back is of the kind that went in.
+Tensors are recognised by their methods, so nothing here imports torch. All are typed as float; the
+result is of the kind that was passed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def expm1(x: float) -> float:
 
 
 def log1p(x: float) -> float:
-    """`ln(1 + x)`, and minus infinity at -1, where the math module would raise."""
+    """`ln(1 + x)`, and minus infinity at -1, where the math module raises."""
     if isinstance(x, int | float):
         return math.log1p(x) if x > -1 else -math.inf
     return _elementwise("log1p", x)
@@ -51,6 +51,6 @@ def _elementwise(name: str, x: Any) -> float:
     if hasattr(x, name):
         of_tensor: float = getattr(x, name)()
         return of_tensor
-    with np.errstate(divide="ignore"):  # log1p(-1) is meant
+    with np.errstate(divide="ignore"):  # log1p(-1) is intended
         of_array: float = getattr(np, name)(x)
     return of_array

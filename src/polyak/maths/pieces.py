@@ -1,14 +1,14 @@
 r"""Pieces: how much each stored set of weights counts in an average made afterwards.
 
-Weights saved at steps $s_1 < s_2 < \dots < s_n$ stand for what training did between them: those of
-$s_i$ for the interval $(s_{i-1}, s_i]$, the first for an interval as long as the next. Time begins
-where the first interval does, $s_0 = s_1 - (s_2 - s_1)$, and a profile with cumulative share $F$
+Weights saved at steps $s_1 < s_2 < \dots < s_n$ represent the training between them: those of
+$s_i$ the interval $(s_{i-1}, s_i]$, the first an interval as long as the next. Time begins where
+the first interval does, $s_0 = s_1 - (s_2 - s_1)$, and a profile with cumulative share $F$
 gives
 
 $$c_i = F(s_i - s_0,\; s_n - s_0) - F(s_{i-1} - s_0,\; s_n - s_0), \qquad \sum_i c_i = 1.$$
 
-So irregular spacing is right: weights that stand for a longer stretch count more. `SWA` alone counts
-what was stored equally, as its paper does.
+So irregular spacing is handled: weights that represent a longer interval count more. Only `SWA`
+counts all stored weights equally, as its paper does.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from polyak.maths.profiles import SWA, After, Profile
 def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float64]:
     """The share of each of the weights stored at `steps`, which increase; float64, they sum to 1.
 
-    profile: any; a `start` of it is a training step. steps: when each was stored, at least one.
-    Raises ArgumentError where steps do not increase, or where all of them lie before the start.
+    profile: any; its `start` is a training step. steps: when each was stored, at least one.
+    Raises ArgumentError if the steps do not increase, or all of them are before the start.
 
     >>> from polyak.maths.profiles import EMA, SWA, Window
     >>> piece_weights(Window(length=1000), [1000, 1500, 2000, 3000]).tolist()
@@ -44,7 +44,7 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
             f"{profile} is empty: it starts at step {profile.start:g}, and the last weights were "
             f"stored at step {moments[-1]:g}. Start earlier, or add later weights."
         )
-    if isinstance(_innermost(profile), SWA):
+    if isinstance(profile.innermost, SWA):
         return np.asarray(counted / counted.sum())
     if len(moments) == 1:
         return np.ones(1)
@@ -54,7 +54,7 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
 
 
 def effective_samples(weights: Sequence[float] | NDArray[np.float64]) -> float:
-    r"""How many equal weights would cancel as much noise: $(\sum c_i)^2 / \sum c_i^2$.
+    r"""The number of equal weights that would cancel as much noise: $(\sum c_i)^2 / \sum c_i^2$.
 
     Raises ArgumentError if all are zero.
 
@@ -64,7 +64,9 @@ def effective_samples(weights: Sequence[float] | NDArray[np.float64]) -> float:
     shares = np.asarray(weights, dtype=np.float64)
     power = float(np.square(shares).sum())
     if not power > 0:
-        raise ArgumentError(f"No weight counts in {shares.tolist()}; at least one must be nonzero.")
+        raise ArgumentError(
+            f"The weights are {shares.tolist()}; expected at least one that is not zero."
+        )
     return float(shares.sum() ** 2) / power
 
 
@@ -80,13 +82,9 @@ def _moments(steps: Sequence[float]) -> NDArray[np.float64]:
     return moments
 
 
-def _innermost(profile: Profile) -> Profile:
-    return _innermost(profile.profile) if isinstance(profile, After) else profile
-
-
 def _since(profile: Profile, origin: float) -> Profile:
-    """The same profile in time that is counted from `origin`, where averaging cannot be earlier."""
+    """The same profile with time counted from `origin`, before which nothing was stored."""
     if not isinstance(profile, After):
         return profile
-    inner, start = _innermost(profile), profile.start - origin
+    inner, start = profile.innermost, profile.start - origin
     return After(start, inner) if start > 0 else inner

@@ -2,13 +2,13 @@ r"""Profiles: how much each moment of training counts in an average.
 
 A profile is one function, the cumulative share $F(x, t)$: the share of the average, seen from now
 $= t$, that comes from the time up to $x$, $0 \le x \le t$. Both are counted from the start of
-averaging in any unit that only grows (steps, captures, samples, tokens). All else follows from it:
+averaging in any unit that only grows (steps, captures, samples, tokens). The rest follows:
 
 - an interval $(a, b]$ holds $F(b, t) - F(a, t)$ (`interval_mass`);
 - when time moves from $t - dt$ to $t$ the newest weights enter with $1 - F(t - dt, t)$ (`share`),
   and ``average += share * (weights - average)`` is exact for every *streaming* profile: one in
   which $F(x, t) / F(y, t)$ does not depend on $t$;
-- weights taken at $t_1 < t_2 < \dots$ stand for $(t_{i-1}, t_i]$, the first for all before it
+- weights taken at $t_1 < t_2 < \dots$ represent $(t_{i-1}, t_i]$, the first all before it
   (`weights`), which gives the effective number of samples; `mean_age` and `half_life` likewise.
 
 Every formula is written in operators that floats, NumPy arrays and 0-d tensors share, so that the
@@ -43,10 +43,10 @@ __all__ = [
 
 
 class Profile(ABC):
-    """How much each moment counts. Subclasses are frozen dataclasses that give `mass`.
+    """How much each moment counts. Subclasses are frozen dataclasses that define `mass`.
 
-    Times are at least 0 and `now` is positive: before any time has passed there is nothing to
-    share out, and 0 / 0 is what the formulas give. Only `After` may be asked before its start.
+    Times are at least 0 and `now` is positive: before any time has passed the formulas give 0 / 0.
+    Only `After` is defined before its start.
     """
 
     streaming: ClassVar[bool] = True
@@ -62,12 +62,12 @@ class Profile(ABC):
     def interval_mass(self, a: float, b: float, now: float) -> float:
         """`F(b, now) - F(a, now)`: the share that comes from the interval `(a, b]`, a < b."""
         if self.streaming:
-            # F(a, now) / F(b, now) = F(a, b): nothing cancels however short the interval is.
+            # F(a, now) / F(b, now) = F(a, b): no digits cancel, however short the interval is.
             return self.mass(b, now) * self.share(b, b - a)
         return self.mass(b, now) - self.mass(a, now)
 
     def share(self, now: float, dt: float) -> float:
-        """`1 - F(now - dt, now)`: with what share the weights of the last `dt` enter at `now`."""
+        """`1 - F(now - dt, now)`: the share of the weights of the last `dt` at `now`."""
         return 1 - self.mass(now - dt, now)
 
     def initial_mass(self, now: float) -> float:
@@ -76,15 +76,20 @@ class Profile(ABC):
 
     @property
     def start(self) -> float:
-        """The time up to which nothing enters."""
+        """The time before which nothing is averaged."""
         return 0.0
+
+    @property
+    def innermost(self) -> Profile:
+        """The profile inside any `After`; itself for all others."""
+        return self
 
     @abstractmethod
     def mean_age(self, now: float) -> float:
         """`integral over x from 0 to now of F(x, now)`: how old the average is, in time units."""
 
     def half_life(self, now: float) -> float:
-        """The age below which half of the average lies, in time units, by bisection."""
+        """The age that half of the average does not exceed, in time units, by bisection."""
         young, old = 0.0, float(now)
         for _ in range(200):
             middle = (young + old) / 2
@@ -97,14 +102,14 @@ class Profile(ABC):
     def weights(self, times: Sequence[float], now: float | None = None) -> NDArray[np.float64]:
         """The share of each of the weights taken at `times`, which increase; they sum to 1.
 
-        `now` is the last of the times unless given; a later one ages what was taken, and the
-        shares are those among what was seen. Raises ArgumentError where the times do not increase
-        from 0 on, or where nothing that was taken counts at `now`.
+        `now` is the last of the times by default; with a later one all weights are older, and
+        their shares are scaled to sum to 1. Raises ArgumentError if the times do not increase from
+        0 on, or if none of the weights counts at `now`.
         """
         moments = _increasing(times)
         now = moments[-1] if now is None else now
         if now < moments[-1]:
-            raise ArgumentError(f"now is {now}, but weights were taken at {moments[-1]}, after it.")
+            raise ArgumentError(f"now is {now}, but weights were taken after it, at {moments[-1]}.")
         if now <= self.start and not self.initial_mass(now):
             raise ArgumentError(f"{self} is empty until {self.start}; the time is {now}.")
         shares = np.empty(len(moments))
@@ -114,7 +119,7 @@ class Profile(ABC):
         return self._among_seen(shares, moments[-1], now)
 
     def effective_samples(self, times: Sequence[float], now: float | None = None) -> float:
-        """`1 / sum of squared weights`: as many equal weights would cancel as much noise."""
+        """`1 / sum of squared weights`: the number of equal weights that cancel as much noise."""
         return float(1 / np.square(self.weights(times, now)).sum())
 
     def _among_seen(
@@ -124,7 +129,9 @@ class Profile(ABC):
             return shares
         total = shares.sum()
         if not total > 0:
-            raise ArgumentError(f"{self} at {now} holds nothing of what was taken up to {newest}.")
+            raise ArgumentError(
+                f"None of the weights taken up to {newest} counts in {self} at {now}."
+            )
         return np.asarray(shares / total)
 
 
@@ -144,7 +151,7 @@ def _increasing(times: Sequence[float]) -> list[float]:
 
 
 RELATIVE_STD_LIMIT = 1 / math.sqrt(12)
-"""The relative standard deviation of a power profile stays below that of the plain mean, 0.2887."""
+"""The relative standard deviation of the plain mean, 0.2887; that of a power profile is smaller."""
 
 
 @final
@@ -189,9 +196,9 @@ class EMA(Profile):
       share = \frac{1 - d^{\,dt}}{1 - d^{\,t}}$$
 
     $d$ = `decay`, $0 < d < 1$, is the factor per unit of time: steps of `dt` units decay by
-    $d^{dt}$, so "every k steps" never changes the horizon. With ``keep_initial=True`` the first
-    weights are not debiased away: time counts from them, $F(x, t) = d^{\,t-x}$, and they keep the
-    atom $d^{\,t}$ at 0, which is what `torch.optim.swa_utils` computes.
+    $d^{dt}$, so averaging every k steps does not change the horizon. With ``keep_initial=True`` the
+    first weights are not debiased away: time counts from them, $F(x, t) = d^{\,t-x}$, and they keep
+    the share $d^{\,t}$, as in `torch.optim.swa_utils`.
 
     Raises ArgumentError unless 0 < decay < 1.
 
@@ -218,12 +225,12 @@ class EMA(Profile):
     def from_half_life(cls, half_life: float, *, keep_initial: bool = False) -> EMA:
         r"""The decay that halves a weight's share every `half_life` units: $d = 2^{-1/h}$.
 
-        Raises ArgumentError outside 0.001 to 1e12, where float64 has no decay that is near enough.
+        Raises ArgumentError outside 0.001 to 1e12, where float64 cannot represent the decay.
         """
         require(
             1e-3 <= half_life <= 1e12,
             f"EMA half-life is {half_life}; expected a time from 0.001 to 1e12 units "
-            "(count in larger ones).",
+            "(choose another unit).",
         )
         return cls(decay=math.exp2(-1 / half_life), keep_initial=keep_initial)
 
@@ -262,7 +269,7 @@ class EMA(Profile):
 @final
 @dataclass(frozen=True)
 class PowerEMA(Profile):
-    r"""The power-function average: its width grows with the run, so it forgets the start.
+    r"""The power-function average: its width grows with the run, so the start is forgotten.
 
     $$F(x, t) = (x / t)^{\gamma + 1}, \qquad share = 1 - (1 - dt / t)^{\gamma + 1}$$
 
@@ -331,8 +338,8 @@ class Window(Profile):
 
     $$F(x, t) = \frac{\max(0,\; x - \max(0,\; t - L))}{\min(L, t)}$$
 
-    $L$ = `length` > 0. Not streaming: what leaves the window must be known, so snapshots are kept,
-    or a trajectory or files are read.
+    $L$ = `length` > 0. Not streaming: the weights that leave the window must be known, so snapshots
+    are kept, or files are read.
 
     Raises ArgumentError unless the length is positive and finite.
 
@@ -353,7 +360,7 @@ class Window(Profile):
         )
 
     def mass(self, x: float, now: float) -> float:
-        """The part of the window that lies before `x`."""
+        """The part of the window before `x`."""
         opened = at_least(now - self.length, 0)
         return at_least(x - opened, 0) / at_most(now, self.length)
 
@@ -365,7 +372,7 @@ class Window(Profile):
 @final
 @dataclass(frozen=True, repr=False)
 class Annealed(Profile):
-    r"""The average that stands in for decaying the learning rate along a curve (WSM).
+    r"""The average that replaces decaying the learning rate along a curve (WSM).
 
     $$F(x, t) = 1 - w(x / t)$$
 
@@ -410,11 +417,11 @@ class Annealed(Profile):
 
     @property
     def shape(self) -> str | None:
-        """The name of the curve, or None for one's own."""
+        """The name of the curve, or None for a custom one."""
         return next((name for name, curve in _SHAPES.items() if curve is self.curve), None)
 
     def __repr__(self) -> str:
-        # It stands in files, so it must not hold an address.
+        # It is stored in files, so it must not contain an address.
         if self.shape is not None:
             return f"Annealed.from_shape({self.shape!r})"
         owner = getattr(self.curve, "__module__", "")
@@ -433,7 +440,7 @@ class Annealed(Profile):
         """`now * (1 - integral of the curve)`, by Gauss-Legendre quadrature with 128 nodes."""
         nodes, weights = np.polynomial.legendre.leggauss(128)
         v = (nodes + 1) / 2
-        # u = v^2: curves like sqrt have a vertical tangent at 0, which would cost most digits.
+        # u = v^2: the vertical tangent of sqrt at 0 would cost most digits.
         heights = np.array([float(self.curve(u)) for u in np.square(v).tolist()])
         return now * (1 - float(weights @ (heights * v)))
 
@@ -457,8 +464,8 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-# Added to an elapsed time, it changes nothing but turns 0 / 0 into 0: before the start the share
-# is 0, on a device too, where the time cannot be looked at.
+# Added to an elapsed time it changes no value but turns 0 / 0 into 0: before the start the share is
+# 0, also on a device, where the time cannot be compared without a synchronisation.
 _TINY = 1e-300
 
 
@@ -469,7 +476,7 @@ class After(Profile):
 
     $$F(x, t) = F_{inner}(\max(0, x - s),\; t - s)$$
 
-    $s$ = `start_at` >= 0. Until then it is empty: $F = 0$, and nothing enters.
+    $s$ = `start_at` >= 0. Until then it is empty: $F = 0$, and nothing is averaged.
 
     Raises ArgumentError for a negative start, and for an EMA that keeps its first weights.
 
@@ -489,8 +496,8 @@ class After(Profile):
         )
         require(
             self.profile.initial_mass(1) == 0,
-            f"After cannot hold {self.profile}: which weights are the first is not known before it "
-            "starts. Use the debiased EMA, or attach the average later.",
+            f"After cannot delay {self.profile}: which weights are the first is not known before "
+            "it starts. Use the debiased EMA, or attach the average later.",
         )
 
     @property
@@ -500,8 +507,13 @@ class After(Profile):
 
     @property
     def start(self) -> float:
-        """The later start, and the inner one on top of it."""
+        """The later start plus that of the inner profile."""
         return self.start_at + self.profile.start
+
+    @property
+    def innermost(self) -> Profile:
+        """That of the inner profile."""
+        return self.profile.innermost
 
     def mass(self, x: float, now: float) -> float:
         """The inner mass, time counted from the start."""
@@ -513,7 +525,7 @@ class After(Profile):
         return self.profile.interval_mass(begin, end, self._elapsed(now)) if end else 0.0
 
     def share(self, now: float, dt: float) -> float:
-        """The inner share of what lies after the start; 0 before it."""
+        """The inner share of the time after the start; 0 before it."""
         elapsed = self._elapsed(now)
         return self.profile.share(elapsed + _TINY, at_most(elapsed, dt))
 

@@ -1,10 +1,10 @@
-r"""Learning rates as plain functions of time, which know when weights are to be averaged.
+r"""Learning rates as plain functions of time, which also say when to average the weights.
 
 A schedule is a frozen dataclass, called with a step counted from 0: the rate that this step uses.
-Schedules are joined by wrapping (`chain`, `Warmup`, `per_epoch`) and never change anything.
+Schedules are combined by wrapping (`chain`, `Warmup`, `per_epoch`) and have no side effects.
 
-The cyclic ones know their lowest point, and those are the moments to average: `averaging_points`
-counts *completed* steps, so weights taken after 100 are those that steps 0 to 99 have made.
+The cyclic ones know their lowest points, at which weights are averaged: `averaging_points` counts
+*completed* steps, so weights taken after 100 are the result of steps 0 to 99.
 
 >>> schedule = chain(
 ...     (50, Constant(0.1)), (50, Cosine(0.1, 0.01)), (40, CyclicLinear(high=0.05, low=0.01, cycle=10))
@@ -50,7 +50,7 @@ class Schedule(ABC):
     def __call__(self, step: int) -> float:
         """The rate that this step uses, steps counted from 0.
 
-        Raises ArgumentError for a step that is negative or no integer.
+        Raises ArgumentError for a step that is negative or not an integer.
         """
         return self._rate(count("step", step))
 
@@ -59,11 +59,11 @@ class Schedule(ABC):
 
     @property
     def total(self) -> int | None:
-        """How many steps it was made for; None where it has no end. Past it, it goes on."""
+        """The number of steps it was made for, after which it continues; None if it has no end."""
         return None
 
     def over(self, steps: int) -> Schedule:
-        """The same schedule with this length, where it has none of its own; `chain` calls it."""
+        """The same schedule with this length if it has none yet; `chain` calls it."""
         return self
 
     def is_averaging(self, step: int) -> bool:
@@ -71,22 +71,22 @@ class Schedule(ABC):
         return False
 
     def averages_after(self, completed: int) -> bool:
-        """Whether the weights are to be averaged after this many completed steps."""
+        """Whether to average the weights after this many completed steps."""
         return False
 
     def averaging_points(self, steps: int | None = None) -> tuple[int, ...]:
         """All completed steps, from 0 to `steps`, after which weights are averaged.
 
-        `steps` is `total` unless given. Raises ArgumentError where neither is known and the
-        schedule averages for ever.
+        `steps` is `total` by default. Raises ArgumentError if neither is known and the schedule
+        averages without end.
         """
         return ()
 
     def per_epoch(self, steps: int) -> Schedule:
-        """The schedule in steps, when its own unit is epochs of so many `steps`.
+        """The schedule in steps, if its own unit is epochs of `steps` steps each.
 
-        All steps of epoch e use the rate of e, and what was averaged after e epochs is averaged
-        after e * steps steps.
+        All steps of epoch e use the rate of e, and averaging after e epochs becomes averaging after
+        e * steps steps.
 
         >>> from polyak.schedules import CyclicLinear
         >>> CyclicLinear(high=0.1, low=0.01, cycle=2).per_epoch(100).averaging_points(600)
@@ -116,7 +116,7 @@ class PerEpoch(Schedule):
         return None if epochs is None else epochs * self.steps_per_epoch
 
     def over(self, steps: int) -> PerEpoch:
-        """The inner one over the epochs that these steps begin."""
+        """The inner one over the epochs in which these steps begin."""
         epochs = -(-steps // self.steps_per_epoch)
         return dataclasses.replace(self, schedule=self.schedule.over(epochs))
 
@@ -185,7 +185,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class _Falling(Schedule):
-    """From `start` to `end` along a curve of the elapsed fraction; it holds `end` afterwards."""
+    """From `start` to `end` along a curve of the elapsed fraction, then held at `end`."""
 
     start: float
     end: float
@@ -198,7 +198,7 @@ class _Falling(Schedule):
 
     @property
     def total(self) -> int | None:
-        """Its steps, or None while it has no length."""
+        """Its steps, or None if it has no length yet."""
         return self.steps
 
     def over(self, steps: int) -> Self:
@@ -208,7 +208,7 @@ class _Falling(Schedule):
     def _rate(self, step: int) -> float:
         if self.steps is None:
             raise ArgumentError(
-                f"{self} has no length yet: give it steps=, or put it into a chain: "
+                f"{self} has no length yet. Pass steps=, or put it into a chain: "
                 f"chain((50, {type(self).__name__}({self.start}, {self.end})), ...)."
             )
         remaining = self._remaining(min(step / self.steps, 1.0))
@@ -277,7 +277,7 @@ class _Cyclic(Schedule):
     @property
     @abstractmethod
     def _first_point(self) -> int:
-        """The completed steps after which weights are averaged first; then once a cycle."""
+        """The completed steps after which weights are first averaged; then once a cycle."""
 
     def is_averaging(self, step: int) -> bool:
         """Always."""
@@ -289,14 +289,14 @@ class _Cyclic(Schedule):
         return since >= 0 and since % self.cycle == 0
 
     def averaging_points(self, steps: int | None = None) -> tuple[int, ...]:
-        """Once a cycle, up to `steps`, which must be given: cycles never end.
+        """Once a cycle, up to `steps`, which is required because cycles never end.
 
         Raises ArgumentError without `steps`; inside a `chain` the length is known.
         """
         if steps is None:
             raise ArgumentError(
-                f"{self} goes on for ever; say how far: averaging_points(steps=...), "
-                "or give it a length in a chain."
+                f"{self} never ends. Pass a number of steps, averaging_points(steps=...), or put it "
+                "into a chain, which gives it a length."
             )
         return tuple(range(self._first_point, count("steps", steps) + 1, self.cycle))
 
@@ -342,9 +342,9 @@ class Sawtooth(_Cyclic):
     r"""The curve of torch's ``CyclicLR(base_lr=low, max_lr=high, step_size_up=1, ...)``.
 
     With $p$ = step mod `cycle`: `low` where $p = 0$, otherwise
-    $high - (high - low)(p - 1) / (cycle - 1)$: low *in* its steps 0, cycle, 2 cycle, so that the
-    weights are averaged after 1, cycle + 1, 2 cycle + 1 completed steps. It never touches the
-    momentum, which `CyclicLR` switches on (0 becomes 0.9) and cycles.
+    $high - (high - low)(p - 1) / (cycle - 1)$: low *in* its steps 0, cycle, 2 cycle, so the weights
+    are averaged after 1, cycle + 1, 2 cycle + 1 completed steps. It leaves the momentum alone,
+    which `CyclicLR` switches on (0 becomes 0.9) and cycles.
 
     Raises ArgumentError unless 0 <= low <= high, finite, and cycle >= 2.
 
@@ -395,7 +395,7 @@ class Triangular(_Cyclic):
         super().__post_init__()
         require(
             self.cycle % 2 == 0,
-            f"Triangular cycle is {self.cycle}; expected an even number, for its middle to be a step.",
+            f"Triangular cycle is {self.cycle}; expected an even number, so that its middle is a step.",
         )
 
     def _rate(self, step: int) -> float:
@@ -409,12 +409,12 @@ class Triangular(_Cyclic):
 
 
 def chain(*pieces: tuple[int, Schedule]) -> Chain:
-    """One schedule after another, each for its number of steps; the last one goes on past its end.
+    """One schedule after another, each for its number of steps; the last one continues past its end.
 
-    Every piece counts its own steps from 0. Cycles go on for ever, other pieces hold their last
-    rate, so the step past the end, which torch asks for, has a rate too.
+    Every piece counts its own steps from 0. Past the end cycles repeat and other pieces hold their
+    last rate, so the step past the end, which torch asks for, has a rate too.
 
-    Raises ArgumentError without pieces, or for a piece of less than one step.
+    Raises ArgumentError without pieces, or for a piece of fewer than one step.
 
     >>> from polyak.schedules import Constant, Linear
     >>> schedule = chain((2, Constant(0.4)), (2, Linear(0.4, 0.2)))
@@ -463,14 +463,14 @@ class Chain(Schedule):
         return schedule.is_averaging(step - start)
 
     def averages_after(self, completed: int) -> bool:
-        """Whether any piece says so; where two meet, the one that ends and the one that begins."""
+        """Whether any piece averages there; where two meet, both the ending and the beginning one."""
         return any(
             completed - start <= steps and schedule.averages_after(completed - start)
             for start, steps, schedule in self._reaches(count("completed", completed))
         )
 
     def averaging_points(self, steps: int | None = None) -> tuple[int, ...]:
-        """Those of all pieces; past the end the last piece goes on."""
+        """Those of all pieces; past the end the last piece continues."""
         last = self.total if steps is None else count("steps", steps)
         points = {
             start + point
@@ -480,7 +480,7 @@ class Chain(Schedule):
         return tuple(sorted(points))
 
     def _reaches(self, last: int) -> list[tuple[int, int, Schedule]]:
-        """(start, steps, schedule) of what begins by `last`; the last piece reaches all the way."""
+        """(start, steps, schedule) of pieces that begin by `last`; the last piece reaches all the way."""
         reaches = [
             (start, steps, schedule)
             for start, (steps, schedule) in zip(self.starts, self.pieces, strict=True)

@@ -1,4 +1,4 @@
-"""Profiles and schedules as text, `method:name=value,name=value`, as the command line and files have them.
+"""Profiles and schedules as text, `method:name=value,name=value`, for the command line and for files.
 
 ==================================================  ===============================================
 ``swa``                                             ``SWA()``
@@ -6,11 +6,12 @@
 ``power:std=0.1``, ``power:gamma=6.94``             ``PowerEMA``
 ``window:length=10000``                             ``Window``
 ``annealed:shape=cosine``                           ``Annealed.from_shape``: linear, cosine or sqrt
-``ema:half_life=3000,start=50000``                  ``After``: any of them with a later start
+``ema:half_life=3000,start=50000``                  ``After``: any of these with a later start
 ==================================================  ===============================================
 
-Parameters are always named: nobody can tell what ``ema:0.999`` or ``ema:500`` is meant to be.
-A schedule is a list of pieces, each with its number of steps (`parse_schedule`).
+Parameters are always named: what ``ema:0.999`` or ``ema:500`` means would be a guess. A schedule is
+a list of pieces, each with its number of steps (`parse_schedule`). First the grammar, then profiles,
+then schedules.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from polyak.maths import schedules
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile, Window
 
 Reader = Callable[[str, str], Any]
-"""From the whole text, for the message, and one value of it, to that value."""
+"""Reads one value; it also gets the whole text, for its error message."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What may follow a method's name, and what is made of it."""
+    """A method's parameters, and what is built from them."""
 
     build: Callable[[dict[str, Any]], Any]
     readers: Mapping[str, Reader]
     needs: tuple[tuple[str, ...], ...] = ()
-    """Of each of these exactly one must be given."""
+    """Groups of parameters; exactly one of each group is required."""
     examples: tuple[str, ...] = field(default=())
 
 
 def parse(text: str, methods: Mapping[str, Method]) -> Any:
-    """What the text stands for.
+    """The object that the text describes.
 
     Raises ArgumentError for an unknown method or parameter, a value without its name, one that is
-    missing or given twice, and whatever the thing itself refuses.
+    missing or given twice, and a value that the object itself refuses.
     """
     name, _, rest = text.strip().partition(":")
     if name not in methods:
@@ -67,9 +68,9 @@ def _values(text: str, method: Method, rest: str) -> dict[str, Any]:
     for part in filter(None, rest.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or name not in method.readers:
-            found = f"parameter {name!r}" if equals else f"a bare {part.strip()!r}"
+            found = f"Unknown parameter {name!r}" if equals else f"A bare {part.strip()!r}"
             raise ArgumentError(
-                f"{found} in {text!r}; name what you mean: {_usage(method)} "
+                f"{found} in {text!r}. Name the parameter, as in {_usage(method)} "
                 f"(parameters: {', '.join(method.readers)})."
             )
         if name in values:
@@ -99,14 +100,14 @@ def parse_int(text: str, value: str) -> int:
 
 
 def parse_bool(text: str, value: str) -> bool:
-    """True or false."""
+    """A boolean: true or false."""
     if value.lower() not in ("true", "false"):
         raise ArgumentError(f"{value!r} in {text!r}; expected true or false.")
     return value.lower() == "true"
 
 
 def parse_str(text: str, value: str) -> str:
-    """As it stands."""
+    """The text itself."""
     return value
 
 
@@ -118,8 +119,8 @@ def number(value: float) -> str:
 def parse_profile(text: str) -> Profile:
     """The profile that the text names; see the table of this module.
 
-    Raises ArgumentError for an unknown method or parameter, a value without its name, and whatever
-    the profile itself refuses.
+    Raises ArgumentError for an unknown method or parameter, a value without its name, and a value
+    that the profile itself refuses.
 
     >>> parse_profile("window:length=10000")
     Window(length=10000.0)
@@ -130,17 +131,36 @@ def parse_profile(text: str) -> Profile:
     return profile
 
 
-def format_profile(profile: Profile) -> str:
-    """The text that names the profile; `parse_profile` gives it back.
+def as_profile(profile: Profile | str) -> Profile:
+    """The profile itself, or the one that the text names.
 
-    Raises ArgumentError for an annealing curve of one's own, which has no name.
+    Raises ArgumentError for anything else: `SWA` where `SWA()` was meant, a number.
+
+    >>> as_profile("ema:decay=0.9")
+    EMA(decay=0.9, keep_initial=False)
+    """
+    if isinstance(profile, str):
+        return parse_profile(profile)
+    if isinstance(profile, Profile):
+        return profile
+    hint = f" Call it: {profile.__name__}(...)." if isinstance(profile, type) else ""
+    raise ArgumentError(
+        f"Expected a profile, such as polyak.SWA(), or its text, such as {EXAMPLES[1]!r}; found "
+        f"{profile!r}.{hint}"
+    )
+
+
+def format_profile(profile: Profile) -> str:
+    """The text from which `parse_profile` builds the same profile.
+
+    Raises ArgumentError for a custom profile or annealing curve, which has no name.
 
     >>> format_profile(EMA.from_half_life(3000)), format_profile(EMA(0.999)), format_profile(After(10, SWA()))
     ('ema:half_life=3000', 'ema:decay=0.999', 'swa:start=10')
     """
     match profile:
         case After():
-            inner = format_profile(_innermost(profile))
+            inner = format_profile(profile.innermost)
             text = f"{inner}{',' if ':' in inner else ':'}start={number(profile.start)}"
         case SWA():
             text = "swa"
@@ -154,7 +174,7 @@ def format_profile(profile: Profile) -> str:
             text = f"annealed:shape={profile.shape}"
         case _:
             raise ArgumentError(
-                f"{profile} has no spelling; expected one like {', '.join(EXAMPLES)}."
+                f"{profile} cannot be written as text; expected one like {', '.join(EXAMPLES)}."
             )
     return text
 
@@ -173,7 +193,7 @@ def parse_schedule(pieces: Iterable[str]) -> schedules.Chain:
 
 
 def _profile(build: Callable[..., Profile]) -> Callable[[dict[str, Any]], Profile]:
-    """The profile of these values, after a later start if there is one."""
+    """A builder of this profile, wrapped in `After` if there is a start."""
 
     def make(values: dict[str, Any]) -> Profile:
         start = values.pop("start", None)
@@ -244,10 +264,6 @@ _PIECES = {
 }
 
 
-def _innermost(profile: Profile) -> Profile:
-    return _innermost(profile.profile) if isinstance(profile, After) else profile
-
-
 def _format_ema(profile: EMA) -> str:
     half_life = -1 / math.log2(profile.decay)
     text = _shortest("decay", profile.decay, "half_life", half_life, _decay_of)
@@ -265,9 +281,9 @@ def _gamma_of(std: float) -> float:
 def _shortest(
     name: str, value: float, other: str, converted: float, back: Callable[[float], float]
 ) -> str:
-    """`name=value`, or the other parametrisation where its six digits say exactly the same."""
+    """`name=value`, or the other parametrisation if its six digits give exactly the same value."""
     short = float(f"{converted:.6g}")
-    with contextlib.suppress(ArgumentError):  # rounded out of its domain
+    with contextlib.suppress(ArgumentError):  # outside its domain after rounding
         if len(number(short)) < len(number(value)) and back(short) == value:
             return f"{other}={number(short)}"
     return f"{name}={number(value)}"

@@ -28,14 +28,14 @@ from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe
 from polyak.study.metrics import best_temperature, error, nll, reliability
-from polyak.tensors.modes import lent_modes
+from polyak.tensors.modes import restored_modes
 
 _BATCH = 250  # stays in the cache
 
 
 def logits_of(model: nn.Module, split: Split, hardware: Hardware) -> Tensor:
     """Logits `(n, k)`, float32 on the CPU, in evaluation mode; each module's mode comes back."""
-    with lent_modes(model), torch.no_grad(), hardware.precision():
+    with restored_modes(model), torch.no_grad(), hardware.precision():
         model.eval()
         batches = [model(hardware.images(batch)) for batch in split.batches(_BATCH)]
     return torch.cat(batches).float().cpu()

@@ -10,7 +10,7 @@ from polyak.errors import ArgumentError
 from polyak.objects import load_object
 from polyak.reference_run.data import Data
 from polyak.reference_run.recipe import Recipe
-from polyak.tensors.modes import lent_modes
+from polyak.tensors.modes import restored_modes
 
 
 class Net(nn.Module):
@@ -93,7 +93,7 @@ def _called(spelling: str, sizes: dict[str, int]) -> object:
 def _check_output(model: nn.Module, spelling: str, data: Data) -> None:
     images = data.train.images[:2]
     try:
-        with lent_modes(model), torch.no_grad():
+        with restored_modes(model), torch.no_grad():
             output = model.eval()(images)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""What an average is worth: metrics, flatness, planes."""
+"""Tools to judge an average: metrics, paired differences, flatness and planes."""
 
 from __future__ import annotations
 

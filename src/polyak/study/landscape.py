@@ -1,7 +1,7 @@
 r"""Lines, rays, segments and planes through weight space (Izmailov et al. 2018, figures 3 to 5).
 
-Every function takes an entered `Surface` and points of it, vectors (P,), and gives plain NumPy
-arrays, ready for `polyak.report.figures` or any other plot.
+Every function takes an entered `Surface` and points of it, vectors (P,), and returns plain NumPy
+arrays, ready for the functions of `polyak.report` or any other plot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Line:
-    """Values at `start + position * (end - start)`; `length` is the distance of the two ends."""
+    """Values at `start + position * (end - start)`; `length` is the distance between the ends."""
 
     positions: Floats  # (T,) 0 is the start, 1 the end
     length: float
@@ -51,7 +51,7 @@ class Segments:
 
         $$\max_t \; f(t) - ((1 - t) f(0) + t f(1))$$
 
-        The most by which the segment lies above the straight line between the values $f$ at its
+        The largest height of the segment above the straight line between the values $f$ at its
         ends. Source: Frankle et al. 2020, arXiv 1912.05671.
         """
         values = self.values[name]
@@ -76,7 +76,7 @@ class Plane:
 
     @classmethod
     def through(cls, first: Tensor, second: Tensor, third: Tensor) -> Plane:
-        """The plane through three points; raises ArgumentError where they lie on one line."""
+        """The plane through three points; raises ArgumentError if they are on one line."""
         along, across = second - first, third - first
         length = along.norm()
         u = along / length
@@ -84,8 +84,8 @@ class Plane:
         height = v.norm()
         if not (length > 0 and height > 1e-9 * across.norm()):
             raise ArgumentError(
-                "The three points lie on one line, so no plane goes through them alone. "
-                "Take three different checkpoints."
+                "The three points are on one line, which does not determine a plane. Pass three "
+                "checkpoints that are not."
             )
         return cls(first, u, v / height)
 
@@ -110,7 +110,7 @@ class Grid:
 
 
 def along_line(surface: Surface, start: Tensor, end: Tensor, positions: Sequence[float]) -> Line:
-    """Measure along the line through two points; positions below 0 and above 1 lie beyond them."""
+    """Measure along the line through two points; positions below 0 and above 1 are beyond them."""
     step = end - start
     values = _measure(surface, [start + position * step for position in positions])
     return Line(np.asarray(positions, float), float(step.norm()), values)
@@ -121,9 +121,9 @@ def along_rays(
 ) -> Rays:
     r"""Measure along random rays from `centre`.
 
-    A direction is uniform on the unit sphere of all P parameters, gaussian / norm, with no
+    A direction is uniform on the unit sphere of all P parameters, gaussian / norm, without
     normalisation by filter or layer. The same seed gives the same directions for every centre, so
-    that centres compare ray by ray.
+    centres compare ray by ray.
     """
     away = [distance for distance in distances if distance != 0]
     directions = [
@@ -142,11 +142,11 @@ def along_rays(
 def along_segments(surface: Surface, points: Sequence[Tensor], *, n_inner: int = 5) -> Segments:
     """Measure on the segments between consecutive points: the ends and `n_inner` points between.
 
-    An end that two segments share is measured once. Raises ArgumentError below two points.
+    An end that two segments share is measured once. Raises ArgumentError for fewer than two points.
     """
     if len(points) < 2:
         raise ArgumentError(
-            f"Segments lie between points: got {len(points)}, expected 2 or more checkpoints."
+            f"There are {len(points)} points; segments between them need 2 or more."
         )
     positions = np.linspace(0, 1, n_inner + 2)
     chain = [points[0]]
@@ -172,6 +172,6 @@ def _measure(surface: Surface, points: Sequence[Tensor]) -> dict[str, Floats]:
 
 
 def _directions(size: int, n_rays: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)  # our own: the global state stays as it is
+    generator = torch.Generator().manual_seed(seed)  # the global state stays as it is
     gaussians = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(n_rays)]
     return [gaussian / gaussian.norm() for gaussian in gaussians]

@@ -1,7 +1,7 @@
-r"""What predictions are worth: error, likelihood, calibration, from logits and labels.
+r"""Error, likelihood and calibration of predictions, from logits and labels.
 
 Everything here is computed in float64 on the CPU from logits `(n, k)` (n examples, k classes) and
-labels `(n,)`, so that the figures of two models differ only where the models do.
+labels `(n,)`, so that the figures of two models differ only if the models do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from polyak.errors import ArgumentError, NonFiniteError
 
 N_BINS = 15
-"""Equal-width bins of confidence, as Guo et al. 2017 have them."""
+"""Equal-width bins of confidence, as Guo et al. 2017 use them."""
 
 _LARGEST_LOG_SCALE = math.log(1e3)
 
@@ -95,8 +95,8 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 
     The likelihood is concave in the scale $s = 1 / T$, with the derivative
     $\frac1n \sum_i (z_{i y_i} - E_{p_i(s)}[z_i])$, so its one zero is found by bisection on
-    $\log s$ between 1/1000 and 1000. For a classifier that is right everywhere, sharper is better
-    for ever: the result is where float64 sees no more gain.
+    $\log s$ between 1/1000 and 1000. For a classifier without errors the likelihood keeps growing
+    with $s$; the result is then the temperature at which float64 shows no further gain.
 
     Fit it on validation data, never on the test data. Source: Guo et al. 2017, arXiv 1706.04599.
 
@@ -118,13 +118,15 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 def _check(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ArgumentError(
-            f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected (n, k) "
-            "and (n,), n at least 1."
+            f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
+            "(n, k) and (n,), with n at least 1."
         )
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ArgumentError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}; expected classes of "
+            f"labels range from {int(labels.min())} to {int(labels.max())}; expected classes from "
             f"0 to {logits.shape[1] - 1}."
         )
     if not bool(torch.isfinite(logits).all()):
-        raise NonFiniteError("logits hold NaN or infinity; the model they come from has diverged.")
+        raise NonFiniteError(
+            "The logits hold NaN or infinity: the model they come from has diverged."
+        )

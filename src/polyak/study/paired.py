@@ -11,21 +11,21 @@ from polyak.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n seeds with its standard error, which is None for a single seed."""
+    """A mean over n seeds with its standard error, None for a single seed."""
 
     mean: float
     error: float | None
     n: int
 
     def half_width(self, confidence: float = 0.95) -> float | None:
-        """Half the width of the t interval; None for a single seed, which tells no spread."""
+        """Half the width of the t interval; None for a single seed, which shows no spread."""
         if self.error is None:
             return None
         return t_quantile((1 + confidence) / 2, self.n - 1) * self.error
 
     @property
     def sign(self) -> int:
-        """+1 or -1 where the 95% interval lies on one side of 0, else 0."""
+        """+1 or -1 if the 95% interval is on one side of 0, else 0."""
         half = self.half_width()
         if half is None or abs(self.mean) <= half:
             return 0
@@ -40,7 +40,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     n = len(values)
     if n == 0:
-        raise ArgumentError("An estimate needs one value or more, got none.")
+        raise ArgumentError("There are no values; an estimate needs at least one.")
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(mean, None, 1)
@@ -51,11 +51,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """The mean of `values - baseline`, seed by seed: what both have in common cancels.
 
-    Raises ArgumentError where the two are not of one length.
+    Raises ArgumentError if their lengths differ.
     """
     if len(values) != len(baseline):
         raise ArgumentError(
-            f"Paired values come from the same seeds: got {len(values)} and {len(baseline)}."
+            f"There are {len(values)} values and {len(baseline)} of the baseline; expected one of each for "
+            "every seed."
         )
     return estimate([value - base for value, base in zip(values, baseline, strict=True)])
 
@@ -68,7 +69,8 @@ def t_quantile(probability: float, freedom: int) -> float:
     """
     if not (0.5 <= probability < 1 and freedom >= 1):
         raise ArgumentError(
-            f"probability in [0.5, 1) and freedom >= 1, got {probability} and {freedom}."
+            f"probability is {probability} and freedom {freedom}; expected 0.5 <= probability < 1 and "
+            "freedom >= 1."
         )
     low, high = 0.0, 1.0
     while _t_cdf(high, freedom) < probability:

@@ -1,17 +1,17 @@
-"""What a model is worth as a function of its weights: a `Surface`, asked point by point."""
+"""A model's metrics as a function of its weights: a `Surface`, measured point by point."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak.batchnorm import norm_layers, update_bn
-from polyak.errors import ArgumentError, MismatchError, NonFiniteError, UsageError
+from polyak.errors import ArgumentError, NonFiniteError, UsageError, check_match
+from polyak.tensors.modes import restored_modes
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
@@ -20,22 +20,22 @@ class Surface:
     """A model measured at any weights, with the BatchNorm statistics of each point.
 
     A point is a vector of all P parameters of the model, in the order of `named_parameters()`,
-    float64 on the model's device: `vector(weights)` makes one from named tensors. Buffers do not
-    move along a line: the running statistics of BatchNorm are measured anew at every point (those
-    of the end points would be wrong in between), other buffers stay as they are in the model.
+    float64 on the model's device: `vector(weights)` makes one from named tensors. Buffers are not
+    interpolated: the running statistics of BatchNorm are measured again at every point (those of
+    the end points would be wrong in between), other buffers stay as they are in the model.
 
-    It is a context: inside, the model is borrowed and in evaluation mode; afterwards parameters,
-    buffers and training modes are as they were, also after an error.
+    Use it as a context manager: afterwards parameters, buffers and training modes are restored,
+    also after an error.
 
     Args:
-        model: Measured in place; nothing is copied but one set of its tensors.
-        measure: `measure(model) -> {name: value}`, called without gradients.
-        refresh: Batches for `polyak.batchnorm.update_bn` at every point; needed, and used, only
-            where the model has layers with running statistics. Iterated anew at each point, so a
-            list or a loader, no generator.
+        model: measured in place; one copy of its tensors is kept to restore them.
+        measure: `measure(model) -> {name: value}`, called in evaluation mode without gradients.
+        refresh: batches for `polyak.update_bn` at every point; required, and used, only if the
+            model has layers with running statistics. It is iterated at each point, so pass a list
+            or a loader, not a generator.
 
     Raises:
-        ArgumentError: The model has such layers and `refresh` is None.
+        ArgumentError: the model has such layers and `refresh` is None.
 
     >>> from torch import nn
     >>> line = nn.Linear(2, 1)
@@ -57,8 +57,7 @@ class Surface:
         self.model = model
         self.measure = measure
         self.refresh = refresh if norm_layers(model) else None
-        self._borrowed: list[tuple[Tensor, Tensor]] = []
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self._saved: list[tuple[Tensor, Tensor]] | None = None  # while the context is entered
 
     @property
     def size(self) -> int:
@@ -67,39 +66,27 @@ class Surface:
 
     def __enter__(self) -> Surface:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        self._borrowed = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         with torch.no_grad():
-            for tensor, before in self._borrowed:
+            for tensor, before in self._saved or ():
                 tensor.copy_(before)
-        self._restore_modes()
-        self._borrowed, self._modes = [], []
+        self._saved = None
 
     def vector(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The point (P,) of named tensors; those that are no parameters (buffers) are left out.
+        """The point (P,) of named tensors; names that are not parameters (buffers) are ignored.
 
-        Raises MismatchError naming every parameter that is missing or of another shape.
+        Raises MismatchError, naming every parameter that is missing or of another shape.
         """
         parameters = dict(self.model.named_parameters())
-        missing = [name for name in parameters if name not in weights]
-        changed = {
-            name: f"shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name in weights and weights[name].shape != parameter.shape
-        }
-        if missing or changed:
-            raise MismatchError.of(
-                "These weights are not a point of this model.", missing=missing, changed=changed
-            )
+        check_match(
+            {name: tuple(weight.shape) for name, weight in weights.items()},
+            {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+            "These weights are not a point of this model.",
+            allow_unexpected=True,
+        )
         parts = [
             weights[name].detach().to(parameter.device, torch.float64).reshape(-1)
             for name, parameter in parameters.items()
@@ -109,19 +96,19 @@ class Surface:
     def at(self, point: Tensor) -> dict[str, float]:
         """Measure the model at `point` (P,).
 
-        Raises UsageError outside the context, which gives the model back, and NonFiniteError where
-        a value is NaN: a picture with holes helps nobody.
+        Raises UsageError outside the context, which restores the model, and NonFiniteError if a
+        value is NaN: a surface with missing points cannot be drawn.
         """
-        if not self._modes:
+        if self._saved is None:
             raise UsageError(
-                "A surface is measured inside `with surface:`, which borrows the model."
+                "The surface was not entered. Measure inside `with surface:`, which restores the "
+                "model afterwards."
             )
         self._write(point)
-        if self.refresh is not None:
-            self._restore_modes()  # layers that do not train are told by their modes
+        if self.refresh is not None:  # before eval(): the modes say which layers train
             update_bn(self.model, self.refresh)
+        with restored_modes(self.model), torch.no_grad():
             self.model.eval()
-        with torch.no_grad():
             values = {name: float(value) for name, value in self.measure(self.model).items()}
         if bad := [name for name, value in values.items() if math.isnan(value)]:
             raise NonFiniteError(
@@ -137,7 +124,3 @@ class Surface:
                 end = start + parameter.numel()
                 parameter.copy_(point[start:end].view(parameter.shape))
                 start = end
-
-    def _restore_modes(self) -> None:
-        for module, training in self._modes:
-            module.training = training

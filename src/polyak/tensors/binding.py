@@ -1,4 +1,4 @@
-"""The tensors of one model that an average follows: bound once by name, checked at every update."""
+"""The tensors of one model that averages track: bound once by name, checked at every update."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _address = torch.Tensor.data_ptr
 _length = torch.Tensor.numel
 
 
-class Roster:
+class BoundTensors:
     """Which tensors of a model are averaged, kept as statistics, or shared; and where they are now.
 
     The model may change freely until `bind`. From then on `refresh` notices every tensor that
@@ -46,16 +46,16 @@ class Roster:
         self.statistics: list[Tensor] = []
         self._shared_at = -1
 
-    def look(self) -> tuple[Named, dict[str, Decision]]:
-        """The model's tensors as they are now; bound ones keep the fate they were given."""
+    def inspect(self) -> tuple[Named, dict[str, Decision]]:
+        """The model's tensors as they are now; bound ones keep what was decided for them."""
         named = named_tensors(self.model)
         for name, slot in named.slots.items():
             _refuse_sharded(name, slot.tensor)
         return named, {**decisions(named, self.policy), **self.kinds}
 
     def bind(self) -> None:
-        """Take up the model's tensors as they are now. Raises ArgumentError if none is averaged."""
-        named, kinds = self.look()
+        """Bind the model's tensors as they are now. Raises ArgumentError if none is averaged."""
+        named, kinds = self.inspect()
         if not any(d.kind is Kind.AVERAGED for d in kinds.values()):
             raise ArgumentError(
                 f"Nothing to average in {type(self.model).__name__}: none of its "
@@ -67,7 +67,7 @@ class Roster:
         self.bound = True
 
     @contextmanager
-    def bound_for_now(self) -> Iterator[None]:
+    def bound_temporarily(self) -> Iterator[None]:
         """Bind for the block; stay bound only if it succeeds."""
         was_bound = self.bound
         if not was_bound:
@@ -83,31 +83,31 @@ class Roster:
         """Check that the model is the one that was bound. Raises MismatchError, naming all changes."""
         if self._is_unchanged():
             return
-        named, kinds = self.look()
+        named, kinds = self.inspect()
         self._refuse_changes(named, kinds)
         self.kinds = kinds
         self._take(named)
 
-    def thawed(self) -> list[str]:
-        """Parameters that were frozen when they were bound and train now."""
+    def unfrozen(self) -> list[str]:
+        """Names of parameters that were frozen when they were bound and require gradients now."""
         if not any(map(_requires_grad, self._frozen)):
             return []
         slots = named_tensors(self.model).slots
-        return [n for n, s in slots.items() if self._is_thawed(n, s)]
+        return [n for n, s in slots.items() if self._is_unfrozen(n, s)]
 
-    def adopt(self, names: Iterable[str]) -> list[Tensor]:
-        """Average these from now on; give their tensors. They have not changed since they were bound."""
-        named, _ = self.look()
+    def add(self, names: Iterable[str]) -> list[Tensor]:
+        """Average these from now on; return their tensors, which have not changed since they were bound."""
+        named, _ = self.inspect()
         taken = [name for name in names if name in named.slots]
         for name in taken:
             self.kinds[name] = Decision(
-                Kind.AVERAGED, "a parameter that trains since it was thawed"
+                Kind.AVERAGED, "a parameter that trains since it was unfrozen"
             )
         self._take(named, order=[*self.names, *taken])
         return [named.slots[name].tensor for name in taken]
 
     def shares_memory(self) -> set[int]:
-        """Ids of tensors whose storage others see too: their contents are exchanged, not pointers."""
+        """Ids of tensors that share their storage: contents are exchanged there, not pointers."""
         if self._shared_at != self.generation:
             self._shared, self._shared_at = self._find_shared(), self.generation
         return self._shared
@@ -131,11 +131,12 @@ class Roster:
         self._frozen = [
             slot.tensor
             for name, slot in named.slots.items()
-            if self.kinds[name].reason == FROZEN  # those that an update must not find thawed
+            if self.kinds[name].reason == FROZEN  # an update must not find them training
         ]
-        self._signatures = {n: _signature(named.slots[n].tensor) for n in self._followed()}
+        self._signatures = {n: _signature(named.slots[n].tensor) for n in self._tracked_names()}
         self._structure = _Structure.of(self.model)
-        # The number of values says all about the shape of a vector, and is faster to ask for.
+        # For 1-D tensors numel() determines the shape and is cheaper to query: the check runs before
+        # every update, and a model has more vectors than matrices.
         self._vectors = [tensor for tensor in self.live if tensor.dim() == 1]
         self._others = [tensor for tensor in self.live if tensor.dim() != 1]
         self._lengths = list(map(_length, self._vectors))
@@ -152,24 +153,24 @@ class Roster:
             and not any(map(_requires_grad, self._frozen))
         )
 
-    def _followed(self) -> list[str]:
+    def _tracked_names(self) -> list[str]:
         return [*self.names, *self.statistic_names]
 
-    def _is_thawed(self, name: str, slot: Slot) -> bool:
+    def _is_unfrozen(self, name: str, slot: Slot) -> bool:
         known = self.kinds.get(name)
         return known is not None and known.reason == FROZEN and slot.tensor.requires_grad
 
     def _refuse_changes(self, named: Named, kinds: dict[str, Decision]) -> None:
-        followed = set(self._followed())
+        tracked = set(self._tracked_names())
         now = {n for n in named.slots if kinds[n].kind is not Kind.NEWEST}
-        changed = {n: how for n in sorted(followed & now) if (how := self._change(named.slots[n]))}
-        changed |= {n: _THAWED for n, s in named.slots.items() if self._is_thawed(n, s)}
-        if missing := followed - now:
+        changed = {n: how for n in sorted(tracked & now) if (how := self._change(named.slots[n]))}
+        changed |= {n: _UNFROZEN for n, s in named.slots.items() if self._is_unfrozen(n, s)}
+        if missing := tracked - now:
             changed |= {n: f"is tied to {named.ties[n]} now" for n in missing & named.ties.keys()}
-        missing, unexpected = followed - now - named.ties.keys(), now - followed
+        missing, unexpected = tracked - now - named.ties.keys(), now - tracked
         if missing or unexpected or changed:
             raise MismatchError.of(
-                f"{type(self.model).__name__} is not the model that is being averaged any more.",
+                f"{type(self.model).__name__} has changed since averaging began.",
                 missing=missing,
                 unexpected=unexpected,
                 changed=changed,
@@ -181,9 +182,9 @@ class Roster:
         return "" if was == now else f"{now}, was {was}"
 
 
-_THAWED = (
+_UNFROZEN = (
     "was frozen when averaging began and trains now, and its value from before its first step is "
-    "gone. Attach the average to the optimizer (its hook takes it up in time), or name it in "
+    "gone. Attach the average to the optimizer (its hook adds it in time), or name it in "
     "include= from the start"
 )
 

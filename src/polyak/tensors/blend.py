@@ -1,9 +1,9 @@
-"""All in-place arithmetic of the project: moving averages toward weights, piece by piece.
+"""All in-place arithmetic of the project: moving averages toward weights, group by group.
 
-A list of tensors is cut into *groups*. Where nothing has to be converted and one average is
-updated, a group is as many whole tensors as possible: one call for all. Where several averages
-follow the same weights, or the weights are of another dtype than the averages, groups are bounded,
-so that what is read or converted once is still in the cache when the last average wants it.
+A list of tensors is split into *groups*. Where nothing has to be converted and one average is
+updated, a group is as many whole tensors as possible: one foreach call for all. Where several
+averages track the same weights, or the weights have another dtype than the averages, groups are
+bounded, so that what is read or converted once is still in the cache for the last average.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class Move:
-    """One average's part in an update: its tensors, cut, and the weight of the live ones.
+class Update:
+    """One average's part in an update: its tensors, in groups, and the weight of the live ones.
 
-    They move toward the live weights by that share of the way, or these are added to them with
-    that factor.
+    `lerp_` by that weight toward the live weights or, with `adds`, `add_` of them times the weight.
     """
 
     groups: list[list[Tensor]]
@@ -53,8 +52,8 @@ class Move:
     adds: bool = False
 
 
-class Cutter:
-    """Cuts the live weights and the accumulators of any number of averages alike."""
+class GroupedTensors:
+    """Splits the live weights and the accumulators of any number of averages in the same way."""
 
     def __init__(self, live: Sequence[Tensor], like: Sequence[Tensor], *, n_averages: int) -> None:
         self._groups: list[_Group] = []
@@ -64,25 +63,25 @@ class Cutter:
             buckets.setdefault(key, []).append(index)
         for indices in buckets.values():
             self._groups += _groups(live, like, indices, bounded=n_averages > 1)
-        self.live = self.cut(live)
+        self.live = self.group(live)
 
-    def cut(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors' pieces, group by group: views, no copies."""
+    def group(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors, group by group: views, no copies."""
         return [[piece.of(tensors) for piece in group.pieces] for group in self._groups]
 
-    def blend(self, moves: Sequence[Move]) -> None:
-        """Move every average toward the live weights, reading these once."""
+    def blend(self, updates: Sequence[Update]) -> None:
+        """Apply every average's update, reading the live weights once."""
         for index, group in enumerate(self._groups):
             source = self.live[index]
             if group.scratch is not None:
                 torch._foreach_copy_(group.scratch, source)
                 source = group.scratch
-            for move in moves:
-                enter = add if move.adds else toward
-                enter(move.groups[index], source, move.weight)
+            for update in updates:
+                apply = add_ if update.adds else lerp_
+                apply(update.groups[index], source, update.weight)
 
 
-def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
+def lerp_(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
     """`average += weight * (source - average)`, in place.
 
     With weight 1 the averages become the sources, whatever they held. A weight that lives on a
@@ -99,7 +98,7 @@ def toward(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> Non
         torch._foreach_lerp_(averages, sources, weight)
 
 
-def add(sums: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
+def add_(sums: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
     """`sum += weight * source`, in place."""
     if isinstance(weight, Tensor):
         torch._foreach_add_(sums, list(torch._foreach_mul(sources, _beside(weight, sums[0]))))
@@ -188,6 +187,8 @@ def _packed(
 
 
 def _pieces(source: Tensor, target: Tensor, index: int, limit: int) -> Iterator[tuple[_Piece, int]]:
+    # A span addresses values by their place in memory, so a tensor is only split where source and
+    # target place their values alike; any other one stays whole, however large.
     n_values = source.numel() * (2 if source.is_complex() else 1)
     same_layout = source.stride() == target.stride() and is_dense(source)
     if n_values <= limit or not same_layout:
@@ -200,6 +201,8 @@ def _pieces(source: Tensor, target: Tensor, index: int, limit: int) -> Iterator[
 def _scratch(
     pieces: Sequence[_Piece], like: Sequence[Tensor], shared: list[Tensor]
 ) -> list[Tensor]:
+    # Views into one buffer that grows to the largest group: the views made before it grew keep the
+    # old buffer alive, which costs less than a second pass over the groups.
     shapes = [piece.of(like).shape for piece in pieces]
     needed = sum(shape.numel() for shape in shapes)
     if not shared or shared[0].numel() < needed:

@@ -1,4 +1,4 @@
-"""The training flags of a model's modules, lent and given back."""
+"""The training flags of a model's modules, restored after a block."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.nn import Module
 
 
 @contextmanager
-def lent_modes(model: Module) -> Iterator[None]:
-    """Every module's training flag comes back as it was.
+def restored_modes(model: Module) -> Iterator[None]:
+    """After the block every module's training flag is as it was, also after an error.
 
-    The flags are written one by one: `train()` is sometimes overridden, with effects of its own.
+    The flags are written one by one, because an overridden `train()` may do more than set them.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -23,6 +23,6 @@ def lent_modes(model: Module) -> Iterator[None]:
 
 
 def set_mode(module: Module, *, training: bool) -> None:
-    """Write the flag where it differs: assigning to a module costs as much as a small layer."""
+    """Write the flag if it differs: assigning to a module costs as much as running a small layer."""
     if module.training is not training:
         module.training = training

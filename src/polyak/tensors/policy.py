@@ -12,12 +12,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from polyak.errors import ArgumentError, UsageError
 from polyak.tensors.names import Named, Slot
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SPECTRAL = ("weight_u", "weight_v", "_u", "_v")
 
 
 class Kind(Enum):
-    """The three fates of a tensor."""
+    """What may happen to a tensor."""
 
     AVERAGED = "averaged"
     STATISTIC = "statistic"  # a copy of the newest at each update; `update_bn` replaces it
@@ -45,7 +45,7 @@ class Policy:
     buffers: tuple[str, ...] = ()
 
     def decide(self, slot: Slot) -> Decision:
-        """The fate of one tensor."""
+        """What happens to one tensor."""
         floating = slot.tensor.is_floating_point() or slot.tensor.is_complex()
         if _matches(slot.name, self.exclude):
             return Decision(Kind.NEWEST, "excluded by name")
@@ -65,7 +65,7 @@ class Policy:
         return Decision(Kind.AVERAGED, "a parameter that trains")
 
     def check(self, named: Named) -> None:
-        """Raise ArgumentError for a pattern that fits no tensor: it is most likely misspelled."""
+        """Raise ArgumentError for a pattern that matches no tensor: it is most likely misspelled."""
         parameters = [s.name for s in named.slots.values() if s.is_parameter]
         buffers = [
             s.name
@@ -78,18 +78,18 @@ class Policy:
 
 
 FROZEN = "frozen: shared with the model, costs nothing"
-_NOT_FLOATING = Decision(Kind.NEWEST, "not a floating-point tensor: the newest counts")
+_NOT_FLOATING = Decision(Kind.NEWEST, "not a floating-point tensor: taken from the newest")
 
 
 def decisions(named: Named, policy: Policy) -> dict[str, Decision]:
-    """The fate of every tensor, by name.
+    """What happens to every tensor, by name.
 
     Raises UsageError where a lazy module has not made its tensors yet.
     """
     if lazy := [n for n, s in named.slots.items() if _is_lazy(s)]:
         raise UsageError(
             f"{', '.join(lazy)}: a lazy module has not made its tensors yet. Run one batch through "
-            "the model first; the average takes them up at its first update."
+            "the model first; the average binds them at its first update."
         )
     policy.check(named)
     return {name: policy.decide(slot) for name, slot in named.slots.items()}
@@ -103,17 +103,18 @@ def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def _of_buffer(slot: Slot, *, floating: bool) -> Decision:
-    if slot.key in _STATISTICS and {"running_mean", "running_var"} <= set(
+    if slot.key in RUNNING_STATISTICS and {"running_mean", "running_var"} <= set(
         slot.module._buffers.keys()
     ):
         return Decision(
-            Kind.STATISTIC, "a normalisation statistic: of the newest, until update_bn replaces it"
+            Kind.STATISTIC,
+            "a normalisation statistic: from the newest, until update_bn replaces it",
         )
     if not floating:
         return _NOT_FLOATING
     if slot.key in _SPECTRAL:
-        return Decision(Kind.NEWEST, "a vector of spectral norm: the newest counts")
-    return Decision(Kind.NEWEST, "a buffer: the newest counts (average_buffers= averages it)")
+        return Decision(Kind.NEWEST, "a vector of spectral norm: taken from the newest")
+    return Decision(Kind.NEWEST, "a buffer: taken from the newest (average_buffers= averages it)")
 
 
 def _is_lazy(slot: Slot) -> bool:
@@ -130,5 +131,5 @@ def _refuse_unused(argument: str, patterns: Iterable[str], names: Iterable[str])
         if not any(fnmatchcase(name, pattern) for name in known):
             shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
             raise ArgumentError(
-                f"{argument}={pattern!r} fits no tensor of this model. It has: {shown or 'none'}."
+                f"{argument}={pattern!r} matches no tensor of this model. It has: {shown or 'none'}."
             )

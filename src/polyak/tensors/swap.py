@@ -1,8 +1,8 @@
-"""Lending other values to the tensors of a model, and taking them back.
+"""Swapping other values into the tensors of a model, and back out.
 
-A loan points each live tensor at the lent one's memory, which costs a microsecond and no memory at
-all. Where the memory of a live tensor must stay where it is (captured graphs), or others see it
-too (views of one storage), contents change places through a bounded scratch instead.
+A swap points each live tensor at the other one's memory, which costs a microsecond and no memory.
+Where the memory of a live tensor must stay where it is (captured graphs), or is shared (views of
+one storage), contents are exchanged through a bounded scratch instead.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from polyak.errors import UsageError
 from polyak.tensors.blend import paired_parts
 
-_lent: dict[int, object] = {}  # id of a live tensor on loan -> who lent to it
+_owners: dict[int, object] = {}  # id of a live tensor -> whose values are swapped into it
 
 
-def owner_of_loan(tensors: Iterable[Tensor]) -> object | None:
-    """Who has lent values to any of these tensors; None while there is no loan."""
-    if not _lent:
+def current_owner(tensors: Iterable[Tensor]) -> object | None:
+    """Whose values are swapped into any of these tensors; None if they hold their own."""
+    if not _owners:
         return None
-    return next((_lent[id(t)] for t in tensors if id(t) in _lent), None)
+    return next((_owners[id(t)] for t in tensors if id(t) in _owners), None)
 
 
 @contextmanager
-def lent(
+def swapped(
     live: Sequence[Tensor], values: Sequence[Tensor], *, owner: object, in_place: set[int]
 ) -> Iterator[None]:
-    """Let every live tensor hold its lent values within the block; give everything back after it.
+    """Swap `values` into the live tensors for the block, then restore their own.
 
-    `in_place` names, by id, the live tensors whose memory must not be replaced. What is written to
-    a live tensor within the block is written to the lent one. An optimizer that steps one of them
-    meanwhile is refused with UsageError.
+    `in_place` holds the ids of the live tensors whose memory must not be replaced. Writing to a
+    live tensor within the block writes to its value. An optimizer that steps one of them meanwhile
+    is refused with UsageError.
     """
     with _marked(live, owner):
         undo: list[tuple[Tensor, Tensor, bool]] = []
@@ -61,8 +61,8 @@ def lent(
 
 
 @contextmanager
-def recomputed(model: Module) -> Iterator[None]:
-    """Recompute what modules derive from their tensors, within the block; old values after it.
+def derived_tensors_recomputed(model: Module) -> Iterator[None]:
+    """Recompute what modules derive from their tensors, for the block; restore the old values after it.
 
     Old-style weight norm, spectral norm and pruning keep a derived `weight` beside the parameters
     it is computed from, and refresh it in the next forward only; `parametrize.cached` keeps
@@ -71,7 +71,7 @@ def recomputed(model: Module) -> Iterator[None]:
     derived = list(_derived(model))
     before = [(module, name, module.__dict__.get(name)) for module, name, _ in derived]
     try:
-        refresh(model)
+        recompute_derived(model)
         yield
     finally:
         for module, name, value in before:
@@ -80,8 +80,8 @@ def recomputed(model: Module) -> Iterator[None]:
         _clear_cached()
 
 
-def refresh(model: Module) -> None:
-    """Recompute what modules derive from their tensors, from what these hold now."""
+def recompute_derived(model: Module) -> None:
+    """Recompute what modules derive from their tensors, from the present values of these."""
     _clear_cached()
     for module, name, compute in _derived(model):
         if name in module.__dict__:
@@ -114,28 +114,28 @@ def _clear_cached() -> None:
 @contextmanager
 def _marked(live: Sequence[Tensor], owner: object) -> Iterator[None]:
     marks = {id(tensor): owner for tensor in live}
-    _lent.update(marks)
+    _owners.update(marks)
     guard = register_optimizer_step_pre_hook(_refuse_step)
     try:
         yield
     finally:
         guard.remove()
         for key in marks:
-            _lent.pop(key, None)
+            _owners.pop(key, None)
 
 
 def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    if (owner := owner_of_loan(parameters)) is not None:
+    if (owner := current_owner(parameters)) is not None:
         raise UsageError(
             f"{type(optimizer).__name__}.step() inside applied(): the model holds the weights of "
-            f"{owner!r}, and training them would damage it. Leave the `with` block first; to train "
-            "on from the average, copy_to(model)."
+            f"{owner!r}, and training them would damage it. Leave the `with` block first; to "
+            "continue training from the average, call copy_to(model)."
         )
 
 
 def _exchange(a: Tensor, b: Tensor) -> None:
-    """Let two tensors of one shape and dtype change contents."""
+    """Exchange the contents of two tensors of one shape and dtype."""
     with torch.no_grad():
         for x, y in paired_parts(a.detach(), b.detach()):
             kept = x.clone()

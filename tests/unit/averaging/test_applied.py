@@ -33,7 +33,7 @@ def averaged(model, *values, profile=None, **options):
 def test_storage_is_exchanged_without_a_copy():
     model = nn.Linear(3, 2)
     average = averaged(model, 1.0, 3.0)
-    live, kept = model.weight.data_ptr(), average._held.store.tensors[0].data_ptr()
+    live, kept = model.weight.data_ptr(), average._member.accumulator.tensors[0].data_ptr()
     with average.applied() as same:
         assert same is model
         assert model.weight.data_ptr() == kept
@@ -366,7 +366,7 @@ class TestBatchNorm:
         model.eval()
         with average.applied():
             model(torch.randn(4, 3))
-        assert not average._held.statistics_are_fresh
+        assert not average._member.statistics_are_fresh
 
     def test_layers_frozen_at_the_last_capture_stay_frozen(self):
         model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
@@ -383,8 +383,63 @@ class TestBatchNorm:
 def test_a_window_is_applied_and_keeps_its_snapshots():
     model = nn.Linear(3, 2)
     average = averaged(model, 1.0, 2.0, 4.0, profile=Window(2))
-    assert len(average._held.store.kept) == 2
+    assert len(average._member.accumulator.kept) == 2
     with average.applied():
         assert model.weight[0, 0] == 3.0
     assert "1 now" not in str(average.plan())
     assert "2 now" in str(average.plan())
+
+
+class TestLend:
+    """A loan that spans calls; `applied` is made of it."""
+
+    def test_it_is_given_back_once(self):
+        model = nn.Linear(2, 1)
+        average = averaged(model, 1.0, 3.0)
+        loan = average.lend()
+        assert model.weight[0, 0] == 2.0
+        with pytest.raises(UsageError, match="inside applied"):
+            average.update()
+        loan.give_back()
+        assert model.weight[0, 0] == 3.0
+        filled(model, 5.0)
+        loan.give_back()
+        assert model.weight[0, 0] == 5.0
+        average.update()
+        assert average.count == 3
+
+    def test_the_outer_loan_decides(self):
+        model = nn.Linear(2, 1)
+        average = averaged(model, 1.0, 3.0)
+        with average.lend() as outer:
+            inner = average.lend()
+            with average.applied():
+                assert model.weight[0, 0] == 2.0
+            inner.give_back()
+            assert model.weight[0, 0] == 2.0
+            outer.give_back()
+            assert model.weight[0, 0] == 3.0
+
+    def test_nothing_is_lent_where_a_check_fails_or_nothing_was_averaged(self):
+        model = nn.Linear(2, 1)
+        average = Average(model, SWA())
+        assert average.empty
+        with pytest.warns(EmptyAverage) as caught:
+            average.lend().give_back()
+        assert caught[0].filename == __file__
+        filled(model, float("nan"))
+        average.update()
+        assert not average.empty
+        with pytest.raises(NonFiniteError):
+            average.lend(check=True)
+        filled(model, 1.0)
+        average.update()
+
+    def test_another_average_of_the_same_weights_is_refused(self):
+        model = nn.Linear(2, 1)
+        one, other = averaged(model, 1.0), averaged(model, 2.0)
+        loan = one.lend()
+        with pytest.raises(UsageError, match="holds the weights of"):
+            other.lend()
+        loan.give_back()
+        other.lend().give_back()

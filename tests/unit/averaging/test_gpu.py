@@ -67,9 +67,8 @@ def test_captured_in_a_graph():
     with pytest.raises(polyak.PolyakError):
         _capture(average)  # the time is on the host
     fill(model, 1.0)
-    average = Average(model, SWA())
+    average = Average(model, SWA(), capturable=True)
     average.update()
-    average.keep_time_on_device()
     average.update()
     graph = _capture(average)
     for value in (4.0, 7.0):

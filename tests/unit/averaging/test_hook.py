@@ -11,6 +11,7 @@ from torch import nn
 
 import polyak
 from polyak import EMA, SWA, Average, Averages, Window
+from polyak.averaging.hook import Attachment, Customer
 from polyak.errors import ArgumentError, PolyakWarning, UsageError
 
 
@@ -155,8 +156,8 @@ class TestScaler:
     def test_time_lives_on_the_device_only_where_steps_may_be_skipped(self):
         fused, _ = self.run(SWA(), fused=True, skip={0})
         plain, _ = self.run(SWA(), fused=False, skip={0})
-        assert fused._held.clock.on_device
-        assert not plain._held.clock.on_device
+        assert fused._member.clock.on_device
+        assert not plain._member.clock.on_device
 
     def test_every_k_counts_the_real_steps_among_k(self):
         average, _ = self.run(EMA(decay=0.9), fused=True, skip={0, 1, 2, 4}, every=3, n_steps=9)
@@ -389,7 +390,7 @@ def test_steps_between_updates_survive_a_resume():
     other.attach(torch.optim.SGD(model.parameters(), lr=0.1), every=10)
     other.load_state_dict(state)
     assert other.count == 2
-    other_optimizer = other._following.attachment._optimizer
+    other_optimizer = other._member.attachment._optimizers[0]
     train(model, other_optimizer, 5)
     assert other.count == 3
 
@@ -405,6 +406,238 @@ def test_several_averages_attach_together():
     torch.testing.assert_close(
         averages["b"].averaged_tensors()["weight"], torch.stack(seen[2:]).mean(0)
     )
-    for call in (averages["a"].update, lambda: averages["a"].attach(optimizer)):
-        with pytest.raises(UsageError, match="one of several"):
+    with pytest.raises(UsageError, match="member of Averages"):
+        averages["a"].update()
+
+
+class TestSeveralOptimizers:
+    """A step is complete once each of them has stepped since the last one."""
+
+    def gan(self):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"generator": nn.Linear(2, 2), "critic": nn.Linear(2, 1)})
+        return model, [torch.optim.SGD(model[n].parameters(), lr=0.1) for n in model]
+
+    def step(self, model, optimizer):
+        model["critic"](model["generator"](torch.randn(4, 2))).mean().backward()
+        optimizer.step()
+
+    def test_five_critic_steps_and_one_generator_step_make_one(self):
+        model, (generator, critic) = self.gan()
+        average = Average(model, SWA())
+        average.attach([generator, critic])
+        taken = []
+        for _ in range(3):
+            for _ in range(5):
+                self.step(model, critic)
+            self.step(model, generator)
+            taken.append(model["generator"].weight.detach().clone())
+        assert (average.count, average.time, average.unit) == (3, 3, "steps")
+        found = average.averaged_tensors()["generator.weight"]
+        torch.testing.assert_close(found, torch.stack(taken).mean(0))
+
+    def test_every_counts_complete_steps_and_resumes_within_one(self):
+        model, (generator, critic) = self.gan()
+        average = Average(model, SWA())
+        average.attach([generator, critic], every=2)
+        for optimizer in (critic, generator, critic, critic):
+            self.step(model, optimizer)
+        state = average.state_dict()
+        again = Average(model, SWA())
+        again.load_state_dict(state)  # before attaching: what it counted continues all the same
+        average.detach()
+        again.attach([generator, critic], every=2)
+        assert again.state_dict()["pending"] == state["pending"] == [1, 1.0, [1]]
+        self.step(model, generator)
+        assert (again.count, average.count) == (1, 0)
+
+    def test_a_step_that_all_have_skipped_does_not_count(self):
+        model, _ = self.gan()
+        optimizers = [torch.optim.AdamW(model[n].parameters(), fused=True) for n in model]
+        average = Average(model, SWA())
+        average.attach(optimizers)
+        for skipped in ((1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)):
+            for optimizer, found_inf in zip(optimizers, skipped, strict=True):
+                optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(found_inf)
+                self.step(model, optimizer)
+        assert (average.count, average.time) == (2, 2)
+
+    def test_a_list_of_none_or_of_twice_the_same_is_refused(self):
+        model, (generator, _) = self.gan()
+        for optimizers in ([], [generator, generator]):
+            with pytest.raises(ArgumentError, match="several different ones"):
+                Average(model, SWA()).attach(optimizers)
+        other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+        with pytest.raises(ArgumentError, match="None of the 2 parameters"):
+            Average(model, SWA()).attach([generator, other])
+        assert not generator._optimizer_step_pre_hooks
+
+
+class TestTimingOfMembers:
+    """Members of Averages with a timing of their own."""
+
+    @pytest.mark.parametrize("general_first", [True, False])
+    def test_an_average_of_steps_beside_one_of_captures(self, general_first):
+        model, optimizer = problem()
+        lr = polyak.LRSchedule(
+            optimizer, polyak.schedules.CyclicLinear(high=0.05, low=0.01, cycle=2)
+        )
+        averages = Averages(model, {"ema": EMA.from_half_life(3), "swa": SWA()})
+        calls = [
+            lambda: averages.attach(optimizer),
+            lambda: averages["swa"].attach(optimizer, at=lr),
+        ]
+        for call in calls if general_first else reversed(calls):
             call()
+        entering = model.weight.detach().clone()
+        alone = {"ema": Average(model, EMA.from_half_life(3)), "swa": Average(model, SWA())}
+        alone["ema"].attach(optimizer)
+        taken = [entering]
+        for index in range(4):
+            step(model, optimizer)
+            if index % 2:
+                taken.append(model.weight.detach().clone())
+            lr.step()
+        assert (averages["ema"].unit, averages["swa"].unit) == ("steps", "captures")
+        assert (averages["ema"].count, averages["swa"].count) == (4, 3)
+        found = averages["swa"].averaged_tensors()["weight"]
+        torch.testing.assert_close(found, torch.stack(taken).mean(0))
+        assert torch.equal(
+            averages["ema"].averaged_tensors()["weight"],
+            alone["ema"].averaged_tensors()["weight"],
+        )
+
+    def test_each_resumes_where_it_was(self):
+        def build():
+            model, optimizer = problem()
+            averages = Averages(model, {"often": SWA(), "seldom": SWA()})
+            averages["seldom"].attach(optimizer, every=5)
+            averages.attach(optimizer, every=2)
+            return model, optimizer, averages
+
+        model, optimizer, averages = build()
+        train(model, optimizer, 8)
+        state = copy.deepcopy(averages.state_dict())
+        assert [state[n]["pending"][0] for n in ("often", "seldom")] == [0, 3]
+        train(model, optimizer, 3)
+        again_model, again_optimizer, again = build()
+        again.load_state_dict(state)
+        train(again_model, again_optimizer, 3)
+        assert {n: a.count for n, a in again.items()} == {n: a.count for n, a in averages.items()}
+
+    def test_detach_removes_every_attachment(self):
+        model, optimizer = problem()
+        averages = Averages(model, {"a": SWA(), "b": SWA()})
+        averages.attach(optimizer)
+        averages["b"].attach(optimizer, every=2)
+        averages["b"].detach()  # back to the timing of the others
+        train(model, optimizer, 2)
+        assert {n: a.count for n, a in averages.items()} == {"a": 2, "b": 2}
+        averages["b"].attach(optimizer, every=2)
+        averages.detach()
+        averages.detach()
+        train(model, optimizer, 2)
+        assert {n: a.count for n, a in averages.items()} == {"a": 2, "b": 2}
+        assert not optimizer._optimizer_step_post_hooks
+        average = Average(model, SWA())
+        average.attach(optimizer)
+        average.detach()
+        average.attach(optimizer)
+
+
+class TestAnyCustomer:
+    """The hook updates whatever has an `update`, several on one optimizer."""
+
+    def test_a_customer_of_another_kind_beside_two_averages(self):
+        class Recorder(Customer):
+            def __init__(self, model):
+                self.model = model
+                self.seen = []
+
+            def update(self, dt, real=True):
+                self.seen.append((dt, real, self.model.weight[0, 0].item()))
+
+        model, optimizer = problem()
+        recorder = Recorder(model)
+        attachment = Attachment(recorder, optimizer, every=2)
+        averages = [Average(model, SWA()), Average(model, EMA(decay=0.5))]
+        for average in averages:
+            average.attach(optimizer)
+        weights = [float(w[0, 0]) for w in train(model, optimizer, 4)]
+        assert recorder.seen == [(2.0, True, weights[1]), (2.0, True, weights[3])]
+        assert [a.count for a in averages] == [4, 4]
+        averages[0].detach()  # in any order: the others stay
+        with pytest.warns(PolyakWarning, match="copied or pickled") as caught:
+            copy.deepcopy(optimizer)
+        assert len(caught) == 1
+        train(model, optimizer, 2)
+        assert ([a.count for a in averages], len(recorder.seen)) == ([4, 6], 3)
+        attachment.remove()
+        averages[1].detach()
+        copy.deepcopy(optimizer)
+
+
+class TestReal:
+    """`update(real=)`: for whoever knows that a step was skipped."""
+
+    @pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.5), Window(length=2)])
+    def test_a_skipped_step_changes_nothing(self, profile):
+        model = nn.Linear(3, 1)
+        host, device, expected = (Average(model, profile) for _ in range(3))
+        for index in range(8):
+            nn.init.constant_(model.weight, float(index))
+            real = index not in (0, 1, 4, 7)
+            host.update(real=real)
+            device.update(real=torch.tensor(float(real)))
+            if real:
+                expected.update()
+        assert (host.time, host.count) == (expected.time, expected.count) == (4, 4)
+        assert (device.time, device.count) == (4, 4)
+        for average in (host, device):
+            torch.testing.assert_close(average.averaged_tensors(), expected.averaged_tensors())
+
+    @pytest.mark.parametrize("real", [None, 1, 0.5, "yes", torch.ones(2)])
+    def test_what_says_neither_is_refused(self, real):
+        average = Average(nn.Linear(3, 1), SWA())
+        with pytest.raises(ArgumentError, match="real is"):
+            average.update(real=real)
+        assert average.empty
+
+
+def test_weights_enter_at_whatever_step_the_schedule_is_attached_at():
+    """An empty average takes them wherever the schedule averages; a resumed one holds them already."""
+    model, optimizer = problem()
+    lr = polyak.LRSchedule(optimizer, TestAtSchedule().schedule())
+    for _ in range(4):
+        step(model, optimizer)
+        lr.step()
+    entering = model.weight.detach().clone()
+    fresh, resumed = Average(model, SWA()), Average(model, SWA())
+    fresh.attach(optimizer, at=lr)
+    resumed.attach(optimizer, at=lr)
+    resumed.load_state_dict(Average(model, SWA()).state_dict())
+    held = Average(model, SWA(), unit="captures")
+    held.update()
+    held.attach(optimizer, at=lr)
+    step(model, optimizer)
+    assert (fresh.count, held.count) == (1, 1)
+    assert torch.equal(fresh.averaged_tensors()["weight"], entering)
+
+
+@pytest.mark.parametrize("profile", ["ema:decay=0.9", "swa", "window:length=3"])
+def test_profiles_as_text(profile):
+    model, _ = problem()
+    assert Average(model, profile).profile == polyak.maths.parse_profile(profile)
+    assert Averages(model, {"a": profile})["a"].profile == polyak.maths.parse_profile(profile)
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [(SWA, r"Call it: SWA\("), (EMA, "Call it"), (0.999, "0.999"), (None, "None"), ("ema", "ema")],
+)
+def test_what_is_not_a_profile_is_refused(profile, message):
+    model, _ = problem()
+    with pytest.raises(ArgumentError, match=message):
+        Average(model, profile)
+    with pytest.raises(ArgumentError, match=message):
+        Averages(model, {"a": profile})

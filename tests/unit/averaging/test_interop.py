@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as torchs
 
 import polyak.errors
-from polyak import EMA, SWA, Average, Window
+from polyak import EMA, SWA, After, Average, Profile, Window, open_checkpoint
 
 
 def _model(seed: int = 0) -> nn.Sequential:
@@ -169,8 +169,12 @@ def test_a_plain_state_dict_and_a_model_with_an_attribute_named_module() -> None
     ("state", "error", "message"),
     [
         ([1, 2], polyak.errors.FormatError, "found list"),
-        ({"a": 1}, polyak.errors.FormatError, r"found no tensors.*found the entries \['a'\]"),
-        ({"n_averaged": torch.tensor(2)}, polyak.errors.FormatError, "found no tensors"),
+        (
+            {"a": 1},
+            polyak.errors.FormatError,
+            r"no tensors in this state.*found the entries \['a'\]",
+        ),
+        ({"n_averaged": torch.tensor(2)}, polyak.errors.FormatError, "no tensors in this state"),
         (
             {"0.weight": torch.zeros(4, 3), "head.weight": torch.zeros(1)},
             polyak.errors.MismatchError,
@@ -228,7 +232,7 @@ def _averaged() -> Average:
 
 def test_to_torchs_averaged_model_and_back(tmp_path: Path) -> None:
     average = _averaged()
-    average.export(tmp_path / "torch.pt", layout="averaged_model")
+    average.save(tmp_path / "torch.pt", layout="averaged_model")
     theirs = torchs.AveragedModel(_model(1))
     theirs.load_state_dict(torch.load(tmp_path / "torch.pt", weights_only=True))
     assert theirs.n_averaged == 3
@@ -239,8 +243,8 @@ def test_to_torchs_averaged_model_and_back(tmp_path: Path) -> None:
 
 def test_to_a_plain_state_dict_and_to_safetensors(tmp_path: Path) -> None:
     average = _averaged()
-    average.export(tmp_path / "plain.pt")
-    average.export(tmp_path / "plain.safetensors")
+    average.save(tmp_path / "plain.pt")
+    average.save(tmp_path / "plain.safetensors")
     model = _model(1)
     for state in (
         torch.load(tmp_path / "plain.pt", weights_only=True),
@@ -249,24 +253,24 @@ def test_to_a_plain_state_dict_and_to_safetensors(tmp_path: Path) -> None:
         model.load_state_dict(state)
         _agree(average, model.state_dict())
     with pytest.raises(polyak.errors.OutputError, match="exists"):
-        average.export(tmp_path / "plain.pt")
-    average.export(tmp_path / "plain.pt", overwrite=True)
+        average.save(tmp_path / "plain.pt")
+    average.save(tmp_path / "plain.pt", overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"plain.pt", "plain.safetensors"}
 
 
-def test_export_refuses(tmp_path: Path) -> None:
+def test_save_refuses(tmp_path: Path) -> None:
     average = _averaged()
     with pytest.raises(polyak.errors.ArgumentError, match="layout is 'onnx'"):
-        average.export(tmp_path / "a.pt", layout="onnx")
+        average.save(tmp_path / "a.pt", layout="onnx")
     with pytest.raises(polyak.errors.ArgumentError, match=r"from \.pt files"):
-        average.export(tmp_path / "a.safetensors", layout="averaged_model")
+        average.save(tmp_path / "a.safetensors", layout="averaged_model")
     with pytest.raises(polyak.errors.UsageError, match="nothing has been averaged"):
-        Average(_model(), SWA()).export(tmp_path / "a.pt")
+        Average(_model(), SWA()).save(tmp_path / "a.pt")
     with torch.no_grad():
         average.model[0].weight.fill_(torch.nan)
     average.update()
     with pytest.raises(polyak.errors.NonFiniteError, match=r"0\.weight"):
-        average.export(tmp_path / "a.pt")
+        average.save(tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -275,7 +279,7 @@ def test_stale_statistics_are_said(tmp_path: Path) -> None:
     _step(average.model)
     average.update()
     with pytest.warns(polyak.errors.StaleStatistics):
-        average.export(tmp_path / "a.pt")
+        average.save(tmp_path / "a.pt")
 
 
 class TestLoad:
@@ -311,15 +315,79 @@ class TestLoad:
         _go_on(average, theirs, torchs.AveragedModel.update_parameters)
         _agree(average, dict(theirs.module.named_parameters()))
 
-    def test_the_saved_result_needs_to_be_told_how_many_updates(self, tmp_path: Path) -> None:
-        model = nn.Linear(2, 1)
-        average, again = Average(model, SWA()), Average(model, SWA())
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.ckpt"])
+    @pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.9, keep_initial=True), After(2, SWA())])
+    def test_it_reads_what_save_wrote(self, tmp_path: Path, profile: Profile, name: str) -> None:
+        model = nn.Sequential(_model(), nn.Linear(2, 2))
+        model[1].weight = model[0][2].weight = nn.Parameter(torch.ones(2, 2))
+        model[0][0] = nn.Linear(3, 2)
+        model[0][1] = nn.BatchNorm1d(2)
+        average, again = Average(model, profile, unit="epochs"), Average(model, profile)
+        for _ in range(5):
+            _step(model)
+            average.update(2)
+        average.update_bn([torch.randn(16, 3)])
+        average.save(tmp_path / name)
+        again.load(tmp_path / name)
+        assert (again.time, again.count, again.unit) == (average.time, average.count, "epochs")
+        expected = average.state_dict()
+        found = again.state_dict()
+        assert found["sum_squared_shares"] == expected["sum_squared_shares"]
+        assert found["statistics_are_fresh"]
+        for _ in range(3):
+            _step(model)
+            average.update(2)
+            again.update(2)
+        for key, tensor in average.averaged_tensors().items():
+            assert torch.equal(again.averaged_tensors()[key], tensor)
+
+    def test_a_torch_file_is_the_bare_state_dict(self, tmp_path: Path) -> None:
+        average = _averaged()
+        average.save(tmp_path / "a.pth")
+        state = torch.load(tmp_path / "a.pth", weights_only=True)
+        _model(1).load_state_dict(state)
+        assert list(state) == list(average.model.state_dict())
+        assert state._metadata["1"]["version"] == 2
+        assert state._metadata["polyak"]["count"] == "3"
+        assert open_checkpoint(tmp_path / "a.pth").metadata["profile"] == "swa"
+
+    def test_values_that_were_rounded_are_said_to_be(self, tmp_path: Path) -> None:
+        model = nn.Linear(3, 2).bfloat16()
+        average = Average(model, SWA())
         average.update()
         average.save(tmp_path / "a.safetensors")
-        with pytest.raises(polyak.errors.ArgumentError, match="pass updates="):
+        again = Average(model, SWA())
+        with pytest.warns(polyak.errors.PolyakWarning, match="bfloat16.*rounded") as caught:
             again.load(tmp_path / "a.safetensors")
-        again.load(tmp_path / "a.safetensors", updates=1)
-        assert torch.equal(again.averaged_tensors()["weight"], model.weight)
+        assert caught[0].filename == __file__
+        assert again.count == 1
+        assert again.state_dict()["tensors"]["weight"].dtype is torch.float32
+
+    def test_what_save_wrote_of_another_average(self, tmp_path: Path) -> None:
+        model = nn.Linear(2, 1)
+        average = Average(model, SWA())
+        average.update()
+        average.save(tmp_path / "a.safetensors")
+        with pytest.raises(polyak.errors.MismatchError, match=r"'swa', and this one has 'ema:"):
+            Average(model, EMA(decay=0.9)).load(tmp_path / "a.safetensors")
+        with pytest.raises(polyak.errors.ArgumentError, match=r"use state_dict\(\)"):
+            Average(model, Window(3)).load(tmp_path / "a.safetensors")
+        with pytest.raises(polyak.errors.MismatchError, match="missing"):
+            Average(_model(), SWA()).load(tmp_path / "a.safetensors")
+        other = Average(model, EMA(decay=0.9))
+        other.load(tmp_path / "a.safetensors", updates=7)
+        assert other.count == 7
+        assert torch.equal(other.averaged_tensors()["weight"], model.weight)
+
+    @pytest.mark.parametrize("name", ["a", "a.npz", "a.bin.gz", "folder/"])
+    def test_other_suffixes_are_refused_by_name(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(polyak.errors.ArgumentError, match=r"suffix .*expected \.safetensors"):
+            _averaged().save(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_is_called_one(self, tmp_path: Path) -> None:
+        with pytest.raises(polyak.errors.ArgumentError, match="is a folder"):
+            Average(nn.Linear(2, 1), SWA()).load(tmp_path)
 
     def test_what_cannot_be_read_changes_nothing(self, tmp_path: Path) -> None:
         model = nn.Linear(2, 1)
@@ -347,8 +415,8 @@ class TestLoad:
     ("state", "updates", "message"),
     [
         ({"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, 1.5, "whole number"),
-        ({"shadow_params": None}, 3, "no list of tensors"),
-        ({"shadow_params": [1, 2]}, 3, "no list of tensors"),
+        ({"shadow_params": None}, 3, "not a list of tensors"),
+        ({"shadow_params": [1, 2]}, 3, "not a list of tensors"),
         ({"state_dict_ema": None}, 3, "reads a state dict"),
     ],
 )

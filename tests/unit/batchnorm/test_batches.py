@@ -121,14 +121,14 @@ def test_a_data_parallel_wrapper_is_looked_through() -> None:
     assert _is_right(model.module[0])
 
 
-def test_beside_weight_norm_and_hooks_of_ones_own() -> None:
+def test_beside_weight_norm_and_custom_hooks() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     model[1].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0 + DATA,))
     update_bn(model, [DATA])
     assert _is_right(model[1])  # of what the layer itself saw
 
 
-def test_a_forward_of_ones_own_on_the_layer_comes_back() -> None:
+def test_a_custom_forward_on_the_layer_comes_back() -> None:
     layer = nn.BatchNorm1d(3)
     own = layer.forward
     layer.forward = own

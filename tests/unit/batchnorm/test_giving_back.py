@@ -1,4 +1,4 @@
-"""What `update_bn` touches, what it gives back, and what it refuses."""
+"""What `update_bn` changes, what it restores, and what it refuses."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_nan_is_refused_by_the_name_of_the_layer_it_came_to_first() -> None:
     model, batches = _model(), _batches()
     batches[2][3, 1] = torch.nan
     before = _state(model)
-    with pytest.raises(polyak.errors.NonFiniteError, match="layer '1' saw a NaN"):
+    with pytest.raises(polyak.errors.NonFiniteError, match="Layer '1' saw a NaN"):
         update_bn(model, batches)
     _assert_same(before, _state(model))
 
@@ -132,7 +132,7 @@ def test_a_layer_without_gradients_is_frozen_unless_nothing_has_any() -> None:
     model[1].requires_grad_(False)
     assert list(trained_layers(model)) == ["4"]
     assert list(trained_layers(model.eval())) == ["4"]
-    model.requires_grad_(False)  # an averaged copy, say: it tells nothing
+    model.requires_grad_(False)  # as in an averaged copy: it says nothing about the layers
     assert list(trained_layers(model)) == ["1", "4"]
 
 
@@ -146,9 +146,11 @@ def test_layers_overrides_what_is_frozen() -> None:
         assert fresh[1].num_batches_tracked == 4
         assert fresh[4].num_batches_tracked == 0
         assert not fresh[1].training
-    with pytest.raises(polyak.errors.MismatchError, match=r"unexpected \(1\): 3(.|\n)*1, 4"):
+    with pytest.raises(
+        polyak.errors.MismatchError, match=r"unexpected \(1\): 3(.|\n)*These do: 1, 4"
+    ):
         update_bn(model, _batches(), layers=["3"])
-    with pytest.raises(polyak.errors.ArgumentError, match="put it in a list"):
+    with pytest.raises(polyak.errors.ArgumentError, match="Put it in a list"):
         update_bn(model, _batches(), layers="1")
 
 
@@ -159,7 +161,7 @@ def test_dropout_is_off() -> None:
     torch.testing.assert_close(model[1].running_var.double(), variance, rtol=1e-5, atol=0)
 
 
-def test_train_methods_with_effects_of_their_own_are_not_called() -> None:
+def test_overridden_train_methods_are_not_called() -> None:
     class Stubborn(nn.Sequential):
         def train(self, mode: bool = True) -> Stubborn:
             raise AssertionError
@@ -169,7 +171,7 @@ def test_train_methods_with_effects_of_their_own_are_not_called() -> None:
     assert model[0].num_batches_tracked == 4
 
 
-def test_layers_that_keep_no_statistics_are_none_of_our_business() -> None:
+def test_a_model_without_running_statistics_runs_nothing() -> None:
     class Forbidden:
         def __iter__(self) -> Iterator[Tensor]:
             raise AssertionError
@@ -214,7 +216,7 @@ def test_no_batches_is_an_error_and_keeps_the_statistics() -> None:
 
 def test_one_value_in_all_is_an_error() -> None:
     model = _model()
-    with pytest.raises(polyak.errors.ArgumentError, match="layer '1' saw one value per channel"):
+    with pytest.raises(polyak.errors.ArgumentError, match="Layer '1' saw one value per channel"):
         update_bn(model, [torch.zeros(1, 3)])
 
 
@@ -247,13 +249,13 @@ def test_limit_fetches_no_batch_too_many() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0}, "limit must be a whole number from 1, found 0"),
-        ({"limit": True}, "limit must be"),
-        ({"passes": 0}, "passes must be a whole number from 1, found 0"),
-        ({"passes": None}, "passes must be"),
+        ({"limit": 0}, "limit is 0; expected a whole number, 1 or more"),
+        ({"limit": True}, "limit is True"),
+        ({"passes": 0}, "passes is 0; expected a whole number, 1 or more"),
+        ({"passes": None}, "passes is None"),
         ({"estimator": "torch", "passes": 2}, "leave out passes= and layers="),
         ({"estimator": "torch", "layers": ["1"]}, "leave out passes= and layers="),
-        ({"estimator": "best"}, "estimator is 'pooled' or 'torch', found 'best'"),
+        ({"estimator": "best"}, "estimator is 'best'; expected 'pooled' or 'torch'"),
     ],
 )
 def test_arguments_out_of_their_domain(options: dict[str, object], message: str) -> None:

@@ -1,5 +1,10 @@
 """`polyak update-bn` on files that `polyak average` made."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -56,6 +61,17 @@ def test_average_then_update(averaged, capsys, suffix):
     values = torch.nn.functional.linear(inputs, state["0.weight"], state["0.bias"])
     torch.testing.assert_close(state["1.running_mean"], values.mean(0))
     torch.testing.assert_close(state["1.running_var"], values.var(0))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_two_processes_write_the_same_bytes(averaged, suffix):
+    run(["average", "step-1.pt", "step-2.pt", "-o", f"average.{suffix}"])
+    for seed, name in enumerate(("one", "two")):
+        arguments = command(averaged, f"average.{suffix}", "-o", f"{name}.{suffix}")
+        path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), "."])
+        environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": path}
+        subprocess.run([sys.executable, "-m", "polyak", *arguments], check=True, env=environment)
+    assert Path(f"one.{suffix}").read_bytes() == Path(f"two.{suffix}").read_bytes()
 
 
 def test_another_output(averaged):

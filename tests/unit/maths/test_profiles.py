@@ -66,7 +66,7 @@ def test_before_its_start_nothing_enters():
     profile = After(100, SWA())
     assert [profile.share(t, 1) for t in (1, 99, 100)] == [0, 0, 0]
     assert [profile.share(t, 1) for t in (101, 102)] == [1, 0.5]
-    assert profile.share(100.5, 1) == 1  # of a step that straddles the start, what lies after it
+    assert profile.share(100.5, 1) == 1  # of a step that straddles the start, the part after it
     assert profile.start == 100
     with pytest.raises(ArgumentError, match="empty until 100"):
         profile.weights([50, 100])
@@ -86,7 +86,7 @@ def test_an_ema_that_keeps_the_first_weights_starts_with_them_alone():
 
 
 def test_a_window_that_has_moved_on_holds_nothing():
-    with pytest.raises(ArgumentError, match="holds nothing"):
+    with pytest.raises(ArgumentError, match="None of the weights taken"):
         Window(5).weights([1, 2, 3], now=20)
 
 

@@ -166,10 +166,10 @@ def test_where_two_pieces_meet_both_are_asked():
         (lambda: chain(), "at least one"),
         (lambda: chain((0, CYCLIC)), "1 or more"),
         (lambda: chain((CYCLIC, 10)), "pairs"),
-        (lambda: CYCLIC.averaging_points(), "goes on for ever"),
+        (lambda: CYCLIC.averaging_points(), "never ends"),
         (lambda: CYCLIC.per_epoch(0), "steps per epoch is 0"),
-        (lambda: CYCLIC.per_epoch(5).averaging_points(), "goes on for ever"),
-        (lambda: Warmup(3, CYCLIC).averaging_points(), "goes on for ever"),
+        (lambda: CYCLIC.per_epoch(5).averaging_points(), "never ends"),
+        (lambda: Warmup(3, CYCLIC).averaging_points(), "never ends"),
     ],
 )
 def test_domains(make, message):

@@ -72,8 +72,8 @@ def test_what_is_refused(text, message):
         parse_profile(text)
 
 
-def test_a_curve_of_one_s_own_has_no_spelling():
-    with pytest.raises(ArgumentError, match="no spelling"):
+def test_a_custom_curve_has_no_text():
+    with pytest.raises(ArgumentError, match="cannot be written as text"):
         format_profile(Annealed(lambda u: 1 - u * u))
 
 

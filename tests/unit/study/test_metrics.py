@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused():
     logits = torch.zeros(3, 4)
     with pytest.raises(ArgumentError, match=r"expected \(n, k\) and \(n,\)"):
         nll(logits, torch.zeros(2, dtype=torch.long))
-    with pytest.raises(ArgumentError, match="labels run from 0 to 4"):
+    with pytest.raises(ArgumentError, match="labels range from 0 to 4"):
         error(logits, torch.tensor([0, 1, 4]))
     with pytest.raises(ArgumentError, match="temperature is 0"):
         nll(logits, torch.tensor([0, 1, 2]), temperature=0.0)

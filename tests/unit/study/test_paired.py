@@ -53,9 +53,9 @@ def test_one_seed_has_no_spread():
 
 
 def test_bad_input():
-    with pytest.raises(ArgumentError, match="none"):
+    with pytest.raises(ArgumentError, match="no values"):
         estimate([])
-    with pytest.raises(ArgumentError, match="2 and 1"):
+    with pytest.raises(ArgumentError, match="2 values and 1"):
         paired([1.0, 2.0], [1.0])
     with pytest.raises(ArgumentError, match="freedom"):
         t_quantile(0.975, 0)

@@ -107,7 +107,7 @@ def test_functions_refuse_what_torch_refuses() -> None:
         for decay in (-0.1, 1.1, float("nan")):
             with pytest.raises(ValueError, match="expected a number from 0 to 1"):
                 make(decay)
-    with pytest.raises(polyak.errors.ArgumentError, match="not both"):
+    with pytest.raises(polyak.errors.ArgumentError, match="pass only one"):
         ours.AveragedModel(
             _model(), avg_fn=ours.get_swa_avg_fn(), multi_avg_fn=ours.get_swa_multi_avg_fn()
         )

@@ -8,10 +8,10 @@ from torch import nn
 
 from polyak.errors import NonFiniteError, UsageError
 from polyak.tensors import blend
-from polyak.tensors.blend import Cutter, Move, add, blank_like, paired_parts, toward
+from polyak.tensors.blend import GroupedTensors, Update, add_, blank_like, lerp_, paired_parts
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.names import named_tensors
-from polyak.tensors.swap import lent, owner_of_loan
+from polyak.tensors.swap import current_owner, swapped
 
 
 @pytest.fixture
@@ -36,41 +36,41 @@ def tensors(dtype=torch.float32):
 def test_every_value_is_reached_once_however_it_is_cut(small_groups, dtype, n_averages):
     live = tensors(dtype)
     kept = [blank_like(live, None, None) for _ in range(n_averages)]
-    cutter = Cutter(live, kept[0], n_averages=n_averages)
+    grouped = GroupedTensors(live, kept[0], n_averages=n_averages)
     weights = [0.25, 1.0, torch.tensor(0.5, dtype=torch.float64)]
-    cutter.blend([Move(cutter.cut(k), w) for k, w in zip(kept, weights, strict=False)])
+    grouped.blend([Update(grouped.group(k), w) for k, w in zip(kept, weights, strict=False)])
     for index in range(n_averages):
         for found, source in zip(kept[index], live, strict=True):
             torch.testing.assert_close(found, source.to(found.dtype) * float(weights[index]))
-    cutter.blend([Move(cutter.cut(k), 2.0, adds=True) for k in kept])
+    grouped.blend([Update(grouped.group(k), 2.0, adds=True) for k in kept])
     for found, source in zip(kept[0], live, strict=True):
         torch.testing.assert_close(found, source.to(found.dtype) * 2.25)
 
 
 def test_groups_of_one_average_of_one_dtype_are_whole():
     live = tensors()
-    cutter = Cutter(live, blank_like(live, None, None), n_averages=1)
-    assert [len(group) for group in cutter.live] == [len(live)]
-    assert all(a is b for a, b in zip(cutter.live[0], live, strict=True))
+    grouped = GroupedTensors(live, blank_like(live, None, None), n_averages=1)
+    assert [len(group) for group in grouped.live] == [len(live)]
+    assert all(a is b for a, b in zip(grouped.live[0], live, strict=True))
 
 
 def test_groups_stay_bounded(small_groups):
     live = [torch.randn(n) for n in (30, 30, 30, 30, 250)]
-    cutter = Cutter(live, live, n_averages=2)
-    assert [sum(map(torch.numel, group)) for group in cutter.live] == [90, 30, 100, 100, 50]
+    grouped = GroupedTensors(live, live, n_averages=2)
+    assert [sum(map(torch.numel, group)) for group in grouped.live] == [90, 30, 100, 100, 50]
 
 
 def test_weights_of_one_and_on_a_device():
     source = [torch.tensor([2.0, 3.0])]
     poisoned = [torch.tensor([float("nan"), 1.0])]
-    toward(poisoned, source, 1.0)
+    lerp_(poisoned, source, 1.0)
     assert poisoned[0].tolist() == [2.0, 3.0]
     blank = [torch.zeros(2)]
-    toward(blank, source, torch.tensor(1.0, dtype=torch.float64))
+    lerp_(blank, source, torch.tensor(1.0, dtype=torch.float64))
     assert blank[0].tolist() == [2.0, 3.0]
-    toward(blank, [torch.ones(2)], torch.tensor(0.0, dtype=torch.float64))
+    lerp_(blank, [torch.ones(2)], torch.tensor(0.0, dtype=torch.float64))
     assert blank[0].tolist() == [2.0, 3.0]
-    add(blank, source, torch.tensor(0.5))
+    add_(blank, source, torch.tensor(0.5))
     assert blank[0].tolist() == [3.0, 4.5]
 
 
@@ -113,10 +113,10 @@ def test_nonfinite_names_only_what_holds_one():
 def test_a_loan_that_fails_half_way_is_taken_back():
     live = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
     values = [torch.ones(2), torch.ones(3, dtype=torch.int64)]  # no parameter can hold the second
-    with pytest.raises(RuntimeError), lent(live, values, owner="me", in_place=set()):
+    with pytest.raises(RuntimeError), swapped(live, values, owner="me", in_place=set()):
         pass
     assert live[0].tolist() == [0.0, 0.0]
-    assert owner_of_loan(live) is None
+    assert current_owner(live) is None
     optimizer = torch.optim.SGD(live, lr=1.0)
     optimizer.step()
 
@@ -124,8 +124,8 @@ def test_a_loan_that_fails_half_way_is_taken_back():
 def test_steps_under_a_loan_name_the_owner():
     live = [nn.Parameter(torch.zeros(2))]
     optimizer = torch.optim.SGD(live, lr=1.0)
-    with lent(live, [torch.ones(2)], owner="the average", in_place={id(live[0])}):
-        assert owner_of_loan(live) == "the average"
+    with swapped(live, [torch.ones(2)], owner="the average", in_place={id(live[0])}):
+        assert current_owner(live) == "the average"
         with pytest.raises(UsageError, match="'the average'"):
             optimizer.step()
     assert live[0].tolist() == [0.0, 0.0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from polyak.checkpoints.reading.stored import (
     TORCH_DTYPES,
     Checkpoint,
     StoredTensor,
-    bytes_of,
 )
 from polyak.checkpoints.reading.untrusted_json import parse_json
+from polyak.checkpoints.writing.layouts import TensorSpec
 from polyak.errors import ArgumentError, FormatError, MismatchError
 
 CONFIG = "adapter_config.json"
@@ -131,24 +130,16 @@ _QUANTISED = {
 
 
 @dataclass(frozen=True, eq=False)
-class MergedTensor:
+class MergedTensor(TensorSpec):
     """One tensor of the output. sources: its stored form in every input, in their order.
 
     dtype: as written. numbers: the float dtypes it is read and written as (real parts of complex
     values), or None where its bytes are copied. mean: averaged; otherwise the newest's.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
     numbers: tuple[str, str] | None
     mean: bool
     sources: tuple[StoredTensor | None, ...]
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes as written."""
-        return bytes_of(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -202,7 +193,7 @@ def _merged(
         numbers = (COMPLEX_PARTS[tensor.dtype],) * 2
     mean = mean and numbers is not None
     sources = [stored_as(one, name) if mean else None for one in inputs[:-1]]
-    return MergedTensor(name, tensor.shape, dtype, numbers, mean, (*sources, tensor))
+    return MergedTensor(name, dtype, tensor.shape, numbers, mean, (*sources, tensor))
 
 
 def _averaged_names(inputs: Sequence[Checkpoint], settings: Settings) -> set[str]:

@@ -13,14 +13,20 @@ from typing import cast
 
 from polyak.checkpoints.merging.engine import Sink, run
 from polyak.checkpoints.merging.journal import Hashes, Journal, check_written, is_complete
-from polyak.checkpoints.merging.outputs import Staged, check_room, leftovers, refuse_foreign
+from polyak.checkpoints.merging.outputs import (
+    Staged,
+    check_room,
+    leftovers,
+    refuse_foreign,
+    staging_errors,
+)
 from polyak.checkpoints.merging.plan import Strip, part_of
 from polyak.checkpoints.merging.prepare import Merge
 from polyak.checkpoints.merging.weights import UNHASHED, with_hashes
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.writing.layouts import OutputFile, writing_errors
+from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError, PolyakError, UsageError
-from polyak.files import refuse_existing
+from polyak.files import refuse_existing, writing_errors
 
 _DONE = "whole"  # a mark in the staging folder: everything is on the disk and may be published
 
@@ -118,7 +124,7 @@ def _complete(merge: Merge, staged: Sequence[Staged], hashes: Hashes | None) -> 
     try:
         for one in staged:
             one.finish(with_hashes(one.blueprint.metadata, found))
-        with writing_errors(staged[0].room):
+        with staging_errors(staged[0].room):
             (staged[0].room / _DONE).touch()
         return _publish(staged)
     except OutputError:

@@ -19,9 +19,10 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from polyak.checkpoints.merging.outputs import staging_errors
 from polyak.checkpoints.merging.plan import Plan, Strip
 from polyak.checkpoints.reading.stored import ByteFile
-from polyak.checkpoints.writing.layouts import OutputFile, writing_errors
+from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError
 
 _BLOCK = 1 << 20
@@ -121,7 +122,7 @@ class Journal:
         self.path = path
         self._record = 1 + 4 * outputs
         self._size = _HEADER + chunks * self._record
-        with writing_errors(path):
+        with staging_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._lock()
             self._open(keep=keep)
@@ -136,14 +137,14 @@ class Journal:
     def mark(self, chunk: int, checksums: Sequence[int]) -> None:
         """Note that a chunk has been written to every output."""
         record = WRITTEN + struct.pack(f"<{len(checksums)}I", *checksums)
-        with writing_errors(self.path):
+        with staging_errors(self.path):
             os.pwrite(self._descriptor, record, _HEADER + chunk * self._record)
         with self._mutex:
             self._fresh.append(chunk)
 
     def checksums(self, chunk: int) -> tuple[int, ...]:
         """The checksums noted with a chunk that is done."""
-        with writing_errors(self.path):
+        with staging_errors(self.path):
             raw = os.pread(self._descriptor, self._record, _HEADER + chunk * self._record)
         return struct.unpack(f"<{(self._record - 1) // 4}I", raw[1:])
 
@@ -162,7 +163,7 @@ class Journal:
             fresh, self._fresh = self._fresh, []
         for file in files:
             file.sync()
-        with writing_errors(self.path):
+        with staging_errors(self.path):
             for chunk in fresh:
                 os.pwrite(self._descriptor, SYNCED, _HEADER + chunk * self._record)
             os.fsync(self._descriptor)

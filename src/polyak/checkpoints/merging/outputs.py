@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,23 +18,23 @@ from polyak.checkpoints.merging.engine import Sink
 from polyak.checkpoints.merging.plan import Plan, Strip
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.hf_folder import (
-    CARRIED,
-    carried_files,
+    SIDECAR_SUFFIXES,
     index_of,
     shard_names,
+    sidecar_files,
     split,
 )
 from polyak.checkpoints.writing.layouts import (
+    TORCH_SUFFIXES,
     Layout,
     OutputFile,
     SafetensorsLayout,
-    TorchLayout,
-    writing_errors,
+    layout_for,
 )
 from polyak.errors import ArgumentError, OutputError
-from polyak.files import sync
+from polyak.files import sync, writing_errors
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_RETRY = "pass resume=True to continue this merge"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,10 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
     """How `target` will be written: `.safetensors`, a torch archive, or a folder (no suffix)."""
     if target.name in ("", ".."):
         raise ArgumentError(f"Output {target} has no name of its own; write it out.")
-    suffix = target.suffix.lower()
-    if suffix == ".safetensors":
-        single: Layout = SafetensorsLayout(contents.tensors, metadata)
+    single = layout_for(target, contents.tensors, contents.ties, metadata)
+    if single is not None:
         return Blueprint(target, metadata, {"": (single, len(contents.tensors))})
-    if suffix in TORCH_SUFFIXES:
-        single = TorchLayout(contents.tensors, contents.ties, metadata)
-        return Blueprint(target, metadata, {"": (single, len(contents.tensors))})
+    suffix = target.suffix
     if suffix and not suffix[1:2].isdigit() and not target.is_dir():
         raise ArgumentError(
             f"Output {target} has the suffix {suffix!r}; expected .safetensors, a torch archive "
@@ -90,7 +88,7 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
 
 
 def _folder(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Blueprint:
-    carried = carried_files(contents.newest)
+    carried = sidecar_files(contents.newest.path)
     stem = "adapter_model" if "adapter_config.json" in carried else "model"
     shards = split(contents.tensors, contents.shard_size)
     names = shard_names(stem, len(shards))
@@ -102,6 +100,11 @@ def _folder(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Bl
         index = index_of(dict(zip(names, shards, strict=True)))
         carried = {**carried, f"{stem}.safetensors.index.json": index}
     return Blueprint(target, metadata, layouts, carried)
+
+
+def staging_errors(path: Path) -> AbstractContextManager[None]:
+    """As `writing_errors`, for what a resumed merge continues."""
+    return writing_errors(path, _RETRY)
 
 
 class Staged:
@@ -121,11 +124,11 @@ class Staged:
 
     def open(self) -> None:
         """Make the files at their full size, with what goes before the values."""
-        with writing_errors(self.room):
+        with staging_errors(self.room):
             (self.data if self._is_folder else self.room).mkdir(parents=True, exist_ok=True)
         for name, (layout, _) in self.blueprint.layouts.items():
             path = self.data / name if self._is_folder else self.data
-            self.files.append(OutputFile(path, layout.size))
+            self.files.append(OutputFile(path, layout.size, retry=_RETRY))
             layout.begin(self.files[-1])
 
     def strips(self, plan: Plan) -> list[Strip[Sink]]:
@@ -145,7 +148,7 @@ class Staged:
         for file, (layout, _) in zip(self.files, self.blueprint.layouts.values(), strict=True):
             layout.finish(file, metadata)
             file.sync()
-        with writing_errors(self.data):
+        with staging_errors(self.data):
             for name, content in self.blueprint.carried.items():
                 (self.data / name).write_bytes(content)
                 sync(self.data / name)
@@ -155,7 +158,7 @@ class Staged:
     def publish(self) -> None:
         """Move it into place; what stood there goes only then. Done by another part: nothing."""
         target = self.blueprint.target
-        with writing_errors(target):
+        with staging_errors(target):
             try:
                 if target.is_dir() and self.exists:
                     old = self.room / "replaced"
@@ -237,7 +240,7 @@ def refuse_foreign(plan: Blueprint) -> None:
 
 def _is_ours(path: Path) -> bool:
     weights = path.suffix == ".safetensors" and path.stem.startswith(("model", "adapter_model"))
-    return path.is_file() and (weights or path.suffix in CARRIED)
+    return path.is_file() and (weights or path.suffix in SIDECAR_SUFFIXES)
 
 
 def _blocks_under(room: Path) -> int:

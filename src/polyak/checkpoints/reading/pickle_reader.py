@@ -53,11 +53,20 @@ class Stub:
         self.contents: list[Any] = []
 
 
+class StateDict(dict[Any, Any]):
+    """A mapping that a pickle would build, with the attributes it would set (torch: `_metadata`)."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+
 def call_stub(function: Any, args: tuple[Any, ...]) -> Any:
     """Containers of the standard library are built; anything else becomes a `Stub`."""
     name = function.name if isinstance(function, (Global, Stub)) else type(function).__name__
     if name in _MAPPINGS and not (args and name == "collections.OrderedDict"):
-        return {}
+        return StateDict()
     if name in _SETS and len(args) == 1 and isinstance(args[0], list):
         return args[0]
     if name in _NEW_OBJECT and args and isinstance(args[0], Global):
@@ -298,9 +307,7 @@ def _new_with_keywords(machine: PickleMachine) -> None:
 
 def _build(machine: PickleMachine) -> None:
     state = machine.stack.pop()
-    if isinstance(
-        machine.stack[-1], Stub
-    ):  # the attributes of containers and tensors are not needed
+    if isinstance(machine.stack[-1], (Stub, StateDict)):  # attributes of tensors are not needed
         machine.stack[-1].state = state
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor, is_row_major
-from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, read_pickle
+from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, StateDict, read_pickle
 from polyak.checkpoints.reading.pickled_tensors import (
     TensorRef,
     call_torch,
@@ -24,7 +24,6 @@ from polyak.checkpoints.reading.stored import (
     bytes_of,
     itemsize,
 )
-from polyak.checkpoints.reading.untrusted_json import MAX_JSON_BYTES, parse_json
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import FormatError
 
@@ -50,14 +49,6 @@ class TorchArchive:
             raise FormatError(f"It has the dtype {ref.dtype}, which polyak does not know.")
         stored = _view(name, ref, self._storage(ref))
         return SwappedTensor(stored) if self.swapped and itemsize(ref.dtype) > 1 else stored
-
-    def provenance(self) -> dict[str, str]:
-        """The metadata that polyak writes into its own archives: what the average is made of."""
-        name = f"{self.prefix}extra/polyak.json"
-        if name not in self.zip.entries:
-            return {}
-        found = parse_json(self.zip.read(name, MAX_JSON_BYTES), f"{self.file.path}, {name}")
-        return {key: text for key, text in found.items() if isinstance(text, str)}
 
     def _storage(self, ref: TensorRef) -> Span:
         storage = ref.storage
@@ -117,7 +108,7 @@ def read_torch(
         tensors={name: tensor for name, tensor in tensors.items() if name not in ties},
         files=(file,),
         ties=ties,
-        metadata=scalars(archive.root) | archive.provenance(),
+        metadata=scalars(archive.root) | attached_metadata(archive.root),
         refused=refused,
     )
 
@@ -136,6 +127,15 @@ def scalars(root: Any) -> dict[str, str]:
         for key, value in islice(root.items(), 1000)
         if isinstance(key, str) and isinstance(value, (str, int, float)) and len(str(value)) <= 200
     }
+
+
+def attached_metadata(root: Any) -> dict[str, str]:
+    """The metadata that polyak writes into its own archives, as `_metadata["polyak"]` of a state dict."""
+    attributes = root.state if isinstance(root, StateDict) else None
+    versions = attributes.get("_metadata") if isinstance(attributes, dict) else None
+    found = versions.get("polyak") if isinstance(versions, dict) else None
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
 
 
 def _view(name: str, ref: TensorRef, span: Span) -> StoredTensor:

@@ -1,1 +1,1 @@
-"""Files of weights out: the layouts of safetensors and torch archives, streamed or at once."""
+"""Weights to files: the layouts of safetensors and torch archives, written in pieces or at once."""

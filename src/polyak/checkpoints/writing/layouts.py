@@ -1,61 +1,79 @@
-"""Writing at final offsets: what a layout is, the file it writes to, and safetensors.
+"""Where every byte of an output file goes, known before the first value is: safetensors and torch.
 
-Every shape and dtype of the output is known before a byte is read, so the header can be written
-first and the values by any thread in any order. Read it back with `safetensors`: nothing of ours
-is needed.
+The names, dtypes and shapes of the output (`TensorSpec`) determine each offset, so any number of threads
+can write values in any order, and metadata of a known length (the hashes of a verified merge) last.
 
-Writing torch archives at final offsets: what `torch.save` of a dict of tensors would make.
-
-The archive is a zip of stored records: `data.pkl` (the names, shapes and storages), one record per
-tensor, aligned to 64 bytes so that `torch.load(mmap=True)` works, and the checksums that a zip has.
-`torch.load(weights_only=True)` reads it; what the average is made of lies in `extra/polyak.json`.
+A torch archive is what `torch.save` makes of a state dict: a zip of stored records, `data.pkl` (names,
+shapes, storages) and one record per tensor, aligned so that `torch.load(mmap=True)` works. Metadata is in
+the state dict's `_metadata` under the key "polyak", where `weights_only=True` and `load_state_dict` accept
+it. Equal contents give equal bytes, in any process.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
 import pickle
 import struct
+import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from polyak.checkpoints.merging.align import MergedTensor
-from polyak.checkpoints.reading.stored import TORCH_DTYPES, itemsize
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, bytes_of, itemsize
 from polyak.errors import FormatError, OutputError
+from polyak.files import writing_errors
 
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MAX_HEADER = 100_000_000
-_ALIGNMENT = 4096  # the values begin on a page, which direct reads and memory maps like
+_PAGE = 4096  # the values of a safetensors file begin on a page, for direct reads and memory maps
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSpec:
+    """A tensor to write: its name, its dtype as safetensors spells it, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the values, row-major."""
+        return bytes_of(self.dtype, self.shape)
 
 
 class OutputFile:
-    """A file that is written in pieces by any number of threads."""
+    """A file that is written in pieces by any number of threads.
 
-    def __init__(self, path: Path, size: int) -> None:
+    retry: what to do after an error, as `writing_errors` says it.
+    """
+
+    def __init__(self, path: Path, size: int, *, retry: str = "try again") -> None:
         self.path = path
-        with writing_errors(path):
+        self._retry = retry
+        with writing_errors(path, retry):
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.ftruncate(self.descriptor, size)
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
-        """Write all of `data` at `offset`; OutputError where the disk is full or gone."""
+        """Write all of `data` at `offset`; OutputError if the disk is full or gone."""
         view = memoryview(data)
-        with writing_errors(self.path):
+        with writing_errors(self.path, self._retry):
             while view:
                 done = os.pwrite(self.descriptor, view, offset)
                 view, offset = view[done:], offset + done
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes that were written."""
-        with writing_errors(self.path):
+        with writing_errors(self.path, self._retry):
             data = os.pread(self.descriptor, length, offset)
         if len(data) < length:
             raise OutputError(f"{self.path} lost bytes after {offset + len(data)}. Start again.")
@@ -63,7 +81,7 @@ class OutputFile:
 
     def sync(self) -> None:
         """Flush to the disk."""
-        with writing_errors(self.path):
+        with writing_errors(self.path, self._retry):
             os.fsync(self.descriptor)
 
     def close(self) -> None:
@@ -71,28 +89,11 @@ class OutputFile:
         os.close(self.descriptor)
 
 
-class writing_errors:  # noqa: N801 - reads as what it is: `with writing_errors(path):`
-    """Turn an OSError into the OutputError that says what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError) or isinstance(error, OutputError):
-            return
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "Make room" if full else "Choose another folder, or mend this one"
-        raise OutputError(
-            f"Could not write {self._path}: {error.strerror or error}. {advice}; a merge that was "
-            "interrupted continues with resume=True (--resume)."
-        ) from error
-
-
 class Layout(Protocol):
-    """Where the bytes of each tensor go in one file, and what stands around them."""
+    """Where the bytes of each tensor go in one file, and what is around them.
+
+    size: of the file. offsets: of each tensor's bytes, in the order of the tensors.
+    """
 
     size: int
     offsets: list[int]
@@ -104,24 +105,43 @@ class Layout(Protocol):
         """Write what is only known after them; `metadata` as long as at first."""
 
 
+def layout_for(
+    path: Path,
+    tensors: Sequence[TensorSpec],
+    ties: Mapping[str, str],
+    metadata: Mapping[str, str],
+    versions: Mapping[str, Any] | None = None,
+) -> Layout | None:
+    """The layout of the file that the suffix of `path` asks for, or None for any other suffix.
+
+    ties: alias -> name. versions: the `_metadata` of a module's state dict, for torch archives.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return SafetensorsLayout(tensors, metadata)
+    if suffix in TORCH_SUFFIXES:
+        return TorchLayout(tensors, ties, metadata, versions)
+    return None
+
+
 class SafetensorsLayout:
     """One safetensors file: the header, padded so that the values begin on a page, then the values.
 
     Raises FormatError where the header would exceed the format's limit of 100 MB.
     """
 
-    def __init__(self, tensors: Sequence[MergedTensor], metadata: Mapping[str, str]) -> None:
+    def __init__(self, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
         self._tensors = tensors
         header = self._header(metadata)
-        self._room = -(-(8 + len(header)) // _ALIGNMENT) * _ALIGNMENT - 8
-        if self._room > MAX_HEADER:
+        self._length = -(-(8 + len(header)) // _PAGE) * _PAGE - 8
+        if self._length > MAX_HEADER:
             raise FormatError(
-                f"The header of {len(tensors)} tensors takes {self._room} bytes; safetensors allows "
-                f"{MAX_HEADER}. Write shards (shard_size=), or a torch archive (.pt)."
+                f"The header of {len(tensors)} tensors takes {self._length} bytes; safetensors allows "
+                f"{MAX_HEADER}. Write a folder of shards, or a torch archive (.pt)."
             )
         self._prologue = self._padded(header)
         self.offsets: list[int] = []
-        position = 8 + self._room
+        position = 8 + self._length
         for tensor in tensors:
             self.offsets.append(position)
             position += tensor.nbytes
@@ -132,7 +152,7 @@ class SafetensorsLayout:
         file.write(0, self._prologue)
 
     def finish(self, file: OutputFile, metadata: Mapping[str, str]) -> None:
-        """Write the header once more, now with the hashes that room was kept for."""
+        """Write the header once more, now with the final metadata."""
         file.write(0, self._padded(self._header(metadata)))
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
@@ -149,12 +169,15 @@ class SafetensorsLayout:
         return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
 
     def _padded(self, header: bytes) -> bytes:
-        return self._room.to_bytes(8, "little") + header.ljust(self._room, b" ")
+        return self._length.to_bytes(8, "little") + header.ljust(self._length, b" ")
 
+
+METADATA_KEY = "polyak"
+"""The entry of a state dict's `_metadata` that holds the file's metadata."""
 
 ALIGNMENT = 64
 _ROOT = "archive"
-_LIMIT = 0xFFFFFFFF  # from here on sizes and offsets stand in 64-bit extra fields
+_LIMIT = 0xFFFFFFFF  # from here on sizes and offsets are in 64-bit extra fields
 _READ = 4 << 20
 _STORAGES = {
     "F64": torch.DoubleStorage, "F32": torch.FloatStorage, "F16": torch.HalfStorage,
@@ -177,24 +200,25 @@ class _Record:
 
 
 class TorchLayout:
-    """A torch archive of one flat dict, name -> tensor; tied names share one storage.
+    """A torch archive of one flat state dict, name -> tensor; tied names share one storage.
 
     Raises FormatError for a dtype that torch does not have.
     """
 
     def __init__(
         self,
-        tensors: Sequence[MergedTensor],
+        tensors: Sequence[TensorSpec],
         ties: Mapping[str, str],
         metadata: Mapping[str, str],
+        versions: Mapping[str, Any] | None = None,
     ) -> None:
+        self._tensors, self._ties, self._versions = tensors, ties, versions or {}
         small = {
-            "data.pkl": _pickled(tensors, ties),
+            "data.pkl": self._pickled(metadata),
             ".format_version": b"1",
             ".storage_alignment": str(ALIGNMENT).encode(),
             "byteorder": b"little",
             "version": b"3\n",
-            "extra/polyak.json": _provenance(metadata),
         }
         self._records = [_Record(_path(k), len(v), data=v) for k, v in small.items()]
         values = [_Record(_path(f"data/{i}"), t.nbytes) for i, t in enumerate(tensors)]
@@ -209,16 +233,29 @@ class TorchLayout:
         self.size = position + len(self._directory())
 
     def begin(self, file: OutputFile) -> None:
-        """Nothing: the checksums of the headers are known at the end."""
+        """Nothing: the checksums in the headers are only known at the end."""
 
     def finish(self, file: OutputFile, metadata: Mapping[str, str]) -> None:
         """Take the checksums of what was written, then write headers, small records, directory."""
+        self._records[0].data = self._pickled(metadata)
         for record in self._records:
-            if record.name == _path("extra/polyak.json"):
-                record.data = _provenance(metadata)
             record.crc = _crc_of(record, file)
             file.write(record.header_at, _local_header(record) + (record.data or b""))
         file.write(self._directory_at, self._directory())
+
+    def _pickled(self, metadata: Mapping[str, str]) -> bytes:
+        """`data.pkl`: an OrderedDict of tensors, with `_metadata` as modules give it.
+
+        A pickle refers back to a string it has seen only if it is the same object; interning makes that
+        a question of equality, so that equal contents give equal bytes.
+        """
+        rebuilt = {t.name: _Rebuilt(t, str(i)) for i, t in enumerate(self._tensors)}
+        rebuilt |= {alias: rebuilt[n] for alias, n in self._ties.items() if n in rebuilt}
+        state = OrderedDict((sys.intern(name), tensor) for name, tensor in rebuilt.items())
+        vars(state)["_metadata"] = _interned({**self._versions, METADATA_KEY: dict(metadata)})
+        stream = io.BytesIO()
+        _Pickler(stream, protocol=2).dump(state)
+        return stream.getvalue()
 
     def _directory(self) -> bytes:
         entries = b"".join(_central_header(record) for record in self._records)
@@ -227,10 +264,6 @@ class TorchLayout:
 
 def _path(name: str) -> bytes:
     return f"{_ROOT}/{name}".encode()
-
-
-def _provenance(metadata: Mapping[str, str]) -> bytes:
-    return json.dumps(dict(metadata), ensure_ascii=False).encode()
 
 
 def _crc_of(record: _Record, file: OutputFile) -> int:
@@ -288,7 +321,7 @@ class _Storage:
 class _Rebuilt:
     """Pickles as the call by which torch rebuilds a tensor."""
 
-    def __init__(self, tensor: MergedTensor, key: str) -> None:
+    def __init__(self, tensor: TensorSpec, key: str) -> None:
         self._tensor, self._key = tensor, key
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -320,13 +353,10 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-def _pickled(tensors: Sequence[MergedTensor], ties: Mapping[str, str]) -> bytes:
-    rebuilt = {t.name: _Rebuilt(t, str(i)) for i, t in enumerate(tensors)}
-    names = OrderedDict(rebuilt)
-    names.update((alias, rebuilt[name]) for alias, name in ties.items() if name in rebuilt)
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump(dict(names))
-    return stream.getvalue()
+def _interned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_interned(key): _interned(item) for key, item in value.items()}
+    return sys.intern(value) if type(value) is str else value
 
 
 def _strides(shape: Sequence[int]) -> list[int]:

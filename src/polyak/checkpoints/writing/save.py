@@ -1,0 +1,129 @@
+"""`write_checkpoint`: tensors in memory as one file, whose suffix says the format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.checkpoints.reading.stored import TORCH_DTYPES
+from polyak.checkpoints.writing.layouts import (
+    TORCH_SUFFIXES,
+    Layout,
+    OutputFile,
+    TensorSpec,
+    layout_for,
+)
+from polyak.errors import ArgumentError, require
+from polyak.files import refuse_existing, replacing
+from polyak.version import __version__
+
+_SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    ties: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write tensors to `path`, whole or not at all; equal contents give equal bytes.
+
+    `.safetensors` holds each tensor once, widest dtype first, and the metadata in its header. `.pt`,
+    `.pth`, `.bin` and `.ckpt` hold the bare state dict in the order given, so that
+    `model.load_state_dict(torch.load(path))` works; the metadata is `_metadata["polyak"]` of it.
+    Either way `open_checkpoint(path).metadata` has it, with `format` and `polyak` (the version) added.
+
+    Args:
+        path: Where to write; replaced if `overwrite`.
+        tensors: Name -> tensor, on any device, contiguous or not. The `_metadata` that
+            `Module.state_dict()` attaches is kept in torch files.
+        ties: Alias -> name of the tensor in `tensors` that it shares.
+        metadata: What the file says about itself.
+        overwrite: Replace a file at `path`.
+
+    Raises:
+        ArgumentError: another suffix, or what is not a dense tensor of a dtype that files hold.
+        OutputError: `path` exists, or cannot be written.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "model.pt"
+    >>> write_checkpoint(file, {"head": torch.ones(2)}, ties={"tail": "head"})
+    >>> dict(torch.load(file))
+    {'head': tensor([1., 1.]), 'tail': tensor([1., 1.])}
+
+    """
+    target = Path(path)
+    check_target(target, overwrite=overwrite)
+    ties = dict(ties or {})
+    _check(tensors, ties, metadata or {})
+    is_torch = target.suffix.lower() in TORCH_SUFFIXES
+    ordered = [*tensors] if is_torch else sorted(tensors, key=lambda n: -tensors[n].element_size())
+    specs = [TensorSpec(n, _SPELLINGS[tensors[n].dtype], tuple(tensors[n].shape)) for n in ordered]
+    said = {"format": "pt", "polyak": __version__, **(metadata or {})}
+    if ties and not is_torch:
+        said["ties"] = json.dumps(ties, sort_keys=True)
+    said = dict(sorted(said.items()))
+    layout = layout_for(target, specs, ties, said, getattr(tensors, "_metadata", None))
+    if layout is None:
+        raise _wrong_suffix(target)
+    values = (_bytes(tensors[name]) for name in ordered)
+    with replacing(target, overwrite=overwrite) as part:
+        _write(part, layout, values, said)
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise what `write_checkpoint` would for this path, before any work is done."""
+    if path.suffix.lower() not in (".safetensors", *TORCH_SUFFIXES):
+        raise _wrong_suffix(path)
+    refuse_existing(path, overwrite=overwrite)
+
+
+def _wrong_suffix(path: Path) -> ArgumentError:
+    return ArgumentError(
+        f"The output {path} has the suffix {path.suffix!r}; expected .safetensors or a torch file "
+        f"({', '.join(TORCH_SUFFIXES)})."
+    )
+
+
+def _check(
+    tensors: Mapping[str, Any], ties: Mapping[str, str], metadata: Mapping[str, str]
+) -> None:
+    texts = (*tensors, *metadata, *metadata.values())
+    for text in texts:
+        require(isinstance(text, str), f"Names and metadata must be text; found {text!r}.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ArgumentError(f"{name} is not a dense tensor with values; it cannot be written.")
+        require(
+            tensor.dtype in _SPELLINGS, f"{name} has the dtype {tensor.dtype}, which no file holds."
+        )
+    for alias, name in ties.items():
+        require(
+            alias not in tensors and name in tensors,
+            f"ties maps {alias!r} to {name!r}; expected a name that is not in tensors to one that is.",
+        )
+
+
+def _write(
+    part: Path, layout: Layout, values: Iterator[memoryview], metadata: Mapping[str, str]
+) -> None:
+    with closing(OutputFile(part, layout.size)) as file:
+        layout.begin(file)
+        for offset, data in zip(layout.offsets, values, strict=True):
+            file.write(offset, data)
+        layout.finish(file, metadata)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values row-major, on the host."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+    return plain.view(torch.uint8).numpy().data

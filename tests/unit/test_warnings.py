@@ -1,0 +1,255 @@
+"""Every warning of polyak names the line of the user's program that caused it, however deep it arose."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import inspect
+import io
+import itertools
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+import polyak.swa_utils
+from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
+
+SOURCE = Path(polyak.__file__).parent
+CAUSE = "# the line that is to be named"
+CASES = []
+
+
+def case(category):
+    """A small program that causes warnings, all of them in the line that says so."""
+    return lambda program: CASES.append((program, category)) or program
+
+
+class OwnNorm(nn.Module):
+    """Running statistics that no pass over data can measure."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        return (x - self.running_mean) * self.weight
+
+
+def network(norm=None):
+    return nn.Sequential(nn.Linear(3, 3), norm or nn.BatchNorm1d(3))
+
+
+def updated(norm=None):
+    average = polyak.Average(network(norm), polyak.SWA())
+    average.update()
+    return average
+
+
+def attached():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    polyak.Average(model, polyak.SWA()).attach(optimizer)
+    return optimizer
+
+
+def checkpoints(folder):
+    paths = [folder / f"step-{step}.pt" for step in (1, 2)]
+    for path in paths:
+        torch.save(network().state_dict(), path)
+    return paths
+
+
+@case(EmptyAverage)
+def applied(folder):
+    average = polyak.Average(network(), polyak.SWA())
+    with average.applied():  # the line that is to be named
+        pass
+
+
+@case(EmptyAverage)
+def applied_in_an_exit_stack(folder):
+    average = polyak.Average(network(), polyak.SWA())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(average.applied())  # the line that is to be named
+
+
+@case(EmptyAverage)
+def applied_as_a_decorator(folder):
+    @polyak.Average(network(), polyak.SWA()).applied()
+    def evaluate():
+        pass
+
+    evaluate()  # the line that is to be named
+
+
+@case(EmptyAverage)
+def applied_one_of_several(folder):
+    averages = polyak.Averages(network(), {"swa": polyak.SWA()})
+    with averages["swa"].applied():  # the line that is to be named
+        pass
+
+
+@case(EmptyAverage)
+def lent(folder):
+    average = polyak.Average(network(), polyak.SWA())
+    average.lend()  # the line that is to be named
+
+
+@case(EmptyAverage)
+def copied_to(folder):
+    average = polyak.Average(network(), polyak.SWA())
+    average.copy_to(network())  # the line that is to be named
+
+
+@case(EmptyAverage)
+def measured(folder):
+    average = polyak.Average(network(), polyak.SWA())
+    average.update_bn([torch.randn(4, 3)])  # the line that is to be named
+
+
+@case(StaleStatistics)
+def saved(folder):
+    average = updated()
+    average.save(folder / "average.safetensors")  # the line that is to be named
+
+
+@case(StaleStatistics)
+def saved_for_torch(folder):
+    average = updated()
+    average.save(folder / "average.pt")  # the line that is to be named
+
+
+@case(StaleStatistics)
+def measured_with_a_norm_of_its_own(folder):
+    average = updated(OwnNorm())
+    average.update_bn([torch.randn(4, 3)])  # the line that is to be named
+
+
+@case(StaleStatistics)
+def update_bn(folder):
+    model = network(OwnNorm())
+    polyak.update_bn(model, [torch.randn(4, 3)])  # the line that is to be named
+
+
+@case(StaleStatistics)
+def swa_utils_update_bn(folder):
+    model = network(OwnNorm())
+    polyak.swa_utils.update_bn([torch.randn(4, 3)], model)  # the line that is to be named
+
+
+@case(StaleStatistics)
+def average_checkpoints(folder):
+    paths = checkpoints(folder)
+    outputs = {folder / "merged.safetensors": "swa"}
+    polyak.average_checkpoints(paths, outputs)  # the line that is to be named
+
+
+@case(StaleStatistics)
+def iter_averaged_tensors(folder):
+    tensors = polyak.iter_averaged_tensors(checkpoints(folder), "swa")
+    for _ in tensors:  # the line that is to be named
+        pass
+
+
+@case(PolyakWarning)
+def loaded_from_narrower_values(folder):
+    average = polyak.Average(nn.Linear(3, 3).bfloat16(), polyak.SWA())
+    average.update()
+    average.save(folder / "average.pt")
+    average.load(folder / "average.pt")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def optimizer_copied(folder):
+    optimizer = attached()
+    copy.copy(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def optimizer_deep_copied(folder):
+    optimizer = attached()
+    copy.deepcopy(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def optimizer_deep_copied_in_a_dict(folder):
+    run = {"step": 1, "parts": [attached()]}
+    copy.deepcopy(run)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def optimizer_pickled(folder):
+    optimizer = attached()
+    pickle.dumps(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def optimizer_pickled_in_python(folder):
+    optimizer = attached()
+    pickle._dumps(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def optimizer_saved(folder):
+    optimizer = attached()
+    torch.save({"optimizer": optimizer}, io.BytesIO())  # the line that is to be named
+
+
+def caught(program, folder):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        program(folder)
+    return [warning for warning in found if issubclass(warning.category, PolyakWarning)]
+
+
+@pytest.mark.parametrize(("program", "category"), CASES, ids=lambda c: c.__name__)
+def test_a_warning_names_the_line_that_caused_it(program, category, tmp_path):
+    lines, first = inspect.getsourcelines(program)
+    number = next(first + n for n, line in enumerate(lines) if CAUSE in line)
+    found = caught(program, tmp_path)
+    assert {warning.category for warning in found} == {category}
+    assert {(warning.filename, warning.lineno) for warning in found} == {(__file__, number)}
+
+
+def test_every_warning_of_polyak_is_among_them(tmp_path):
+    said = []
+    for n, (program, _) in enumerate(CASES):
+        (tmp_path / str(n)).mkdir()
+        said += [str(warning.message) for warning in caught(program, tmp_path / str(n))]
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) == "warn":
+                text = wording(call.args[0], tree)
+                assert any(text in message for message in said), f"{path}:{call.lineno}: {text}"
+
+
+def test_no_other_way_of_warning_is_used():
+    for path in sorted(SOURCE.rglob("*.py")):
+        if path.name != "errors.py":
+            assert "warnings.warn" not in path.read_text(encoding="utf-8"), path
+
+
+def wording(message, tree):
+    """The longest piece of a message that is the same in every such warning."""
+    used = {node.id for node in ast.walk(message) if isinstance(node, ast.Name)}
+    constants = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and {ast.unparse(t) for t in node.targets} & used
+    ]
+    texts = [
+        node.value
+        for node in itertools.chain.from_iterable(map(ast.walk, [message, *constants]))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return max((piece for text in texts for piece in re.split(r"\{\w*\}", text)), key=len)
