@@ -1,9 +1,10 @@
-"""Fuzz the readers of checkpoints with atheris: every outcome is a checkpoint or a PolyakError.
+"""Fuzz the readers of checkpoints with atheris: every outcome must be a checkpoint or a PolyakError.
 
-atheris wants a Python of its own; torch is needed only where the corpus is made:
+atheris does not support every version of Python, so it gets an environment of its own (with torch, which
+the readers import); the corpus is made in the usual one:
 
     .venv/bin/python scripts/fuzz_readers.py make /tmp/corpus
-    python3.11 -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install atheris numpy
+    python3.11 -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install atheris torch
     /tmp/fuzz/bin/python scripts/fuzz_readers.py run /tmp/corpus -runs=1000000 -max_len=8192
 
 The first byte of an input says what the rest is: a whole file, the pickle of a torch archive, the
@@ -34,7 +35,7 @@ def torch_archive(data: bytes) -> bytes:
 
 
 def make(folder: Path) -> None:
-    """Write the corpus: real files, and the parts of them that are worth changing alone."""
+    """Write the corpus: real files, and the parts of them that are worth fuzzing alone."""
     from reference.mutated import real_dcp, real_files
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,15 +76,14 @@ def targets(items: dict[str, bytes]) -> list[Callable[[bytes], bool]]:
 
 
 def run(folder: Path, options: list[str]) -> None:
-    """Fuzz, with libFuzzer's own options."""
+    """Fuzz; the options are those of libFuzzer."""
     import atheris
 
     with atheris.instrument_imports(include=["polyak"]):
         import polyak.checkpoints.reading.opening  # noqa: F401
 
-    readers = targets(
-        pickle.loads((folder.parent / f"{folder.name}.items").read_bytes())
-    )  # our own
+    items = (folder.parent / f"{folder.name}.items").read_bytes()  # written by `make`
+    readers = targets(pickle.loads(items))
 
     def one(data: bytes) -> None:
         if data:

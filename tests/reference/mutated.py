@@ -109,7 +109,7 @@ def read_dcp_everything(files: dict[str, bytes]) -> bool:
 def read_values(checkpoint, limit):
     """Read every tensor, in two ways that must agree."""
     for stored in checkpoint.tensors.values():
-        assert stored.nbytes <= limit, "no tensor is larger than the files it lies in"
+        assert stored.nbytes <= limit, "no tensor is larger than the files that hold it"
         buffer = memoryview(bytearray(stored.nbytes))
         stored.read_into(0, buffer)
         half = stored.nbytes // 2

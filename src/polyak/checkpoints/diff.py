@@ -1,4 +1,4 @@
-"""How two checkpoints differ: names, shapes, dtypes, and the distance between their values."""
+"""`diff_checkpoints`: names, shapes, dtypes, and the distance between the values of two checkpoints."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint, StoredTensor, pieces
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint, StoredTensor, iter_values
 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    r"""How far the values `b` are from the values `a`, summed up in float64.
+    r"""How far the values `b` are from the values `a`; sums are taken in float64.
 
     unequal: values that differ (two NaNs are equal, whatever their bits). largest: $\max |b_i - a_i|$.
     squared_a, squared_b: $|a|^2, |b|^2$; squared: $|b - a|^2$; along: $a \cdot (b - a)$.
-    Sums of several tensors are the distance of all of them taken as one vector.
+    The sum of several distances is that of all their tensors taken as one vector.
     """
 
     unequal: int = 0
@@ -45,16 +45,16 @@ class Distance:
 
     @property
     def relative(self) -> float:
-        r"""$|b - a| / |a|$; infinite where `a` is zero and `b` is not."""
+        r"""$|b - a| / |a|$; infinite if `a` is zero and `b` is not."""
         if not self.squared:
             return 0.0
         return math.sqrt(self.squared / self.squared_a) if self.squared_a else math.inf
 
     @property
     def degrees(self) -> float:
-        r"""The angle between `a` and `b`; NaN where one of them is zero.
+        r"""The angle between `a` and `b`; NaN if one of them is zero.
 
-        From the part of $d = b - a$ across `a`, which keeps its digits where the cosine is almost 1:
+        From the part of $d = b - a$ across `a`, which stays precise where the cosine is almost 1:
         $\tan \varphi = \sqrt{|d|^2 - (a \cdot d)^2 / |a|^2} \, / \, (|a| + a \cdot d / |a|)$.
         """
         if not (self.squared_a and self.squared_b):
@@ -69,8 +69,8 @@ class Distance:
 class CheckpointDiff:
     """The differences of two checkpoints.
 
-    only_a, only_b: names that the other lacks. shapes, dtypes: name -> the
-    two of them, where they differ. distances: name -> distance, for all names of equal shape.
+    only_a, only_b: names that the other lacks. shapes, dtypes: name -> the two of them, if they differ.
+    distances: name -> distance, for all tensors of equal shape.
     """
 
     only_a: tuple[str, ...]
@@ -100,8 +100,7 @@ def diff_checkpoints(
 ) -> CheckpointDiff:
     """Compare two checkpoints of any formats, a mebibyte at a time; tied tensors are compared once.
 
-    a, b: paths; key_a, key_b: where their tensors lie; as `open_checkpoint` takes them, whose errors
-    are raised.
+    a, b, key_a, key_b: path and key of each, as for `open_checkpoint`, whose errors are raised.
 
     >>> import tempfile, pathlib, torch
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -111,7 +110,7 @@ def diff_checkpoints(
     >>> distance.l2, distance.relative, round(distance.degrees, 9)
     (1.0, 1.0, 45.0)
     """
-    with open_checkpoint(a, key_a) as first, open_checkpoint(b, key_b) as second:
+    with open_checkpoint(a, key=key_a) as first, open_checkpoint(b, key=key_b) as second:
         result = _compare(first, second)
         first.check_unchanged()
         second.check_unchanged()
@@ -122,7 +121,7 @@ def distance(a: StoredTensor, b: StoredTensor) -> Distance:
     """The distance of two stored tensors of one shape, whatever their dtypes."""
     total = Distance()
     decoded = a.dtype in TORCH_DTYPES and b.dtype in TORCH_DTYPES
-    for left, right in pieces(a, b):
+    for left, right in iter_values(a, b):
         total += _distance(left, right) if decoded else Distance(int((left != right).sum()))
     return total
 
@@ -132,7 +131,7 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> Distance:
     d = b - a
     equal = left == right if left.dtype == right.dtype and not left.is_floating_point() else a == b
     differs = ~(equal | (a.isnan() & b.isnan()))
-    d.masked_fill_(~differs, 0.0)  # infinity minus itself is no difference
+    d.masked_fill_(~differs, 0.0)  # infinity minus itself would be NaN
     return Distance(
         unequal=int(differs.sum()),
         largest=float(d.abs().max()),
@@ -173,7 +172,7 @@ def _find(checkpoint: Checkpoint, name: str) -> StoredTensor:
 
 
 def _comparable(a: StoredTensor, b: StoredTensor) -> bool:
-    """Numbers with numbers, complex with complex, packed values only with their own kind."""
+    """Real with real, complex with complex, packed values below a byte only with their own dtype."""
     if a.dtype == b.dtype:
         return True
     known = a.dtype in TORCH_DTYPES and b.dtype in TORCH_DTYPES

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: names, shapes, sizes, where it comes from; on request, its values' health."""
+"""`inspect_checkpoint`: names, shapes, sizes and metadata; on request, counts of NaNs and norms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, pieces
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, iter_values
 
 
 @dataclass(frozen=True, slots=True)
 class ValueCounts:
-    """What the values of one tensor are like. norm: the L2 norm of the finite ones."""
+    """Counts of the values of one tensor that are not finite, and the L2 norm of the others."""
 
     nans: int
     infinities: int
@@ -23,7 +23,7 @@ class ValueCounts:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One stored tensor. dtype: as safetensors spells it. values: None unless asked for."""
+    """One stored tensor. dtype: as safetensors names it. values: None if not asked for."""
 
     name: str
     dtype: str
@@ -34,9 +34,9 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint described.
+    """What a checkpoint holds.
 
-    ties: alias -> stored name. refused: name -> why it cannot be read. metadata: provenance, as stored.
+    ties: alias -> stored name. refused: name -> why it cannot be read. metadata: as stored.
     """
 
     path: str
@@ -49,17 +49,17 @@ class Inspection:
 
     @property
     def count(self) -> int:
-        """Values in all tensors, tied ones once."""
+        """Number of values in all tensors; tied tensors count once."""
         return sum(math.prod(entry.shape) for entry in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, tied ones once."""
+        """Bytes of all tensors; tied tensors count once."""
         return sum(entry.nbytes for entry in self.tensors)
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
-        """Names of the tensors with a NaN or an infinity; empty where values were not asked for."""
+        """Names of the tensors with a NaN or an infinity; empty if values were not asked for."""
         return tuple(
             entry.name
             for entry in self.tensors
@@ -72,8 +72,8 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Describe a checkpoint; its values are read only on request, a mebibyte at a time.
 
-    path, key: as `open_checkpoint` takes them. values: also count NaNs and infinities, and take norms.
-    Raises what `open_checkpoint` raises, except that tensors which cannot be read are listed.
+    path, key: as for `open_checkpoint`. values: also count NaNs and infinities, and compute norms.
+    Raises what `open_checkpoint` raises, except that tensors that cannot be read are listed in `refused`.
 
     >>> import tempfile, pathlib, torch
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
@@ -81,7 +81,7 @@ def inspect_checkpoint(
     >>> inspect_checkpoint(path, values=True).tensors[0].values
     ValueCounts(nans=1, infinities=0, norm=5.0)
     """
-    with open_checkpoint(path, key, strict=False) as checkpoint:
+    with open_checkpoint(path, key=key, strict=False) as checkpoint:
         entries = tuple(
             TensorEntry(
                 stored.name,
@@ -105,12 +105,12 @@ def inspect_checkpoint(
 
 
 def count_values(stored: StoredTensor) -> ValueCounts | None:
-    """NaNs, infinities and the norm of the rest; None for dtypes that torch cannot decode."""
+    """NaNs, infinities and the norm of the rest; None for dtypes that torch does not have."""
     if stored.dtype not in TORCH_DTYPES:
         return None
     nans = infinities = 0
     squares = 0.0
-    for (raw,) in pieces(stored):
+    for (raw,) in iter_values(stored):
         values = raw.to(torch.float64)
         nans += int(values.isnan().sum())
         infinities += int(values.isinf().sum())

@@ -23,15 +23,15 @@ def diff(
     key_b: str | None = None,
     full: Annotated[bool, Parameter(name="--all", negative="")] = False,
 ) -> int:
-    """Compare two checkpoints: names, shapes, dtypes, and how far their values are apart.
+    """Compare two checkpoints: names, shapes, dtypes, and how far apart their values are.
 
-    Exits like diff: 0 if all is equal, 1 if something differs, 2 if they could not be compared.
+    The exit code is that of diff: 0 if they are equal, 1 if they differ, 2 if they cannot be compared.
 
     Args:
-        a: The first: a file or folder of any format.
-        b: The second.
-        key_a: Where the tensors of the first lie inside nested dicts, with dots.
-        key_b: The same for the second.
+        a: The first checkpoint: a file or folder of any format.
+        b: The second checkpoint.
+        key_a: Where the tensors of the first are inside nested dicts, with dots.
+        key_b: Where the tensors of the second are.
         full: Also list the tensors that are equal.
 
     """

@@ -18,12 +18,12 @@ def inspect(
     key: str | None = None,
     values: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Print what is in checkpoints: tensors, shapes, dtypes, sizes, ties, and where they come from.
+    """Print what is in checkpoints: tensors, shapes, dtypes, sizes, ties and metadata.
 
     Args:
         files: Files or folders: safetensors, torch archives, npz, Transformers, DCP; also s3://, https://.
-        key: Where the tensors lie inside nested dicts, with dots.
-        values: Also read every value: count NaNs and infinities, and take norms.
+        key: Where the tensors are inside nested dicts, with dots.
+        values: Also read every value: count NaNs and infinities, and compute norms.
 
     """
     from polyak.checkpoints.inspect import inspect_checkpoint
@@ -31,7 +31,7 @@ def inspect(
     if not files:
         from polyak.errors import ArgumentError
 
-        raise ArgumentError("No file was named: polyak inspect FILE...")
+        raise ArgumentError("No file was given. Usage: polyak inspect FILE...")
     console = wide_console()
     for file in files:
         for part in _shown(inspect_checkpoint(file, key=key, values=values), values=values):
@@ -39,7 +39,7 @@ def inspect(
 
 
 def wide_console() -> Console:
-    """A console that folds long names on a terminal only: a pipe gets one line a tensor."""
+    """A console that folds long names on a terminal only: a pipe gets one line per tensor."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -79,7 +79,7 @@ def test_command(file, tmp_path, capsys):
     assert run(["inspect", str(tmp_path / "none.pt")]) == 2
 
 
-def test_a_pipe_gets_one_line_a_tensor(tmp_path, capsys):
+def test_a_pipe_gets_one_line_per_tensor(tmp_path, capsys):
     name = ".".join(["a_long_name_of_a_layer"] * 10)
     torch.save({name: torch.ones(3)}, tmp_path / "x.pt")
     assert run(["inspect", str(tmp_path / "x.pt")]) == 0

@@ -82,7 +82,7 @@ def test_a_missing_rank_is_named(sharded, tmp_path):
         open_checkpoint(folder)
 
 
-def test_a_rank_cut_short_is_named(sharded, tmp_path):
+def test_a_rank_file_cut_short_is_named(sharded, tmp_path):
     folder = shutil.copytree(sharded, tmp_path / "ckpt")
     shard = folder / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:100])
@@ -127,14 +127,14 @@ def test_holes_and_overlaps_of_chunks(sharded, tmp_path):
     def hole(metadata):
         metadata.state_dict_metadata["model.0.weight"].chunks.pop()
 
-    with pytest.raises(FormatError, match=r"0\.weight: has 35 values, and 20 are stored"):
+    with pytest.raises(FormatError, match=r"0\.weight: It has 35 values, and 20 are stored"):
         open_checkpoint(edited(sharded, tmp_path / "hole", hole))
 
     def overlap(metadata):
         chunks = metadata.state_dict_metadata["model.0.weight"].chunks
         chunks[1] = chunks[0]
 
-    with pytest.raises(FormatError, match=r"0\.weight: has chunks that overlap"):
+    with pytest.raises(FormatError, match=r"0\.weight: It has chunks that overlap"):
         open_checkpoint(edited(sharded, tmp_path / "overlap", overlap))
 
 
@@ -143,7 +143,7 @@ def test_a_path_out_of_the_folder_is_refused(sharded, tmp_path):
         for info in metadata.storage_data.values():
             info.relative_path = "../../etc/passwd"
 
-    with pytest.raises(FormatError, match="is no file name"):
+    with pytest.raises(FormatError, match="is not a file name"):
         open_checkpoint(edited(sharded, tmp_path, escape))
 
 
@@ -172,3 +172,13 @@ def test_a_chunk_of_another_tensor_is_noticed(single, tmp_path):
         for name in ("rows", "transposed"):
             with pytest.raises(FormatError, match=rf"should hold F32 .* of '{name}'"):
                 read_all(checkpoint.tensors[name])
+
+
+def test_a_chunk_larger_than_its_item_is_refused(single, tmp_path):
+    def enlarge(metadata):
+        entry = metadata.state_dict_metadata["model.rows"]
+        entry.size = torch.Size([4_000_000, *entry.size[1:]])
+        entry.chunks[0].sizes = entry.size
+
+    with pytest.raises(FormatError, match=r"the chunk of 'rows' at .* does not fit"):
+        open_checkpoint(edited(single, tmp_path, enlarge))

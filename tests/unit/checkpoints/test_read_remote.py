@@ -86,7 +86,7 @@ def test_what_is_missing_changed_or_unknown(store):
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """A web server of one file, which knows ranges if it is told to."""
+    """A web server of one file; it supports ranges if `ranges` is set."""
 
     data = b""
     ranges = True
@@ -98,6 +98,9 @@ class Files(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
+        if not self.path.endswith(".safetensors"):  # folders cannot be listed
+            self.send_error(404)
+            return
         asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         data = self.data
         if asked and self.ranges:
@@ -138,8 +141,17 @@ def test_https_by_ranges(web):
         assert checkpoint.step == 8
 
 
+def test_a_web_folder_that_cannot_be_listed(web):
+    """A name that is the same in every checkpoint folder: its step may be in a file beside it."""
+    _, address = web
+    with open_checkpoint(
+        address.replace("step-8.safetensors", "step-5/model.safetensors")
+    ) as checkpoint:
+        assert checkpoint.step == 5
+
+
 def test_a_server_without_ranges_is_refused(web):
     handler, address = web
     handler.ranges = False
-    with pytest.raises(FormatError, match=r"knows no ranges|size is known"):
+    with pytest.raises(FormatError, match=r"does not support ranges|size is known"):
         open_checkpoint(address)

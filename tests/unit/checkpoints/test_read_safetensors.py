@@ -1,4 +1,4 @@
-"""Safetensors files: what the library writes, and headers that lie."""
+"""Safetensors files: what the library writes, and damaged headers."""
 
 import json
 
@@ -82,15 +82,15 @@ def entry(begin, end, shape=(1,), dtype="F32"):
         ({"w": entry(4, 8)}, b"x" * 8, "a hole before tensor 'w'"),
         ({"v": entry(0, 4), "w": entry(0, 4)}, b"x" * 4, "an overlap at tensor"),
         ({"w": entry(0, 4)}, b"x" * 3, "cut short"),
-        ({"w": entry(0, 4)}, b"x" * 5, "foreign tail"),
+        ({"w": entry(0, 4)}, b"x" * 5, "has 1 unexpected bytes after the last tensor"),
         ({"w": entry(0, 8)}, b"x" * 8, "takes 4 bytes, but data_offsets say 8"),
         ({"w": entry(4, 0)}, b"x" * 4, "takes 4 bytes, but data_offsets say -4"),
         ({"w": entry(0, 4, dtype="F33")}, b"x" * 4, "dtype 'F33' is unknown"),
-        ({"w": entry(0, 4, [-1])}, b"x" * 4, "of the wrong kind"),
-        ({"w": entry(0, 4, [True])}, b"x" * 4, "of the wrong kind"),
-        ({"w": entry(0, 4, [1.0])}, b"x" * 4, "of the wrong kind"),
-        ({"w": entry(0, 4, [1] * 65)}, b"x" * 4, "65 dimensions"),
-        ({"w": entry(0, 0, [0, 2**70])}, b"", "larger than any tensor"),
+        ({"w": entry(0, 4, [-1])}, b"x" * 4, "two lists of sizes"),
+        ({"w": entry(0, 4, [True])}, b"x" * 4, "two lists of sizes"),
+        ({"w": entry(0, 4, [1.0])}, b"x" * 4, "two lists of sizes"),
+        ({"w": entry(0, 4, [1] * 65)}, b"x" * 4, "at most 64 of them"),
+        ({"w": entry(0, 0, [0, 2**70])}, b"", r"from 0 to below 2\*\*62"),
         ({"w": {**entry(0, 4), "more": 1}}, b"x" * 4, "expected dtype, shape and data_offsets"),
         ({"w": [1]}, b"", "expected dtype, shape and data_offsets"),
         ({"w": {**entry(0, 4), "data_offsets": [0, 4, 4]}}, b"x" * 4, "two numbers"),
@@ -98,19 +98,19 @@ def entry(begin, end, shape=(1,), dtype="F32"):
         ({"__metadata__": {"a": "\ud800"}}, b"", "must map strings to strings"),
         ({"\ud800": entry(0, 4)}, b"x" * 4, "not valid JSON"),
         (b'{"w": NaN}', b"", "not valid JSON: NaN"),
-        (b'{"w": 1, "w": 2}', b"", "the key 'w' stands there twice"),
+        (b'{"w": 1, "w": 2}', b"", "duplicate key 'w'"),
         (b'{"w": ' + b"[" * 100_000, b"", "nested too deeply"),
         (b'{"w": ' + b"9" * 5000 + b"}", b"", "not valid JSON"),
         (b"[1]", b"", "does not begin with"),
         (b"{\xff}", b"", "not valid JSON"),
     ],
 )
-def test_headers_that_lie(tmp_path, header, data, reason):
+def test_damaged_headers(tmp_path, header, data, reason):
     with pytest.raises(FormatError, match=reason):
         open_checkpoint(written(tmp_path, header, data))
 
 
-def test_header_lengths_that_lie(tmp_path):
+def test_wrong_header_lengths(tmp_path):
     with pytest.raises(FormatError, match=r"a header of .* bytes; safetensors allows 100000000"):
         open_checkpoint(written(tmp_path, {}, b"", length=100_000_001))
     with pytest.raises(FormatError, match="cut short"):
@@ -125,3 +125,10 @@ def test_every_truncation_is_refused(tmp_path_factory, data):
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(FormatError):
         open_checkpoint(path)
+
+
+def test_a_merged_file_is_known_by_its_metadata(tmp_path):
+    for metadata, merged in (({"polyak": "1", "inputs": "[]"}, True), ({"inputs": "[]"}, False)):
+        save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors", metadata)
+        with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+            assert checkpoint.is_merged is merged

@@ -1,23 +1,24 @@
-"""Folders of `torch.distributed.checkpoint`: `.metadata` says which chunk lies where.
+"""Folders of `torch.distributed.checkpoint` (DCP): `.metadata` says where every chunk is.
 
 `.metadata` is a pickle of dataclasses, read without running it; the `.distcp` files hold one small
-torch archive a chunk, read in place when the chunk is asked for. Any number of ranks may have written
+torch archive per chunk, read in place when the chunk is asked for. Any number of ranks may have written
 them, FSDP2 and tensor parallelism included, and no process group is needed.
 Source: torch/distributed/checkpoint/{metadata,filesystem}.py of torch 2.13.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from polyak.checkpoints.reading.gather import (
-    Chunk,
+    Box,
     ChunkedTensor,
+    StoredChunk,
     Strided,
     StridedTensor,
     SwappedTensor,
-    itemsize_of,
     row_major,
 )
 from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, Global, Stub, read_pickle
@@ -31,11 +32,11 @@ from polyak.checkpoints.reading.pickled_tensors import (
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
-    MAX_DIMENSIONS,
-    MAX_SIZE,
     ByteFile,
     Checkpoint,
     StoredTensor,
+    are_sizes,
+    itemsize,
 )
 from polyak.checkpoints.reading.torch_archive import TorchArchive
 from polyak.checkpoints.reading.zips import PartFile
@@ -47,7 +48,7 @@ _HOME = "torch.distributed.checkpoint."
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """Where one chunk lies."""
+    """Where one chunk is stored."""
 
     file: str
     offset: int
@@ -55,30 +56,30 @@ class _Item:
     transformed: bool
 
 
-class _StoredChunk(Chunk):
+class _ArchivedChunk(StoredChunk):
     """A chunk that is a small torch archive inside a `.distcp` file."""
 
-    def __init__(self, name: str, dtype: str, box: tuple[Any, Any], part: PartFile) -> None:
+    def __init__(self, name: str, dtype: str, box: Box, part: PartFile) -> None:
         super().__init__(*box)
         self.name, self.dtype, self.part = name, dtype, part
         self._source: Strided | None = None
 
     def source(self) -> Strided:
-        """Where the values lie, read from the archive at first, and checked."""
+        """Where the values are; the archive is read, and checked, the first time."""
         if self._source is None:
             archive = TorchArchive(self.part)
             ref = archive.root
             if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (self.dtype, self.shape):
                 raise FormatError(
                     f"{self.part.path} should hold {self.dtype} {list(self.shape)} of {self.name!r}, "
-                    "and holds something else. The files are of different saves, or damaged."
+                    "but holds something else. The files are of different saves, or damaged."
                 )
             self._source = _strided(archive.tensor(self.name, ref), self.part)
         return self._source
 
 
 def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
-    """Open a DCP folder. key: where its tensors are; None looks in the usual places."""
+    """Open a DCP folder. key: where its tensors are; by default in the usual places."""
     described = _Folder(folder)
     try:
         found = find_tensors(described.tree, key, folder.path)
@@ -97,7 +98,7 @@ def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
 
 
 class _Folder:
-    """What `.metadata` describes, and the `.distcp` files opened so far."""
+    """What `.metadata` describes, and the `.distcp` files opened so far, each once."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -115,16 +116,23 @@ class _Folder:
         self.tree = _tree(entries, paths if isinstance(paths, dict) else {}, self.where)
         self.count = 0
 
-    def chunks(self, name: str, ref: TensorRef) -> list[Chunk]:
-        """The chunks of a tensor, their files opened and long enough."""
+    def chunks(self, name: str, ref: TensorRef) -> list[StoredChunk]:
+        """The chunks of a tensor; their files are opened, and checked to be long enough."""
         entry = _fields(self.entries[ref.storage.key], "metadata.TensorStorageMetadata", self.where)
         boxes = _boxes(entry.get("chunks"), self.where)
         self.count += len(boxes)
         if self.count > _MAX_CHUNKS:
             raise _damaged(self.where, f"more than {_MAX_CHUNKS} chunks")
-        return [
-            _StoredChunk(name, ref.dtype, box, self._part(ref.storage.key, box[0])) for box in boxes
-        ]
+        return [self._chunk(name, ref, box) for box in boxes]
+
+    def _chunk(self, name: str, ref: TensorRef, box: Box) -> StoredChunk:
+        first, shape = box
+        part = self._part(ref.storage.key, first)
+        if math.prod(shape) * itemsize(ref.dtype) > part.size:
+            raise _damaged(
+                self.where, f"the chunk of {name!r} at {first} does not fit into its item"
+            )
+        return _ArchivedChunk(name, ref.dtype, box, part)
 
     def close(self) -> None:
         """Close what was opened."""
@@ -132,16 +140,16 @@ class _Folder:
             file.close()
 
     def _part(self, fqn: str, first: tuple[int, ...]) -> PartFile:
-        """Where the chunk at `first` lies."""
+        """The part of a file that holds the chunk at `first`."""
         item = self.items.get((fqn, first)) or self.items.get((fqn, None))
         if item is None:
-            raise _damaged(self.where, f"nothing says where the chunk of {fqn!r} at {first} lies")
+            raise _damaged(self.where, f"it does not say where the chunk of {fqn!r} at {first} is")
         if item.transformed:
             raise FormatError(
-                f"{self.where}: {fqn!r} was saved through a compressing extension; save without one."
+                f"{self.where}: {fqn!r} was saved with a compressing extension. Save it without one."
             )
         if "/" in item.file or "\\" in item.file or item.file in ("", ".", ".."):
-            raise _damaged(self.where, f"{item.file[:100]!r} is no file name")
+            raise _damaged(self.where, f"{item.file[:100]!r} is not a file name")
         if item.file not in self.files:
             self.files[item.file] = self.place.inside(item.file).file()
         return PartFile(self.files[item.file], item.offset, item.length)
@@ -157,14 +165,14 @@ def _fields(value: Any, kind: str, where: str) -> dict[Any, Any]:
 
 def _damaged(where: str, problem: str) -> FormatError:
     return FormatError(
-        f"{where}: {problem}. It is not the .metadata of a DCP checkpoint, or damaged."
+        f"{where}: {problem}. It is damaged, or not the .metadata of a DCP checkpoint."
     )
 
 
 def _items(storage_data: Any, where: str) -> dict[tuple[str, Any], _Item]:
-    """(name, offset of the chunk) -> where it lies."""
+    """(name, offset of the chunk) -> where it is stored."""
     if not isinstance(storage_data, dict):
-        raise _damaged(where, "it does not say where the chunks lie")
+        raise _damaged(where, "it does not say where the chunks are")
     items = {}
     for index, info in storage_data.items():
         at = _fields(index, "metadata.MetadataIndex", where)
@@ -174,14 +182,14 @@ def _items(storage_data: Any, where: str) -> dict[tuple[str, Any], _Item]:
             case _:
                 raise _damaged(where, "a chunk without file, offset and length")
         fqn, first = at.get("fqn"), at.get("offset")
-        if not isinstance(fqn, str) or not (first is None or _are_sizes(first)):
+        if not isinstance(fqn, str) or not (first is None or are_sizes(first, tuple)):
             raise _damaged(where, "a chunk without a name")
         items[fqn, first] = _Item(path, offset, length, transformed)
     return items
 
 
 def _tree(entries: dict[Any, Any], paths: dict[Any, Any], where: str) -> dict[Any, Any]:
-    """The saved containers again, a `TensorRef` (with the flat name as key) for every tensor."""
+    """The saved containers, with a `TensorRef` (whose storage key is the flat name) for every tensor."""
     root: dict[Any, Any] = {}
     for fqn, entry in entries.items():
         if isinstance(entry, Stub) and entry.name.endswith(".BytesStorageMetadata"):
@@ -203,7 +211,7 @@ def _ref(fqn: Any, fields: dict[Any, Any], where: str) -> TensorRef:
     properties, shape = fields.get("properties"), fields.get("size")
     state = properties.state if isinstance(properties, Stub) else None
     match state:
-        case (Global(name=kind), *_) if isinstance(fqn, str) and _are_sizes(shape):
+        case (Global(name=kind), *_) if isinstance(fqn, str) and are_sizes(shape, tuple):
             dtype = DTYPES.get(kind.removeprefix("torch."), "")
             if DTYPE_BITS.get(dtype, 1) % 8:
                 raise _damaged(where, f"{fqn!r} has the dtype {kind}, which polyak does not know")
@@ -211,21 +219,24 @@ def _ref(fqn: Any, fields: dict[Any, Any], where: str) -> TensorRef:
     raise _damaged(where, f"{str(fqn)[:200]!r} has no dtype and shape")
 
 
-def _boxes(chunks: Any, where: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _boxes(chunks: Any, where: str) -> list[Box]:
     if not isinstance(chunks, list):
         raise _damaged(where, "a tensor without chunks")
     found = []
     for chunk in chunks:
         fields = _fields(chunk, "metadata.ChunkStorageMetadata", where)
         first, size = fields.get("offsets"), fields.get("sizes")
-        if first is None or size is None or not (_are_sizes(first) and _are_sizes(size)):
+        if (
+            first is None
+            or size is None
+            or not (are_sizes(first, tuple) and are_sizes(size, tuple))
+        ):
             raise _damaged(where, "a chunk without offsets and sizes")
         found.append((first, size))
     return found
 
 
 def _strided(stored: StoredTensor, part: PartFile) -> Strided:
-    itemsize = itemsize_of(stored.dtype)
     if isinstance(stored, StridedTensor):
         return stored.source
     if isinstance(stored, SwappedTensor) or not stored.spans:
@@ -233,12 +244,4 @@ def _strided(stored: StoredTensor, part: PartFile) -> Strided:
             f"{part.path} is big-endian; DCP checkpoints are read little-endian only."
         )
     span = stored.spans[0]
-    return Strided(span.file, span.offset, row_major(stored.shape), itemsize)
-
-
-def _are_sizes(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) <= MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size < MAX_SIZE for size in value)
-    )
+    return Strided(span.file, span.offset, row_major(stored.shape), itemsize(stored.dtype))

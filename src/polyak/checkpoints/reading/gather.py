@@ -1,10 +1,7 @@
-"""Boxes of values gathered from files where they lie in another order, in bounded memory.
+"""Tensors whose row-major bytes are not one run in a file: strided, chunked, or big-endian.
 
-Tensors that are stored in an order of their own: transposed, channels last, every second row.
-
-A tensor stored in chunks: boxes that tile it, each in a file of its own.
-
-Big-endian files, read as little-endian.
+All of them are read in bounded memory: a request for row-major bytes is cut into boxes of values, and
+each box is gathered from where its values are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyak.checkpoints.reading.stored import DTYPE_BITS, ByteFile, Span, StoredTensor, read_spans
+from polyak.checkpoints.reading.stored import (
+    COMPLEX_PARTS,
+    ByteFile,
+    Span,
+    StoredTensor,
+    itemsize,
+    read_spans,
+)
 from polyak.errors import FormatError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -29,11 +33,11 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 SCRATCH_BYTES = 4 << 20
 """The most that one read fetches to pick values from."""
 
-_WASTE = 16  # rather than many small reads, fetch up to so many times what is wanted
+_WASTE = 16  # rather than many small reads, fetch up to this many times what is wanted
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Values `start` to `stop` in row-major order, as boxes: at most two a dimension.
+    """Values `start` to `stop` in row-major order, as boxes: at most two per dimension.
 
     >>> list(boxes((3, 4), 2, 9))
     [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 1))]
@@ -63,9 +67,9 @@ def _in_row(row: int, shape: tuple[int, ...], begin: int, end: int) -> Iterator[
 
 
 class Strided:
-    """Values of one size in a file, `strides` apart: `base + sum(index * stride)` values from 0.
+    """Values in a file at `base + itemsize * sum(index * stride)`.
 
-    file: where. base: bytes. strides: in values, one a dimension. itemsize: bytes a value.
+    base: in bytes. strides: in values, one per dimension. itemsize: bytes per value.
     """
 
     def __init__(self, file: ByteFile, base: int, strides: Sequence[int], itemsize: int) -> None:
@@ -75,8 +79,8 @@ class Strided:
     def read_box(self, first: Sequence[int], out: NDArray[Any]) -> None:
         """Fill `out` with the box that begins at `first` and has the shape of `out`.
 
-        The dimensions are walked in the order of storage; the innermost that fit the scratch, without
-        much in between that is not wanted, are fetched by one read.
+        The dimensions are walked in storage order. As many of the innermost as fit the scratch memory,
+        without too many unwanted values in between, are fetched by one read.
         """
         start = sum(index * stride for index, stride in zip(first, self.strides, strict=True))
         order = sorted(
@@ -99,7 +103,7 @@ class Strided:
     def _fetch_runs(
         self, start: int, strides: tuple[int, ...], out: NDArray[Any], length: int
     ) -> None:
-        """Many runs of `length` values each, `strides` apart, read one by one and moved at once."""
+        """Read runs of `length` values each, `strides` apart, one by one, and move them all at once."""
         offsets = np.array([self.base + start * self.kind.itemsize])
         for size, stride in zip(out.shape, strides, strict=False):
             offsets = np.add.outer(offsets, np.arange(size) * (stride * self.kind.itemsize))
@@ -117,11 +121,13 @@ class Strided:
             if extent * self.kind.itemsize <= SCRATCH_BYTES and extent <= _WASTE * wanted:
                 return split
             if extent == wanted:
-                return split  # nothing in between: read as one, into place if it lies in order
+                return (
+                    split  # no unwanted values: one read, straight into place if in row-major order
+                )
         return len(sizes)
 
     def _fetch(self, start: int, strides: tuple[int, ...], out: NDArray[Any]) -> None:
-        """One read; straight into `out` where nothing needs to move."""
+        """One read per scratch of rows; a single one straight into `out` if no value has to move."""
         offset = self.base + start * self.kind.itemsize
         extent = _extent(out.shape, strides)
         if extent == out.size and out.flags.c_contiguous:
@@ -140,7 +146,7 @@ class Strided:
 
 
 def value_kind(itemsize: int) -> np.dtype[Any]:
-    """A NumPy dtype that moves values of so many bytes."""
+    """A NumPy dtype to move values of `itemsize` bytes with."""
     return np.dtype("c16") if itemsize == 16 else np.dtype(f"u{itemsize}")
 
 
@@ -160,21 +166,21 @@ class GatheredTensor(StoredTensor):
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer`; see `StoredTensor.read_into`."""
-        itemsize = DTYPE_BITS[self.dtype] // 8
-        before, stop = start % itemsize, start + len(buffer)
-        if before or stop % itemsize:  # not whole values: gather a few bytes more
-            whole = bytearray(-(-stop // itemsize) * itemsize - (start - before))
-            self._read_values(start - before, memoryview(whole), itemsize)
+        size = itemsize(self.dtype)
+        before, stop = start % size, start + len(buffer)
+        if before or stop % size:  # not whole values: gather a few bytes more
+            whole = bytearray(-(-stop // size) * size - (start - before))
+            self._read_values(start - before, memoryview(whole), size)
             buffer[:] = memoryview(whole)[before : before + len(buffer)]
         else:
-            self._read_values(start, buffer, itemsize)
+            self._read_values(start, buffer, size)
 
-    def _read_values(self, start: int, buffer: memoryview, itemsize: int) -> None:
-        values = np.frombuffer(buffer, np.uint8).view(value_kind(itemsize))
-        done, begin = 0, start // itemsize
-        for first, size in boxes(self.shape, begin, begin + len(values)):
-            count = math.prod(size)
-            self.read_box(first, values[done : done + count].reshape(size))
+    def _read_values(self, start: int, buffer: memoryview, size: int) -> None:
+        values = np.frombuffer(buffer, np.uint8).view(value_kind(size))
+        done, begin = 0, start // size
+        for first, sizes in boxes(self.shape, begin, begin + len(values)):
+            count = math.prod(sizes)
+            self.read_box(first, values[done : done + count].reshape(sizes))
             done += count
 
     @abstractmethod
@@ -183,15 +189,15 @@ class GatheredTensor(StoredTensor):
 
 
 TILE_BYTES = 4 << 20
-"""What is gathered at once. A transposed matrix costs one small read a column, however many rows are
-fetched: the more rows, the fewer reads."""
+"""What is gathered at once. A transposed matrix costs one small read per column however many rows are
+fetched, so fetching more rows at once means fewer reads."""
 
 MAX_TILES = 16
-"""Tiles kept at most, in all; each is dropped when it has been read to its end."""
+"""Tiles kept at most, of all tensors; each is dropped when it has been read to its end."""
 
 
 class StridedTensor(GatheredTensor):
-    """A view of a storage whose values do not lie in row-major order."""
+    """A view of a storage whose values are not in row-major order: transposed, channels last, sliced."""
 
     def __init__(self, name: str, dtype: str, shape: Sequence[int], source: Strided) -> None:
         super().__init__(name, dtype, shape)
@@ -206,7 +212,7 @@ class StridedTensor(GatheredTensor):
         return tuple(sorted(axes, key=lambda axis: -self.source.strides[axis]))
 
     def in_storage_order(self) -> StoredTensor:
-        """The same values with the dimensions permuted by `storage_order`: quick to read."""
+        """The same values with the dimensions permuted by `storage_order`, which is cheap to read."""
         order, source = self.storage_order, self.source
         strides = [source.strides[axis] for axis in order]
         permuted = Strided(source.file, source.base, strides, source.kind.itemsize)
@@ -243,7 +249,7 @@ class StridedTensor(GatheredTensor):
 
 
 class _Tiles:
-    """The tiles gathered last, of all tensors together, so that their memory is bounded."""
+    """The tiles gathered last; shared by all tensors, so that their memory is bounded."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -273,8 +279,8 @@ _TILES = _Tiles()
 _MAX_CELLS = 4_000_000
 
 
-class Chunk(ABC):
-    """A box of a tensor, from `first`, of size `shape`; where its values lie is found when asked."""
+class StoredChunk(ABC):
+    """A box of a tensor, from `first`, of size `shape`; where its values are is found on request."""
 
     def __init__(self, first: tuple[int, ...], shape: tuple[int, ...]) -> None:
         self.first = first
@@ -282,14 +288,14 @@ class Chunk(ABC):
 
     @abstractmethod
     def source(self) -> Strided:
-        """Where the values lie. May read, and be called by several threads at once."""
+        """Where the values are. May read; several threads may call it at once."""
 
 
 class ChunkedTensor(GatheredTensor):
-    """A tensor of chunks. Raises FormatError unless every value lies in exactly one of them."""
+    """A tensor in chunks. Raises FormatError unless every value is in exactly one of them."""
 
     def __init__(
-        self, name: str, dtype: str, shape: Sequence[int], chunks: Sequence[Chunk]
+        self, name: str, dtype: str, shape: Sequence[int], chunks: Sequence[StoredChunk]
     ) -> None:
         super().__init__(name, dtype, shape)
         self.chunks = sorted(
@@ -302,7 +308,7 @@ class ChunkedTensor(GatheredTensor):
 
     @property
     def spans(self) -> tuple[Span, ...] | None:
-        """The chunks one after the other, where they are slabs of whole rows stored in order."""
+        """The chunks one after the other, if they are slabs of whole rows stored in order."""
         if self._spans is None and self._are_slabs():
             spans = []
             for chunk in self.chunks:
@@ -346,25 +352,28 @@ def row_major(shape: Sequence[int]) -> list[int]:
 
 
 def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether values lie one after the other; the stride of a single index does not matter."""
-    wanted = row_major(shape)
-    return 0 in shape or all(
-        size == 1 or stride == want
-        for size, stride, want in zip(shape, strides, wanted, strict=True)
-    )
+    """Whether values are one after the other; the stride of a dimension of size 1 does not matter."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
 
 
-def _check_tiling(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
+def _check_tiling(shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> None:
     """On the grid of all edges, every cell must belong to exactly one chunk."""
     for chunk in chunks:
         box = zip(chunk.first, chunk.shape, shape, strict=False)
         if not len(chunk.first) == len(chunk.shape) == len(shape) or any(
             first + size > whole for first, size, whole in box
         ):
-            raise FormatError(f"has a chunk at {chunk.first} that leaves its shape {list(shape)}")
+            raise FormatError(
+                f"It has a chunk at {chunk.first} that exceeds its shape {list(shape)}."
+            )
     edges = [sorted({0, *(chunk.first[axis] for chunk in chunks)}) for axis in range(len(shape))]
     if math.prod(map(len, edges)) > _MAX_CELLS:
-        raise FormatError(f"is cut into more than {_MAX_CELLS} cells")
+        raise FormatError(f"It is cut into more than {_MAX_CELLS} cells.")
     covered = np.zeros(tuple(map(len, edges)), bool)
     for chunk in chunks:
         cells = tuple(
@@ -372,28 +381,23 @@ def _check_tiling(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
             for edge, first, size in zip(edges, chunk.first, chunk.shape, strict=True)
         )
         if covered[cells].any():
-            raise FormatError(f"has chunks that overlap, at {chunk.first}")
+            raise FormatError(f"It has chunks that overlap, at {chunk.first}.")
         covered[cells] = True
     stored = sum(math.prod(chunk.shape) for chunk in chunks)
     if stored != math.prod(shape):
         raise FormatError(
-            f"has {math.prod(shape)} values, and {stored} are stored: a rank's file is missing"
+            f"It has {math.prod(shape)} values, and {stored} are stored: a rank's file is missing."
         )
 
 
-def itemsize_of(dtype: str) -> int:
-    """Whole bytes a value."""
-    return DTYPE_BITS[dtype] // 8
-
-
 class SwappedTensor(StoredTensor):
-    """A tensor whose numbers are stored most significant byte first."""
+    """A tensor that is stored big-endian."""
 
     def __init__(self, stored: StoredTensor) -> None:
         super().__init__(stored.name, stored.dtype, stored.shape)
         self.stored = stored
-        complex_parts = 2 if stored.dtype.startswith("C") else 1
-        self.word = DTYPE_BITS[stored.dtype] // 8 // complex_parts
+        parts = 2 if stored.dtype in COMPLEX_PARTS else 1
+        self.word = itemsize(stored.dtype) // parts
 
     @property
     def storage_order(self) -> tuple[int, ...]:

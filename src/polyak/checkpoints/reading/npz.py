@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor
 from polyak.checkpoints.reading.stored import (
@@ -16,7 +15,7 @@ from polyak.checkpoints.reading.stored import (
     StoredTensor,
     bytes_of,
 )
-from polyak.checkpoints.reading.zips import ZipArchive, span_of
+from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import FormatError
 
 _DTYPES = {
@@ -41,7 +40,7 @@ def read_npz(file: ByteFile, archive: ZipArchive | None = None) -> Checkpoint:
         name = entry.removesuffix(".npy")
         if name == entry:
             raise FormatError(
-                f"{file.path}: {entry!r} is no .npy file; is this an .npz file at all?"
+                f"{file.path}: {entry!r} is not an .npy file; is this an .npz file at all?"
             )
         span = archive.span(entry)
         try:
@@ -55,47 +54,47 @@ def _array(name: str, span: Span) -> StoredTensor:
     order, kind, fortran, shape, start = _header(span)
     if kind not in _DTYPES:
         raise FormatError(
-            f"has the NumPy dtype {order}{kind}, which is no plain number. Save it as one, "
-            "for instance array.astype(np.float32)"
+            f"It has the NumPy dtype {order}{kind}, which is not a plain number. Save it as one, "
+            "for instance array.astype(np.float32)."
         )
     dtype = _DTYPES[kind]
     size = bytes_of(dtype, shape)
     if start + size != span.length:
-        raise FormatError(f"{size} bytes expected after the header, found {span.length - start}")
+        raise FormatError(
+            f"It should have {size} bytes after the header, and has {span.length - start}."
+        )
     stored: StoredTensor
     if fortran and sum(length != 1 for length in shape) > 1 and size:
         strides = [math.prod(shape[:axis]) for axis in range(len(shape))]
         source = Strided(span.file, span.offset + start, strides, size // math.prod(shape))
         stored = StridedTensor(name, dtype, shape, source)
     else:
-        data = span_of(span.file, span.offset + start, size)
-        stored = SpanTensor(name, dtype, shape, (data,))
+        stored = SpanTensor(name, dtype, shape, span.file, span.offset + start)
     return SwappedTensor(stored) if order == ">" else stored
 
 
 def _header(span: Span) -> tuple[str, str, bool, tuple[int, ...], int]:
-    """Byte order, kind, Fortran order, shape, and where the values begin."""
+    """Byte order, kind, whether in Fortran order, shape, and where the values begin."""
     head = _read(span, 0, 12)
     wide = head[6:7] in (b"\x02", b"\x03")
     if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
-        raise FormatError("is no .npy array of version 1, 2 or 3")
+        raise FormatError("It is not an .npy array of version 1, 2 or 3.")
     length = int.from_bytes(head[8:12] if wide else head[8:10], "little")
     start = 12 if wide else 10
     if length > _MAX_HEADER:
-        raise FormatError(f"has a header of {length} bytes; at most {_MAX_HEADER} are read")
+        raise FormatError(f"It has a header of {length} bytes; at most {_MAX_HEADER} are read.")
     text = _read(span, start, length).decode("latin-1")
     match = _HEADER.fullmatch(text)
     if match is None:
-        raise FormatError(f"is not an array of plain numbers: {text[:200].strip()!r}")
+        raise FormatError(f"It is not an array of plain numbers: {text[:200].strip()!r}.")
     order, kind, fortran, sizes = match.groups()
     shape = tuple(int(size) for size in re.findall(r"\d+", sizes))
     if len(shape) > MAX_DIMENSIONS:
-        raise FormatError(f"has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible")
+        raise FormatError(f"It has {len(shape)} dimensions; at most {MAX_DIMENSIONS} fit.")
     return order, kind, fortran == "True", shape, start + length
 
 
 def _read(span: Span, start: int, length: int) -> bytes:
     if start + length > span.length:
-        raise FormatError("is cut short")
-    data: Any = span.file.read(span.offset + start, length)
-    return bytes(data)
+        raise FormatError("It is cut short.")
+    return span.file.read(span.offset + start, length)

@@ -1,7 +1,7 @@
 """Safetensors files: eight bytes of header length, a JSON header, the values.
 
-Checked before a byte is trusted: the header's size (at most 100 MB) and syntax, every entry's fields,
-sizes against dtype and shape, and that the tensors fill the rest of the file with no hole or overlap.
+Checked at opening: the header's size (at most 100 MB) and syntax, the fields of every entry, its size
+against dtype and shape, and that the tensors fill the rest of the file with no hole or overlap.
 Source: https://huggingface.co/docs/safetensors (format), the rules of its `tensor.rs`.
 """
 
@@ -11,38 +11,48 @@ from pathlib import PurePath
 from typing import Any
 
 from polyak.checkpoints.reading.stored import (
+    MAX_DIMENSIONS,
     ByteFile,
     Checkpoint,
-    Span,
     SpanTensor,
     StoredTensor,
-    bytes_of,
+    are_sizes,
 )
 from polyak.checkpoints.reading.untrusted_json import MAX_JSON_BYTES, parse_json
 from polyak.errors import FormatError
 
 RANK_SHARD = (
-    "{path} holds what single ranks saved (HuggingFaceStorageWriter, save_distributed=True), and does "
-    "not say how many ranks there were. Save with enable_consolidation=True, or join the files with "
+    "{path} holds the parts that single ranks saved (HuggingFaceStorageWriter, save_distributed=True), and "
+    "does not say how many ranks there were. Save with enable_consolidation=True, or join the files with "
     "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files."
 )
-"""Parts of tensors whose full shape is written nowhere: a missing rank would go unnoticed."""
+"""The full shapes are not stored in these files: a missing rank would go unnoticed."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 def read_safetensors(file: ByteFile) -> Checkpoint:
-    """Open one safetensors file; FormatError where it is not one."""
+    """Open one safetensors file; FormatError if it is not one, or is damaged."""
     header, data_start = _header(file)
     metadata = _metadata(file, header.pop("__metadata__", None))
     if "DCP_SHARDING_INFO" in metadata and PurePath(file.path).name.startswith("shard-"):
         raise FormatError(RANK_SHARD.format(path=file.path))
-    extents = {name: _extent(file, name, entry) for name, entry in header.items()}
-    _check_cover(file, extents, file.size - data_start)
     tensors: dict[str, StoredTensor] = {}
-    for name, (begin, end) in extents.items():
-        entry, span = header[name], Span(file, data_start + begin, end - begin)
-        tensors[name] = SpanTensor(name, entry["dtype"], entry["shape"], (span,))
+    extents = []
+    for name, entry in header.items():
+        begin, end = _extent(file, name, entry)
+        try:
+            tensor = SpanTensor(name, entry["dtype"], entry["shape"], file, data_start + begin)
+        except FormatError as error:
+            raise FormatError(f"{_where(file, name)}: {error}") from None
+        if tensor.nbytes != end - begin:
+            raise FormatError(
+                f"{_where(file, name)}: {entry['dtype']} of shape {_short(entry['shape'])} takes "
+                f"{tensor.nbytes} bytes, but data_offsets say {end - begin}. The header is damaged."
+            )
+        tensors[name] = tensor
+        extents.append((begin, end, name))
+    _check_cover(file, extents, file.size - data_start)
     return Checkpoint(
         path=file.path,
         format="safetensors",
@@ -54,7 +64,7 @@ def read_safetensors(file: ByteFile) -> Checkpoint:
 
 
 def ties_in(metadata: dict[str, str], tensors: dict[str, StoredTensor]) -> dict[str, str]:
-    """Alias -> stored name, as polyak (key `ties`) and safetensors' `save_model` write them."""
+    """Alias -> stored name, as polyak (metadata entry `ties`) and safetensors' `save_model` write them."""
     ties = {alias: name for alias, name in metadata.items() if name in tensors}
     if "polyak" in metadata and "ties" in metadata:
         written = parse_json(metadata["ties"].encode(), "The metadata entry 'ties'")
@@ -62,7 +72,7 @@ def ties_in(metadata: dict[str, str], tensors: dict[str, StoredTensor]) -> dict[
             if not isinstance(name, str) or name not in tensors or alias in tensors:
                 raise FormatError(
                     f"The metadata ties {alias!r} to {name!r}, but only names that are not stored "
-                    "can be tied to names that are. The file is damaged."
+                    "can be tied, to names that are. The file is damaged."
                 )
         ties |= written
     return {alias: name for alias, name in ties.items() if alias not in tensors}
@@ -73,12 +83,12 @@ def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
     if length > MAX_JSON_BYTES:
         raise FormatError(
             f"{file.path}: a header of {length} bytes; safetensors allows {MAX_JSON_BYTES}. "
-            "Either this is no safetensors file, or its first bytes are damaged."
+            "Either this is not a safetensors file, or its first bytes are damaged."
         )
     raw = file.read(8, length)
     if not raw.startswith(b"{"):
         raise FormatError(
-            f"{file.path} is no safetensors file: its header does not begin with '{{'."
+            f"{file.path} is not a safetensors file: its header does not begin with '{{'."
         )
     return parse_json(raw, f"The header of {file.path}"), 8 + length
 
@@ -97,51 +107,47 @@ def _is_text(value: Any) -> bool:
 
 
 def _extent(file: ByteFile, name: str, entry: Any) -> tuple[int, int]:
-    """Where the bytes of one tensor begin and end, checked against its dtype and shape."""
-    where = f"{file.path}, tensor {name!r}"
+    """Where the bytes of one tensor begin and end, its entry checked to be of the right kinds."""
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise FormatError(
-            f"{where}: expected dtype, shape and data_offsets, found {_short(entry)}."
+            f"{_where(file, name)}: expected dtype, shape and data_offsets, found {_short(entry)}."
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)):
+    if not (isinstance(dtype, str) and are_sizes(shape, list) and are_sizes(offsets, list)):
         raise FormatError(
-            f"{where}: dtype, shape or data_offsets of the wrong kind: {_short(entry)}."
+            f"{_where(file, name)}: expected a text and two lists of sizes (integers from 0 to below "
+            f"2**62, at most {MAX_DIMENSIONS} of them), found {_short(entry)}."
         )
     if len(offsets) != 2:
-        raise FormatError(f"{where}: data_offsets must be two numbers, found {_short(offsets)}.")
-    try:
-        expected = bytes_of(dtype, tuple(shape))
-    except FormatError as error:
-        raise FormatError(f"{where}: {error}") from None
-    begin, end = offsets
-    if end - begin != expected:
         raise FormatError(
-            f"{where}: {dtype} of shape {_short(shape)} takes {expected} bytes, but data_offsets say "
-            f"{end - begin}. The header is damaged."
+            f"{_where(file, name)}: data_offsets must be two numbers, found {_short(offsets)}."
         )
-    return begin, end
+    return offsets[0], offsets[1]
 
 
-def _check_cover(file: ByteFile, extents: dict[str, tuple[int, int]], length: int) -> None:
+def _check_cover(file: ByteFile, extents: list[tuple[int, int, str]], length: int) -> None:
     """The tensors must fill the data exactly: no hole, no overlap, nothing after the end."""
     position = 0
-    for name, (begin, end) in sorted(extents.items(), key=lambda item: item[1]):
+    for begin, end, name in sorted(extents):
         if begin != position:
             kind = "a hole before" if begin > position else "an overlap at"
             raise FormatError(
-                f"{file.path}: {kind} tensor {name!r} (byte {begin}, not {position})."
+                f"{file.path}: {kind} tensor {name!r} (it begins at byte {begin}, expected {position})."
             )
         position = end
-    if position != length:
+    if position > length:
         raise FormatError(
-            f"{file.path}: the header describes {position} bytes of tensors, the file holds {length}: "
-            + ("it is cut short. Copy it again." if position > length else "it has a foreign tail.")
+            f"{file.path} is cut short: the header describes {position} bytes of tensors, and it holds "
+            f"{length}. Copy it again."
+        )
+    if position < length:
+        raise FormatError(
+            f"{file.path} has {length - position} unexpected bytes after the last tensor."
         )
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+def _where(file: ByteFile, name: str) -> str:
+    return f"{file.path}, tensor {name!r}"
 
 
 def _short(value: Any) -> str:

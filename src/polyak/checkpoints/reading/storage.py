@@ -1,6 +1,8 @@
-"""Local files, read by `preadv`: no copy in between, no shared position, any number of threads.
+"""Where checkpoints are stored: a path on this machine, or an address that fsspec understands.
 
-Where checkpoints lie: a path on this machine, or an address that fsspec understands.
+A `Place` is a file or folder; what it learns about it (whether it exists, its size, the names in it) it
+asks once. Local files are read by `preadv`: no copy, no shared position, any number of threads. Remote
+files are read by ranges.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,9 +21,87 @@ from polyak.checkpoints.reading.stored import ByteFile
 from polyak.errors import ArgumentError, FormatError
 
 
+class Place:
+    """A file or a folder, local or remote: `Place("run/checkpoint-500")`, `Place("s3://bucket/x")`."""
+
+    def __init__(self, path: str | os.PathLike[str], parent: Place | None = None) -> None:
+        self.path = os.fspath(path)
+        self.remote = "://" in self.path
+        self._parent = parent
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self.path.rstrip("/")).name if self.remote else Path(self.path).name
+
+    @cached_property
+    def parent(self) -> Place:
+        """The folder that it is in."""
+        if self._parent is not None:
+            return self._parent
+        if self.remote:
+            return Place(self.path.rstrip("/").rpartition("/")[0])
+        return Place(Path(self.path).absolute().parent)
+
+    @cached_property
+    def is_folder(self) -> bool:
+        """Whether it is a folder; ArgumentError if nothing is there."""
+        if self.remote:
+            return self._info.get("type") == "directory"
+        try:
+            return stat.S_ISDIR(Path(self.path).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ArgumentError(
+                f"There is no file or folder {self.path}. Check the path."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise FormatError(f"Could not look at {self.path}: {_reason(error)}.") from error
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names in the folder, sorted."""
+        if self.remote:
+            store, inner = self._address
+            found: Iterable[str] = _asked(self.path, lambda: store.ls(inner, detail=False))
+            return sorted(PurePosixPath(name.rstrip("/")).name for name in found)
+        try:
+            return sorted(os.listdir(self.path))  # noqa: PTH208 - the names, without a Path for each
+        except OSError as error:
+            raise FormatError(f"Could not list {self.path}: {_reason(error)}.") from error
+
+    def inside(self, name: str) -> Place:
+        """The file or folder called `name` in this folder."""
+        path = f"{self.path.rstrip('/')}/{name}" if self.remote else Path(self.path) / name
+        return Place(path, parent=self)
+
+    def file(self) -> ByteFile:
+        """The file, opened."""
+        if self.remote:
+            return RemoteFile(self.path, *self._address, self._info)
+        return LocalFile(self.path)
+
+    @cached_property
+    def _address(self) -> tuple[Any, str]:
+        """The store and the path within it."""
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+        try:
+            store, inner = url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            raise ArgumentError(f"{self.path} cannot be opened: {error}") from error
+        return store, inner
+
+    @cached_property
+    def _info(self) -> dict[str, Any]:
+        """What the store knows about it."""
+        store, inner = self._address
+        info: dict[str, Any] = _asked(self.path, lambda: store.info(inner))
+        return info
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells a file from another, and from itself after a change."""
+    """Identifies a file and detects that it changed."""
 
     size: int
     mtime_ns: int
@@ -34,9 +115,9 @@ class Identity:
 
 
 class LocalFile(ByteFile):
-    """A regular file on this machine, with the identity that it had when it was opened.
+    """A regular file on this machine; every descriptor is checked to be of the file first opened.
 
-    Raises ArgumentError where there is no such file, FormatError where it cannot be read.
+    Raises ArgumentError if there is no such file, FormatError if it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,9 +128,9 @@ class LocalFile(ByteFile):
         _POOL.give_back(self)
 
     def open_descriptor(self) -> int:
-        """A new descriptor, checked to be a regular file, and the same as at first."""
+        """A new descriptor, checked to be of a regular file, and of the same one as the first time."""
         try:
-            # Non-blocking: opening a pipe that nobody writes to would wait for ever.
+            # Non-blocking: opening a pipe that nobody writes to would wait forever.
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise ArgumentError(f"There is no file {self.path}. Check the path.") from None
@@ -74,7 +155,7 @@ class LocalFile(ByteFile):
                 got = os.preadv(descriptor, [buffer[done:] if done else buffer], offset + done)
                 if not got:
                     raise FormatError(
-                        f"{self.path} ends at byte {offset + done}, and {wanted - done} bytes more "
+                        f"{self.path} ends at byte {offset + done}, and {wanted - done} more bytes "
                         f"were expected: it is cut short, or was changed while it was read."
                     )
                 done += got
@@ -84,7 +165,7 @@ class LocalFile(ByteFile):
             _POOL.give_back(self)
 
     def check_unchanged(self) -> None:
-        """Raise FormatError if size, time or inode at the path differ from those at opening."""
+        """Raise FormatError if the file's size, time or inode is not that at opening."""
         try:
             found = Identity.of(os.stat(self.path))  # noqa: PTH116 - the path is a string here
         except OSError as error:
@@ -93,15 +174,15 @@ class LocalFile(ByteFile):
             raise _changed(self.path)
 
     def close(self) -> None:
-        """Close the descriptor, and refuse to open another."""
+        """Close the descriptor; the file cannot be read any more."""
         self.closed = True
         _POOL.drop(self)
 
 
 def _changed(path: str) -> FormatError:
     return FormatError(
-        f"{path} was changed or replaced while it was being read. Nothing read from it can be "
-        "trusted; wait until it is written, and start again."
+        f"{path} was changed or replaced while it was being read, so nothing read from it can be "
+        "trusted. Wait until it is written, then start again."
     )
 
 
@@ -118,8 +199,8 @@ class _Open:
 class DescriptorPool:
     """Open descriptors, at most `limit` of them idle; one in use is never closed.
 
-    A checkpoint of a thousand shards, or a thousand checkpoints, must not run into the limit of
-    open files: the descriptor used longest ago is closed, and opened again when it is needed.
+    A thousand open checkpoints, or one of a thousand shards, must not reach the limit of open files:
+    the descriptor used longest ago is closed, and opened again when it is needed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -165,7 +246,7 @@ class DescriptorPool:
 
 
 def _limit() -> int:
-    """Half of what this process may open, leaving the rest to everybody else."""
+    """Half of what this process may open: the rest is for everybody else."""
     try:
         import resource
     except ImportError:  # Windows
@@ -183,66 +264,15 @@ BLOCK_BYTES = 4 << 20
 _KEPT_BLOCKS = 2
 
 
-class Place:
-    """A file or a folder, local or remote: `Place("run/checkpoint-500")`, `Place("s3://bucket/x")`."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self.remote = "://" in self.path
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return PurePosixPath(self.path.rstrip("/")).name if self.remote else Path(self.path).name
-
-    @property
-    def parent(self) -> Place:
-        """The folder that it lies in."""
-        if self.remote:
-            return Place(self.path.rstrip("/").rpartition("/")[0])
-        return Place(Path(self.path).absolute().parent)
-
-    def is_folder(self) -> bool:
-        """Whether a folder is there; ArgumentError if nothing is."""
-        if self.remote:
-            return remote_is_folder(self.path)
-        try:
-            return stat.S_ISDIR(Path(self.path).stat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            raise ArgumentError(
-                f"There is no file or folder {self.path}. Check the path."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise FormatError(f"Could not look at {self.path}: {error}.") from error
-
-    def names(self) -> list[str]:
-        """What lies in the folder, sorted."""
-        if self.remote:
-            return remote_names(self.path)
-        try:
-            return sorted(entry.name for entry in Path(self.path).iterdir())
-        except OSError as error:
-            raise FormatError(f"Could not list {self.path}: {error.strerror or error}.") from error
-
-    def inside(self, name: str) -> Place:
-        """What is called `name` in the folder."""
-        return Place(f"{self.path.rstrip('/')}/{name}" if self.remote else Path(self.path) / name)
-
-    def file(self) -> ByteFile:
-        """The file, opened."""
-        return RemoteFile(self.path) if self.remote else LocalFile(self.path)
-
-
 class RemoteFile(ByteFile):
     """A remote file, read by ranges through fsspec; blocks of 4 MiB are fetched and two are kept.
 
-    Raises ArgumentError where there is none, FormatError where it cannot be read.
+    store, inner: the file system of fsspec and the path within it. info: what it knows about the file.
+    Raises FormatError if the file cannot be read.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._store, self._inner = _remote(path)
-        info = _asked(path, lambda: self._store.info(self._inner))
+    def __init__(self, path: str, store: Any, inner: str, info: dict[str, Any]) -> None:
+        self.path, self._store, self._inner = path, store, inner
         if info.get("type") != "file" or not isinstance(info.get("size"), int):
             raise FormatError(f"{path} is not a file whose size is known.")
         self.size = info["size"]
@@ -251,7 +281,7 @@ class RemoteFile(ByteFile):
         self._lock = threading.Lock()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer`; large pieces are asked for as they are, small ones through the blocks."""
+        """Fill `buffer`: large pieces by a request of their own, small ones from the blocks."""
         if offset + len(buffer) > self.size:
             raise FormatError(f"{self.path} ends at byte {self.size}: it is cut short.")
         if len(buffer) >= BLOCK_BYTES:
@@ -265,11 +295,13 @@ class RemoteFile(ByteFile):
             done += len(piece)
 
     def check_unchanged(self) -> None:
-        """Raise FormatError if the store says something else about the file than at first."""
+        """Raise FormatError if the store no longer describes the file as it did at opening."""
         self._store.invalidate_cache()
         info = _asked(self.path, lambda: self._store.info(self._inner))
         if _identity(info) != self._identity:
-            raise FormatError(f"{self.path} was changed while it was being read. Start again.")
+            raise FormatError(
+                f"{self.path} was changed while it was being read. Wait until it is written, then start again."
+            )
 
     def close(self) -> None:
         """Drop the blocks."""
@@ -291,38 +323,14 @@ class RemoteFile(ByteFile):
         )
         if len(data) != end - start:
             raise FormatError(
-                f"{self.path}: bytes {start} to {end} were asked for and {len(data)} came. "
-                "It was changed while it was being read, or its server knows no ranges."
+                f"{self.path}: bytes {start} to {end} were requested, and {len(data)} bytes came. "
+                "It was changed while it was being read, or its server does not support ranges."
             )
         return data
 
 
-def remote_is_folder(path: str) -> bool:
-    """Whether the address is a folder; ArgumentError if nothing is there."""
-    store, inner = _remote(path)
-    return bool(_asked(path, lambda: store.info(inner)).get("type") == "directory")
-
-
-def remote_names(path: str) -> list[str]:
-    """What lies in a remote folder, sorted."""
-    store, inner = _remote(path)
-    found: Iterable[str] = _asked(path, lambda: store.ls(inner, detail=False))
-    return sorted(PurePosixPath(name.rstrip("/")).name for name in found)
-
-
-def _remote(path: str) -> tuple[Any, str]:
-    """The store and the path within it."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
-    try:
-        store, inner = url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise ArgumentError(f"{path} cannot be opened: {error}") from error
-    return store, inner
-
-
-def _asked(path: str, question: Any) -> Any:
-    """The answer of a store; its errors, of whatever library they are, as ours."""
+def _asked(path: str, question: Callable[[], Any]) -> Any:
+    """The answer of a store; errors of any library as one of ours."""
     try:
         return question()
     except FileNotFoundError:
@@ -332,6 +340,6 @@ def _asked(path: str, question: Any) -> Any:
 
 
 def _identity(info: dict[str, Any]) -> tuple[str, ...]:
-    """What tells a remote file from itself after a change: what the store knows of these."""
+    """Identifies a remote file and detects that it changed: whatever the store knows of these."""
     known = ("size", "ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "created")
     return tuple(str(info.get(key)) for key in known)

@@ -1,4 +1,4 @@
-"""Torch archives (`torch.save`): a zip with a pickle of names and shapes, and storages beside it."""
+"""Torch archives (`torch.save`): a zip with a pickle of names and shapes, and the storages."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from polyak.checkpoints.reading.stored import (
     SpanTensor,
     StoredTensor,
     bytes_of,
+    itemsize,
 )
-from polyak.checkpoints.reading.zips import ZipArchive, span_of
+from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import FormatError
 
 
@@ -41,15 +42,13 @@ class TorchArchive:
         self._spans: dict[str, Span] = {}
 
     def tensor(self, name: str, ref: TensorRef) -> StoredTensor:
-        """The stored tensor that a view describes; FormatError where it lies or cannot be read."""
+        """The stored tensor that a view describes; FormatError if it is damaged or cannot be read."""
         if ref.problem:
             raise FormatError(ref.problem)
         if DTYPE_BITS.get(ref.dtype, 1) % 8:
-            raise FormatError(f"has the dtype {ref.dtype}, which polyak does not know")
-        itemsize = DTYPE_BITS[ref.dtype] // 8
-        span = self._storage(ref)
-        stored = _view(name, ref, span, itemsize)
-        return SwappedTensor(stored) if self.swapped and itemsize > 1 else stored
+            raise FormatError(f"It has the dtype {ref.dtype}, which polyak does not know.")
+        stored = _view(name, ref, self._storage(ref))
+        return SwappedTensor(stored) if self.swapped and itemsize(ref.dtype) > 1 else stored
 
     def _storage(self, ref: TensorRef) -> Span:
         storage = ref.storage
@@ -57,11 +56,11 @@ class TorchArchive:
             self._spans[storage.key] = self.zip.span(f"{self.prefix}data/{storage.key}")
         span = self._spans[storage.key]
         if storage.dtype not in DTYPE_BITS:
-            raise FormatError(f"lies in a storage of {storage.dtype}, which polyak does not know")
+            raise FormatError(f"It is in a storage of {storage.dtype}, which polyak does not know.")
         if bytes_of(storage.dtype, (storage.count,)) != span.length:
             raise FormatError(
-                f"lies in a storage of {storage.count} {storage.dtype}, but {span.length} bytes are "
-                "stored. The file is damaged"
+                f"It is in a storage of {storage.count} {storage.dtype}, but {span.length} bytes are "
+                "stored. The file is damaged."
             )
         return span
 
@@ -71,8 +70,8 @@ class TorchArchive:
         ]
         if len(found) != 1:
             raise FormatError(
-                f"{self.file.path} is a zip archive, but not one of torch.save: "
-                f"it has {len(found)} entries data.pkl, and one was expected."
+                f"{self.file.path} is a zip archive, but torch.save did not write it: "
+                f"it has {len(found)} entries data.pkl, expected one."
             )
         return found[0].removesuffix("data.pkl")
 
@@ -115,7 +114,7 @@ def read_torch(
 
 
 def _ties(groups: list[list[str]]) -> dict[str, str]:
-    """Alias -> canonical name: the first in alphabetical order, as safetensors chooses it too."""
+    """Alias -> stored name: the first in alphabetical order, as in safetensors."""
     return {alias: min(group) for group in groups for alias in sorted(group)[1:]}
 
 
@@ -126,12 +125,12 @@ def scalars(root: Any) -> dict[str, str]:
     return {
         str(key): str(value)
         for key, value in islice(root.items(), 1000)
-        if isinstance(key, str) and isinstance(value, str | int | float) and len(str(value)) <= 200
+        if isinstance(key, str) and isinstance(value, (str, int, float)) and len(str(value)) <= 200
     }
 
 
 def attached_metadata(root: Any) -> dict[str, str]:
-    """What polyak wrote into `_metadata["polyak"]` of a state dict about the file."""
+    """The metadata that polyak writes into its own archives, as `_metadata["polyak"]` of a state dict."""
     attributes = root.state if isinstance(root, StateDict) else None
     versions = attributes.get("_metadata") if isinstance(attributes, dict) else None
     found = versions.get("polyak") if isinstance(versions, dict) else None
@@ -139,29 +138,32 @@ def attached_metadata(root: Any) -> dict[str, str]:
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
 
 
-def _view(name: str, ref: TensorRef, span: Span, itemsize: int) -> StoredTensor:
-    """A span where the values lie in row-major order, else a strided view."""
-    count = math.prod(ref.shape)
-    last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
-    if count and (last + 1) * itemsize > span.length:
-        raise FormatError("reaches beyond the end of its storage. The file is damaged")
-    if not count or is_row_major(ref.shape, ref.strides):
-        size = count * itemsize
-        start = span.offset + (ref.offset * itemsize if count else 0)
-        return SpanTensor(name, ref.dtype, ref.shape, (span_of(span.file, start, size),))
+def _view(name: str, ref: TensorRef, span: Span) -> StoredTensor:
+    """A span if the values are in row-major order, else a strided view."""
+    size, count = itemsize(ref.dtype), math.prod(ref.shape)
+    if not count:
+        return SpanTensor(name, ref.dtype, ref.shape, span.file, span.offset)
+    dense = is_row_major(ref.shape, ref.strides)
+    pairs = zip(ref.shape, ref.strides, strict=True)
+    extent = count if dense else 1 + sum((length - 1) * stride for length, stride in pairs)
+    start = ref.offset * size
+    if start + extent * size > span.length:
+        raise FormatError("It reaches beyond the end of its storage. The file is damaged.")
+    if dense:
+        return SpanTensor(name, ref.dtype, ref.shape, span.file, span.offset + start)
     _check_apart(ref)
-    source = Strided(span.file, span.offset + ref.offset * itemsize, ref.strides, itemsize)
+    source = Strided(span.file, span.offset + start, ref.strides, size)
     return StridedTensor(name, ref.dtype, ref.shape, source)
 
 
 def _check_apart(ref: TensorRef) -> None:
-    """Every index must have a value of its own: expanded tensors hold fewer values than they show."""
+    """Every index must have its own value: expanded tensors store fewer values than they show."""
     extent = 1
     pairs = zip(ref.strides, ref.shape, strict=True)
     for stride, size in sorted((stride, size) for stride, size in pairs if size != 1):
         if stride < extent:
             raise FormatError(
-                "is expanded or overlaps itself: several of its values are one in memory. "
-                "Call .contiguous() and save again"
+                "It is expanded or overlaps itself: several of its values share memory. "
+                "Call .contiguous() and save again."
             )
         extent += (size - 1) * stride

@@ -1,4 +1,4 @@
-"""JSON from strangers: every way in which it can be bad is a FormatError."""
+"""JSON from files that are not trusted: everything wrong with it is a FormatError."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from polyak.checkpoints.reading.stored import MAX_TENSORS, ByteFile
 from polyak.errors import FormatError
 
 MAX_JSON_BYTES = 100_000_000
-"""The limit of the safetensors format for its header; index files stay far below."""
-
+"""The limit of the safetensors format for its header; index files are far smaller."""
 
 _MAX_CONTAINERS = 3 * MAX_TENSORS + 10  # what a header of that many tensors holds
 _MAX_ITEMS = 10 * MAX_TENSORS
@@ -23,7 +22,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     {'a': [1, 2]}
     """
     if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_ITEMS:
-        raise FormatError(f"{what} holds more than a million tensors, or is no list of tensors.")
+        raise FormatError(f"{what} holds more than a million tensors, or is not a list of tensors.")
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
@@ -45,12 +44,11 @@ def read_json(file: ByteFile) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    for key in found:
-        key.encode()  # half a surrogate pair cannot be printed or written: a ValueError here
+    "".join(found).encode()  # half a surrogate pair cannot be printed or written: a ValueError here
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return found
 
 

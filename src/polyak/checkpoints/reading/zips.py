@@ -1,7 +1,7 @@
-"""Zip archives by their central directory: stored entries only, every length and place checked.
+"""Zip archives by their central directory: uncompressed entries only, every length and offset checked.
 
-The entries of torch archives and `.npz` files are stored as they are, so that a tensor is a span of
-the file. Compressed or encrypted entries, entries that overlap or leave the file, and directories
+Torch archives and `.npz` files store their entries uncompressed, so that a tensor is a span of the
+file. Compressed or encrypted entries, entries that overlap or reach outside the file, and directories
 that disagree with the entries are refused.
 Source: PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5.3 (zip64).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from polyak.checkpoints.reading.stored import MAX_TENSORS, ByteFile, Span
 from polyak.errors import FormatError
@@ -22,14 +22,14 @@ _END64_LOCATOR = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _MAX_DIRECTORY = 256 << 20
 _MAX_COMMENT = 65535
+_WINDOW_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored file of the archive. header: where its local header lies; limit: where it must end."""
+class Entry(NamedTuple):
+    """One stored file. header: offset of its local header. limit: where it must end, at the latest."""
 
-    name: str
     header: int
+    name: str
     size: int
     limit: int
     trouble: str
@@ -38,41 +38,53 @@ class Entry:
 class ZipArchive:
     """The entries of a zip archive by name.
 
-    Raises FormatError where the archive is cut short, lies, or holds one name twice. An entry that is
-    compressed or encrypted is refused when it is asked for.
+    Raises FormatError if the archive is cut short or inconsistent, or holds one name twice. A compressed
+    or encrypted entry is refused only when it is asked for.
     """
 
     def __init__(self, file: ByteFile) -> None:
         self.file = file
         self.entries: dict[str, Entry] = {}
+        self._window, self._window_start = b"", 0
         start, size, count = self._directory()
         if size > _MAX_DIRECTORY or count * _CENTRAL.size > size or count > 2 * MAX_TENSORS:
             raise self._error(f"a directory of {size} bytes for {count} entries")
-        found = sorted(self._parse(file.read(start, size), count, start), key=lambda e: e.header)
+        found = sorted(self._parse(file.read(start, size), count, start))
         limits = [entry.header for entry in found[1:]] + [start]
         for entry, limit in zip(found, limits, strict=False):
             if entry.header + _LOCAL.size + entry.size > limit:
                 raise self._error(f"{entry.name!r} overlaps what follows it")
             if entry.name in self.entries:
-                raise self._error(f"{entry.name!r} stands there twice")
-            self.entries[entry.name] = replace(entry, limit=limit)
+                raise self._error(f"duplicate entry {entry.name!r}")
+            self.entries[entry.name] = entry._replace(limit=limit)
 
     def span(self, name: str) -> Span:
-        """Where the bytes of an entry lie."""
+        """Where the bytes of an entry are; its local header must agree with the directory."""
         entry = self.entries.get(name)
         if entry is None:
             raise self._error(f"it has no entry {name!r}")
         if entry.trouble:
             raise self._error(f"{name!r} {entry.trouble}")
-        fields = _LOCAL.unpack(self.file.read(entry.header, _LOCAL.size))
-        name_length, extra_length = fields[9], fields[10]
-        start = entry.header + _LOCAL.size + name_length + extra_length
-        written = self.file.read(entry.header + _LOCAL.size, min(name_length, 65535))
-        if fields[0] != b"PK\x03\x04" or written != name.encode() or fields[3] != 0:
+        expected = name.encode()
+        raw = self._header(entry, _LOCAL.size + len(expected))
+        mark, _, _, method, *_, name_length, extra_length = _LOCAL.unpack_from(raw)
+        written = raw[_LOCAL.size :]
+        if mark != b"PK\x03\x04" or method or name_length != len(expected) or written != expected:
             raise self._error(f"the entry {name!r} is not where the directory says")
+        start = entry.header + _LOCAL.size + name_length + extra_length
         if start + entry.size > entry.limit:
             raise self._error(f"{name!r} runs into what follows it")
         return span_of(self.file, start, entry.size)
+
+    def _header(self, entry: Entry, length: int) -> bytes:
+        """The local header of an entry; those of many small entries are read at once."""
+        skip = entry.header - self._window_start
+        if not 0 <= skip <= len(self._window) - length:
+            small = entry.limit - entry.header <= _WINDOW_BYTES
+            wanted = min(_WINDOW_BYTES, self.file.size - entry.header) if small else length
+            self._window_start, skip = entry.header, 0
+            self._window = self.file.read(entry.header, max(wanted, length))
+        return self._window[skip : skip + length]
 
     def read(self, name: str, limit: int) -> bytes:
         """The bytes of a small entry, at most `limit` of them."""
@@ -83,7 +95,7 @@ class ZipArchive:
 
     def _error(self, problem: str) -> FormatError:
         return FormatError(
-            f"{self.file.path}: {problem}. The archive is damaged or not from torch."
+            f"{self.file.path}: {problem}. The archive is damaged, or not from torch or NumPy."
         )
 
     def _directory(self) -> tuple[int, int, int]:
@@ -105,7 +117,7 @@ class ZipArchive:
         if 0xFFFF in end[1:5] or 0xFFFFFFFF in (size, start):
             start, size, count, position = self._directory64(position)
         if start + size > position:
-            raise self._error("its directory does not lie before its end")
+            raise self._error("its directory is not before its end")
         return start, size, count
 
     def _directory64(self, end: int) -> tuple[int, int, int, int]:
@@ -143,7 +155,8 @@ class ZipArchive:
                 f"an entry with a name that is not UTF-8: {raw_name[:100]!r}"
             ) from None
         flags, method, packed, size, header = fields[3], fields[4], fields[8], fields[9], fields[16]
-        size, packed, header = self._zip64(extra, size, packed, header)
+        if 0xFFFFFFFF in (size, packed, header):
+            size, packed, header = self._zip64(extra, size, packed, header)
         trouble = ""
         if flags & 1:
             trouble = "is encrypted; polyak reads plain entries only"
@@ -152,15 +165,15 @@ class ZipArchive:
         elif size != packed:
             trouble = f"has {size} bytes according to one field, {packed} according to another"
         if header + _LOCAL.size + packed > start:
-            raise self._error(f"{name!r} lies outside the file or over its directory")
-        return Entry(name, header, packed, start, trouble)
+            raise self._error(f"{name!r} reaches outside the file or into its directory")
+        return Entry(header, name, packed, start, trouble)
 
     def _zip64(self, extra: bytes, *sizes: int) -> list[int]:
-        """Sizes and offset, the ones that did not fit taken from the zip64 field, in its order."""
+        """Sizes and offset; those that did not fit 32 bits come from the zip64 field, in this order."""
         wide = list(sizes)
         missing = [place for place, value in enumerate(wide) if value == 0xFFFFFFFF]
         at = 0
-        while missing and at + 4 <= len(extra):
+        while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<HH", extra, at)
             if kind == 1 and length >= 8 * len(missing) and at + 4 + length <= len(extra):
                 for place, value in zip(
@@ -169,19 +182,17 @@ class ZipArchive:
                     wide[place] = value
                 return wide
             at += 4 + length
-        if missing:
-            raise self._error("an entry too large for its fields, without a zip64 field")
-        return wide
+        raise self._error("an entry too large for its fields, without a zip64 field")
 
 
 class PartFile(ByteFile):
-    """A part of a file that is a file itself: what DCP appends to a `.distcp` file."""
+    """A part of a file, read as a file: an item that DCP appended to a `.distcp` file."""
 
     def __init__(self, whole: ByteFile, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > whole.size:
             raise FormatError(
-                f"{whole.path} is cut short: bytes {offset} to {offset + size} should be an item of "
-                f"the checkpoint, and the file ends at {whole.size}."
+                f"{whole.path} is cut short: an item of the checkpoint should be at bytes {offset} to "
+                f"{offset + size}, and the file ends at byte {whole.size}."
             )
         self.whole, self.offset, self.size = whole, offset, size
         self.path = f"{whole.path} (item at byte {offset})"
@@ -199,7 +210,7 @@ class PartFile(ByteFile):
 
 
 def span_of(file: ByteFile, offset: int, length: int) -> Span:
-    """A span, of the whole file where `file` is a part of one."""
+    """A span; of the whole file if `file` is a part of one."""
     if isinstance(file, PartFile):
         return span_of(file.whole, file.offset + offset, length)
     return Span(file, offset, length)
