@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,9 +16,15 @@ from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
-from polyak.batchnorm.layers import unsupported_norm_layers
-from polyak.batchnorm.update import update_bn
-from polyak.errors import ArgumentError, EmptyAverage, MismatchError, UsageError, warn
+from polyak.batchnorm.update import update_bn, warn_unsupported
+from polyak.errors import (
+    ArgumentError,
+    EmptyAverage,
+    MismatchError,
+    StaleStatistics,
+    UsageError,
+    warn,
+)
 from polyak.maths.profiles import Profile
 
 
@@ -200,21 +206,22 @@ class Average:
         """
         if self._member.is_applied or self._is_empty("the model keeps its own weights"):
             return values.Loan()
-        self._tracker.refuse_during_loan("applied()")
-        self._tracker.ready_to_read()
-        if check:
-            values.refuse_nonfinite_average(self._member, "applied()")
-        return values.Loan(values.swapped_in(self._member, owner=self, in_place=in_place))
+        return self._swap_in("applied()", self._warn_stale, check=check, in_place=in_place)
 
     @contextmanager
     def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
         """Swap the average into the model for the block, then restore the model's own weights.
 
-        Memory is swapped, not copied: a microsecond or two per tensor. Copies are made only where the
-        accumulators cannot serve as they are (another dtype or device, an open block, a window):
-        as much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so
-        that every tensor stays where it is (CUDA graphs). A `state_dict()` of the model taken inside
-        refers to the average's own memory.
+        Memory is shared, not copied: a few microseconds per tensor. Copies are made only where the
+        accumulators cannot serve as they are (another dtype or device, an open block, a window): as
+        much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so that
+        every tensor stays where it is (CUDA graphs, other processes; a model in shared memory gets it
+        by itself): what is written to a weight then stays in the average.
+
+        The block acts on the average as on a copy: what layers do to their weights in `eval()`, `train()`
+        or a forward pass is undone, and modes stay as the block left them. Statistics that
+        `polyak.update_bn` measures inside are kept with the average; if they are still those of the
+        newest weights, one StaleStatistics warning says so at the end.
 
         While nothing has been averaged the model stays as it is, with one EmptyAverage warning.
         Optimizer steps and updates inside raise UsageError, and so does applying another average of
@@ -254,9 +261,10 @@ class Average:
         """
         if self._is_empty("there are no statistics to measure"):
             return
-        if layers is None:
-            layers = self._tracker.layers_to_refresh()
-        with self.applied():
+        with self._swap_in("update_bn()"):
+            if layers is None:
+                warn_unsupported(self.model)
+                layers = self._tracker.layers_to_refresh()
             update_bn(
                 self.model,
                 batches,
@@ -266,7 +274,6 @@ class Average:
                 progress=progress,
                 layers=layers,
             )
-        self._member.statistics_are_fresh = not unsupported_norm_layers(self.model)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The state dict of the averaged model, as copies in the dtypes of the weights.
@@ -380,6 +387,28 @@ class Average:
             f"Average({type(self.model).__name__}, {state.profile_text(self.profile)}, "
             f"time={self.time:g} {self.unit or 'updates'}, count={self.count})"
         )
+
+    def _swap_in(
+        self,
+        what: str,
+        after: Callable[[], None] | None = None,
+        *,
+        check: bool = False,
+        in_place: bool = False,
+    ) -> values.Loan:
+        if self._member.is_applied:
+            return values.Loan()
+        self._tracker.refuse_during_loan(what)
+        self._tracker.ready_to_read()
+        if check:
+            values.refuse_nonfinite_average(self._member, what)
+        return values.Loan(values.swapped_in(self._member, owner=self, in_place=in_place), after)
+
+    def _warn_stale(self) -> None:
+        """After a loan: unless they were measured in it, its statistics were not the average's own."""
+        if not self._member.warned_stale and self._member.stale_layers():
+            self._member.warned_stale = True
+            warn(saving.STALE.format("evaluating"), StaleStatistics)
 
     def _is_empty(self, consequence: str) -> bool:
         if not self.empty:

@@ -10,7 +10,7 @@ would have, which `Average.load_state_dict` takes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -81,7 +81,7 @@ def translated_state(
         "count": int(updates),
         "sum_squared_shares": 1 / profile.effective_samples(times),
     }
-    return _state(member, foreign.tensors, numbers, member.unit, statistics_are_fresh=False)
+    return _state(member, foreign.tensors, numbers, member.unit, fresh_layers=())
 
 
 def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
@@ -133,8 +133,8 @@ def _saved_state(
     names = named_tensors(member.tracker.tensors.model).slots.keys()
     prefix = "module." if "n_averaged" in tensors and "n_averaged" not in names else ""
     values = _below(tensors, prefix, names)
-    fresh = metadata["batchnorm"] == "refreshed"
-    state = _state(member, values, {**numbers, "count": count}, unit, statistics_are_fresh=fresh)
+    fresh = member.tracker.tensors.norms if metadata["batchnorm"] == "refreshed" else ()
+    state = _state(member, values, {**numbers, "count": count}, unit, fresh_layers=fresh)
     _warn_if_rounded(member, path, values)
     return state
 
@@ -160,7 +160,7 @@ def _state(
     numbers: Mapping[str, float],
     unit: str | None,
     *,
-    statistics_are_fresh: bool,
+    fresh_layers: Iterable[str],
 ) -> dict[str, Any]:
     bound, options = member.tracker.tensors, member.tracker.options
     refuse_nonfinite(values.items(), "The state", "Nothing was imported.")
@@ -184,7 +184,8 @@ def _state(
         },
         "block": None,
         "statistics": {n: values.get(n, t).to(t).clone() for n, t in live.items()},
-        "statistics_are_fresh": statistics_are_fresh,
+        "fresh_layers": sorted(fresh_layers),
+        "measured_buffers": {},
         "layer_modes": None,
         "pending": [0, 0.0, []],
     }

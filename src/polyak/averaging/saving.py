@@ -19,6 +19,11 @@ from polyak.tensors.names import named_modules, named_tensors
 
 _HOST = torch.device("cpu")
 
+STALE = (
+    "The BatchNorm statistics of this average are those of the newest weights, not its own. Call "
+    "average.update_bn(batches) before {}."
+)
+
 
 def save(
     member: Member, path: str | os.PathLike[str], *, layout: str = "model", overwrite: bool = False
@@ -34,11 +39,7 @@ def save(
     refuse_nonfinite_average(member, f"Not saved to {path}")
     metadata = provenance(member)
     if metadata["batchnorm"] == "stale":
-        warn(
-            "The BatchNorm statistics of this average are those of the newest weights, not its own. "
-            "Call average.update_bn(batches) before saving; the file says that they are stale.",
-            StaleStatistics,
-        )
+        warn(f"{STALE.format('saving')} The file says that they are stale.", StaleStatistics)
     tensors, ties = _state_dict(member)
     if layout == "averaged_model":
         tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
@@ -62,8 +63,7 @@ def batchnorm_status(member: Member) -> str:
     """'none' without running statistics, 'refreshed' if they are the average's own, or 'stale'."""
     if not member.tracker.tensors.statistics:
         return "none"
-    stale = member.tracker.statistics_go_stale() and not member.statistics_are_fresh
-    return "stale" if stale else "refreshed"
+    return "stale" if member.stale_layers() else "refreshed"
 
 
 def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:

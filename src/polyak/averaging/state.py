@@ -8,7 +8,8 @@ time_if_none_skipped
 tensors                name -> accumulator;  `block`: the open block, or None
 snapshots              for a window, instead of accumulators
 statistics             normalisation statistics that belong to the average
-statistics_are_fresh   whether they were measured on it
+fresh_layers           the layers in which they were measured on it; `measured_buffers` are those
+                       that are averaged, as measured
 layer_modes            which layers trained at the last capture, or None
 pending                steps that the hook has counted since the last update: all, real, by which
 """
@@ -32,7 +33,7 @@ from polyak.version import __version__
 VERSION = 2
 _NUMBERS = ("time", "count", "sum_squared_shares", "time_if_none_skipped")
 _NEEDED = {*_NUMBERS, "version", "profile", "unit", "tensors", "statistics", "pending"}
-_NEEDED |= {"statistics_are_fresh", "layer_modes"}
+_NEEDED |= {"fresh_layers", "measured_buffers", "layer_modes"}
 _NOTHING_PENDING = (0, 0.0, ())
 
 
@@ -60,7 +61,8 @@ def state_dict(member: Member) -> dict[str, Any]:
         **{number: getattr(clock, number) for number in _NUMBERS},
         **({"tensors": {}} if held is None else held.state(tensors.names)),
         "statistics": dict(zip(tensors.statistic_names, member.statistics, strict=False)),
-        "statistics_are_fresh": member.statistics_are_fresh,
+        "measured_buffers": dict(member.measured_buffers),
+        "fresh_layers": sorted(member.fresh_layers),
         "layer_modes": tracker.layer_modes,
         "pending": list(pending or _NOTHING_PENDING),
     }
@@ -99,7 +101,8 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
                 kept.copy_(state["statistics"][name])
     else:
         member.accumulator = None
-    member.statistics_are_fresh = bool(state["statistics_are_fresh"])
+    member.fresh_layers = set(state["fresh_layers"])
+    member.measured_buffers = {n: t.clone() for n, t in state["measured_buffers"].items()}
     member.clock = replace(member.clock, **{number: state[number] for number in _NUMBERS})
     if tracker.tensors.bound:
         tracker.to_device_if_capturable(member)
@@ -137,7 +140,7 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
         float(steps + real + sum(stepped))
     except (TypeError, KeyError, ValueError, AttributeError):
         bad.append("block, snapshots or pending")
-    named = {**groups, "statistics": state["statistics"], "tensors": state["tensors"]}
+    named = {**groups, **{n: state[n] for n in ("statistics", "measured_buffers", "tensors")}}
     bad += [n for n, group in named.items() if not _holds_tensors(group)]
     if not bad and state["count"] > 0 and not _holds_weights(state):
         bad = ["tensors"]

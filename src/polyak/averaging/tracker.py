@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,16 +34,25 @@ class Member:
     unit: str | None = None
     accumulator: Accumulator | None = None
     statistics: list[Tensor] = field(default_factory=list)
-    statistics_are_fresh: bool = False
+    fresh_layers: set[str] = field(default_factory=set)  # whose statistics were measured on it
+    measured_buffers: dict[str, Tensor] = field(default_factory=dict)  # of averaged statistics
     pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
     attachment: Any = None  # of this member alone; `tracker.attachment` updates the others
     is_applied: bool = False
     warned_empty: bool = False
+    warned_stale: bool = False
+    take_measured: Callable[[], None] | None = None  # while applied: keep what was measured so far
 
     @property
     def profile(self) -> Profile:
         """How much each moment counts."""
         return self.clock.profile
+
+    def stale_layers(self) -> list[str]:
+        """Layers whose statistics are those of the newest weights, not of the average."""
+        if self.take_measured is not None:
+            self.take_measured()
+        return sorted(self.tracker.moving_layers() - self.fresh_layers)
 
     def is_empty(self) -> bool:
         """Whether nothing has been averaged yet; this waits for a device that holds the time."""
@@ -175,21 +184,19 @@ class Tracker:
                 "that train. Leave the `with` block first."
             )
 
-    def layers_to_refresh(self) -> list[str] | None:
-        """The normalisation layers whose statistics follow the average; None lets update_bn choose."""
-        model = self.tensors.model
-        if model.training or self.layer_modes is None:
-            return None
-        return [name for name in trained_layers(model) if self.layer_modes.get(name, True)]
+    def layers_to_refresh(self) -> list[str]:
+        """The layers whose statistics follow the weights: by their modes at the last capture."""
+        model, modes = self.tensors.model, self.layer_modes
+        if modes is None:
+            return list(trained_layers(model))
+        return [name for name in norm_layers(model) if modes.get(name, True)]
 
-    def statistics_go_stale(self) -> bool:
-        """Whether there are statistics that follow the weights."""
-        if not self.tensors.statistics:
-            return False
-        if unsupported_norm_layers(self.tensors.model):
-            return True
-        layers = self.layers_to_refresh()
-        return bool(trained_layers(self.tensors.model) if layers is None else layers)
+    def moving_layers(self) -> set[str]:
+        """The same, and those that `update_bn` cannot measure."""
+        if not self.tensors.norms:
+            return set()
+        unsupported = unsupported_norm_layers(self.tensors.model)
+        return {*self.layers_to_refresh(), *unsupported} & self.tensors.norms.keys()
 
     def to_device_if_capturable(self, member: Member) -> None:
         """Keep the member's time on the weights' device, where the replays of a graph move it."""
@@ -236,10 +243,11 @@ class Tracker:
         for member, now in zip(members, moments, strict=True):
             if now.on_device or now.share:
                 torch._foreach_copy_(member.statistics, self.tensors.statistics)
-                member.statistics_are_fresh = False
+                member.fresh_layers, member.measured_buffers = set(), {}
+                member.warned_stale = False
         in_training = self.tensors.model.training
-        modes = {name: layer.training for name, layer in self._norms} if in_training else None
-        self.layer_modes = modes
+        norms = self.tensors.norms.items()
+        self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None
 
     def _group(self) -> None:
         live = self.tensors.live
@@ -253,9 +261,6 @@ class Tracker:
             self._grouped = GroupedTensors(source, targets[0], n_averages=len(targets))
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
-        self._norms = (
-            list(norm_layers(self.tensors.model).items()) if self.tensors.statistics else []
-        )
         self._grouped_at = self.tensors.generation
 
     def _is_capturing(self, members: Sequence[Member]) -> bool:

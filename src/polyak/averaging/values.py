@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 
@@ -11,41 +11,62 @@ from torch import Tensor
 from torch.nn import Module
 
 from polyak.averaging.tracker import Member
+from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match
 from polyak.tensors.finite import refuse_nonfinite
+from polyak.tensors.memory import address, copy_on_write, shares_lazily
+from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
+
+_SMALL = 4096  # values
 
 
 class Loan:
     """The average in its model, until `give_back`; also a context manager."""
 
-    def __init__(self, swap: AbstractContextManager[None] | None = None) -> None:
+    def __init__(
+        self,
+        swap: AbstractContextManager[None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
         self._swap = ExitStack()
+        self._after = after
         if swap is not None:
             self._swap.enter_context(swap)
 
     def give_back(self) -> None:
         """Restore the model's own weights. A second call does nothing."""
         self._swap.close()
+        after, self._after = self._after, None
+        if after is not None:
+            after()
 
     def __enter__(self) -> Loan:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            self._after = None
         self.give_back()
 
 
 def as_model_dtype(member: Member) -> list[Tensor]:
     """The average of each weight in the weight's dtype: the accumulator itself wherever it can be."""
-    targets = member.accumulator.swap_targets() if member.accumulator is not None else []
-    return [_value(member, targets, i, live) for i, live in enumerate(member.tracker.tensors.live)]
+    tensors, targets = member.tracker.tensors, _swap_targets(member)
+    measured = member.measured_buffers
+    return [
+        measured[name] if name in measured else _value(member, targets, i, live)
+        for i, (name, live) in enumerate(zip(tensors.names, tensors.live, strict=True))
+    ]
 
 
 @torch.no_grad()
 def copied_values(member: Member, device: torch.device | None = None) -> dict[str, Tensor]:
     """Everything a state dict of the averaged model holds: by name, ties under all their names."""
     tensors = member.tracker.tensors
+    if member.take_measured is not None:
+        member.take_measured()
     named, _ = tensors.inspect()
     averaged = dict(zip(tensors.names, as_model_dtype(member), strict=True))
     statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
@@ -59,18 +80,40 @@ def copied_values(member: Member, device: torch.device | None = None) -> dict[st
 
 @contextmanager
 def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[None]:
-    """Swap the average, its statistics included, into the model for the block."""
+    """Swap the average, its statistics included, into the model for the block, and nothing else.
+
+    Whatever the block does to the weights is undone when they go back: the average is shared
+    copy-on-write, and so are the tensors that it does not hold (a frozen weight into which a layer
+    folds itself), unless they are large integers. Statistics that were measured in the block are
+    the average's own from then on.
+    """
     tensors = member.tracker.tensors
-    live = [*tensors.live, *tensors.statistics]
-    values = [*as_model_dtype(member), *member.statistics]
-    stay = {id(tensor) for tensor in live} if in_place else tensors.shares_memory()
-    with (
-        swapped(live, values, owner=owner, in_place=stay),
-        _track_swapped(member, live, values, stay),
-        derived_tensors_recomputed(tensors.model),
-        _statistics_watched(member, tensors.statistics),
-    ):
-        yield
+    stay = {id(tensor) for tensor in tensors.everything()} if in_place else tensors.shares_memory()
+    acting = ActingModules(tensors.model)
+    acting.neutralise()
+    written = False
+    try:
+        live, values = _to_swap(member, stay)
+        shared = list(map(address, values))  # whoever writes to one of them moves it
+        exchanged = [tensor for tensor in live if id(tensor) in stay]
+        with (
+            swapped(live, values, owner=owner, in_place=stay),
+            _track_swapped(member, live, values, stay),
+            derived_tensors_recomputed(tensors.model),
+            _statistics_taken(member),
+        ):
+            acting.resume()
+            versions = [tensor._version for tensor in exchanged]
+            try:
+                yield
+            finally:
+                if versions != [tensor._version for tensor in exchanged]:
+                    written = True
+                elif not exchanged:
+                    written = list(map(address, live)) != shared
+                acting.leave(in_place=in_place)
+    finally:
+        acting.restore(written=written)
 
 
 @torch.no_grad()
@@ -115,32 +158,79 @@ def _value(member: Member, targets: Sequence[Tensor], index: int, live: Tensor) 
         return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
 
 
+def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The live tensors and what they hold in the block, copies only where contents are exchanged."""
+    tensors = member.tracker.tensors
+    own = {id(tensor) for tensor in _swap_targets(member)}
+    live: list[Tensor] = []
+    values: list[Tensor] = []
+    for weight, value in zip(tensors.live, as_model_dtype(member), strict=True):
+        live.append(weight)
+        shares = id(value) in own and id(weight) not in stay
+        values.append(copy_on_write(value) if shares else value)
+    for buffer, value in zip(tensors.statistics, member.statistics, strict=True):
+        live.append(buffer)
+        values.append(value.clone() if id(buffer) in stay else copy_on_write(value))
+    for other in tensors.others:
+        if id(other) not in stay and _may_be_written(other):
+            live.append(other)
+            values.append(copy_on_write(other))
+    return live, values
+
+
+def _may_be_written(tensor: Tensor) -> bool:
+    # Kernels of quantised layers take pointers to their integers as if to write, which would copy
+    # them all; nothing folds itself into integers.
+    return shares_lazily(tensor) and (tensor.is_floating_point() or tensor.numel() <= _SMALL)
+
+
+def _swap_targets(member: Member) -> list[Tensor]:
+    return [] if member.accumulator is None else member.accumulator.swap_targets()
+
+
 @contextmanager
 def _track_swapped(
     member: Member, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]
 ) -> Iterator[None]:
     """After an in-place swap the averaged values are in the live tensors: look for them there."""
     moved = {id(v): w.detach() for w, v in zip(live, values, strict=True) if id(w) in stay}
-    targets = member.accumulator.swap_targets() if member.accumulator is not None else []
-    lists = (targets, member.statistics)
-    before = [list(tensors) for tensors in lists]
-    for tensors in lists:
-        tensors[:] = [moved.get(id(t), t) for t in tensors]
+    targets = _swap_targets(member)
+    before = list(targets)
+    targets[:] = [moved.get(id(t), t) for t in targets]
     member.is_applied = True
     try:
         yield
     finally:
         member.is_applied = False
-        for tensors, own in zip(lists, before, strict=True):
-            tensors[:] = own
+        targets[:] = before
 
 
 @contextmanager
-def _statistics_watched(member: Member, statistics: Sequence[Tensor]) -> Iterator[None]:
-    """Statistics that change while the average is in the model are its own from then on."""
-    before = [statistic._version for statistic in statistics]
+def _statistics_taken(member: Member) -> Iterator[None]:
+    """Statistics that are measured while the average is in the model are its own from then on."""
+    tensors = member.tracker.tensors
+    record = StatisticsRecord(tensors.norms)
+
+    def take() -> None:
+        for name in record.measured():
+            member.fresh_layers.add(name)
+            _take_statistics(member, name)
+
+    member.take_measured = take
     try:
         yield
     finally:
-        if before != [statistic._version for statistic in statistics]:
-            member.statistics_are_fresh = True
+        member.take_measured = None
+        take()
+
+
+def _take_statistics(member: Member, layer: str) -> None:
+    tensors = member.tracker.tensors
+    for index, name in enumerate(tensors.statistic_names):
+        if name.rpartition(".")[0] == layer:
+            member.statistics[index] = tensors.statistics[index].detach().clone()
+    for key in ("running_mean", "running_var"):  # averaged by name: the accumulator stays as it is
+        name = f"{layer}.{key}" if layer else key
+        if name in tensors.names:
+            live = tensors.live[tensors.names.index(name)]
+            member.measured_buffers[name] = live.detach().clone()

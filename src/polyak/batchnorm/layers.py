@@ -43,9 +43,11 @@ def norm_layers(model: Module) -> dict[str, Module]:
 def trained_layers(model: Module) -> dict[str, Module]:
     """The layers of `norm_layers` that are not frozen.
 
-    A layer is frozen when it is in evaluation mode while the model itself trains, or when it has
-    affine parameters and none of them takes a gradient while others in the model do (a model
-    without any gradients says nothing about its layers).
+    While the model itself trains, the layers in evaluation mode are frozen and no others: statistics
+    move with the mode, whether or not the affine parameters take gradients (LoRA freezes those and
+    leaves the mode). With the model in evaluation mode, a layer is frozen if it has affine parameters
+    and none of them takes a gradient while others in the model do (a model without any gradients
+    says nothing about its layers).
 
     Example:
         >>> import torch
@@ -55,12 +57,14 @@ def trained_layers(model: Module) -> dict[str, Module]:
         ['1']
 
     """
+    layers = norm_layers(model)
+    if model.training:
+        return {name: layer for name, layer in layers.items() if layer.training}
     takes_gradients = any(p.requires_grad for p in model.parameters())
     return {
         name: layer
-        for name, layer in norm_layers(model).items()
-        if not (model.training and not layer.training)
-        and not (takes_gradients and _affine_is_frozen(layer))
+        for name, layer in layers.items()
+        if not (takes_gradients and _affine_is_frozen(layer))
     }
 
 

@@ -16,6 +16,7 @@ from polyak.batchnorm.batches import Forward, checked, one_pass, run
 from polyak.batchnorm.collector import Buffers, StatisticsCollector, merge_ranks
 from polyak.batchnorm.layers import chosen_layers, norm_layers, unsupported_norm_layers
 from polyak.batchnorm.moments import Moments
+from polyak.batchnorm.record import note_measured
 from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, warn
 from polyak.tensors.modes import restored_modes, set_mode
 
@@ -30,7 +31,12 @@ _NO_BATCHES = (
 
 _UNSUPPORTED = (
     "{} are not torch BatchNorm or InstanceNorm layers (or are scripted); their statistics were "
-    "not updated. Update them yourself inside average.applied()."
+    "not updated. Update them yourself inside average.applied(), in evaluation mode."
+)
+
+_MISSED = (
+    "{} was never called in {} batches; the statistics there were not updated. Pass data that reaches "
+    "every branch, or name the layers to update in layers=."
 )
 
 
@@ -60,8 +66,8 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
 
     Only layers that train are updated (see `trained_layers`), dropout is off, and everything else
     is restored: modes, momenta, torch's random state; after an error the statistics as well. A
-    layer that the data never reaches keeps its statistics; for a model without such layers nothing
-    is run. Under a process group every rank must call this, and all end with the statistics of the
+    layer that the data never reaches keeps its statistics, and a warning names it; for a model without
+    such layers nothing is run. Under a process group every rank must call this, and all end with the statistics of the
     data of all ranks together.
 
     The arguments of `torch.optim.swa_utils.update_bn` are in the opposite order.
@@ -105,14 +111,20 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
             "estimator='torch' makes one pass over all BatchNorm layers, as torch does; "
             "leave out passes= and layers=."
         )
-    if layers is None and (unsupported := unsupported_norm_layers(model)):
-        warn(_UNSUPPORTED.format(", ".join(unsupported)), StaleStatistics)
+    if layers is None:
+        warn_unsupported(model)
     titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
     feeds = [one_pass(batches, limit=limit, title=title if progress else None) for title in titles]
     if estimator == "torch":
         _as_torch_does(model, feeds[0], forward)
     elif chosen := chosen_layers(model, layers):
         _pool(model, chosen, feeds, forward)
+
+
+def warn_unsupported(model: Module) -> None:
+    """Name the layers whose statistics `update_bn` cannot measure."""
+    if unsupported := unsupported_norm_layers(model):
+        warn(_UNSUPPORTED.format(", ".join(unsupported)), StaleStatistics)
 
 
 def _pool(
@@ -179,6 +191,8 @@ def _statistics(
             f"After {n_batches} batches none of the layers {', '.join(collectors)} was called. "
             "Check that forward= reaches them."
         )
+    if missed := collectors.keys() - reached.keys():
+        warn(_MISSED.format(", ".join(sorted(missed)), n_batches), StaleStatistics)
     for name, collector in sorted(reached.items(), key=lambda item: item[1].first_call):
         _check(name, collector.moments, n_batches)
     return {collector.layer: collector.statistics() for collector in reached.values()}
@@ -206,6 +220,7 @@ def _store(found: Mapping[_NormBase, Buffers]) -> None:
                 buffer = layer._buffers[name]
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
+    note_measured(found)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from polyak.errors import ArgumentError, MismatchError
+from polyak.tensors.memory import in_shared_memory
 from polyak.tensors.names import Named, Slot, named_modules, named_tensors
 from polyak.tensors.policy import FROZEN, Decision, Kind, Policy, decisions
 
@@ -44,6 +45,8 @@ class BoundTensors:
         self.live: list[Tensor] = []
         self.statistic_names: list[str] = []
         self.statistics: list[Tensor] = []
+        self.norms: dict[str, Module] = {}  # what holds the statistics, by name
+        self.others: list[Tensor] = []  # neither averaged nor statistics
         self._shared_at = -1
 
     def inspect(self) -> tuple[Named, dict[str, Decision]]:
@@ -106,6 +109,10 @@ class BoundTensors:
         self._take(named, order=[*self.names, *taken])
         return [named.slots[name].tensor for name in taken]
 
+    def everything(self) -> list[Tensor]:
+        """All tensors of the model, each once."""
+        return [*self.live, *self.statistics, *self.others]
+
     def shares_memory(self) -> set[int]:
         """Ids of tensors that share their storage: contents are exchanged there, not pointers."""
         if self._shared_at != self.generation:
@@ -119,6 +126,7 @@ class BoundTensors:
             id(s.tensor)
             for s in slots
             if users[_storage(s.tensor)] > 1
+            or in_shared_memory(s.tensor)
             or s.tensor.untyped_storage().nbytes() > s.tensor.numel() * s.tensor.element_size()
         }
 
@@ -128,6 +136,9 @@ class BoundTensors:
         self.live = [named.slots[name].tensor for name in self.names]
         self.statistic_names = of_kind[Kind.STATISTIC]
         self.statistics = [named.slots[name].tensor for name in self.statistic_names]
+        self.norms = {n.rpartition(".")[0]: named.slots[n].module for n in self.statistic_names}
+        bound = {*self.names, *self.statistic_names}
+        self.others = [slot.tensor for name, slot in named.slots.items() if name not in bound]
         self._frozen = [
             slot.tensor
             for name, slot in named.slots.items()
@@ -138,9 +149,9 @@ class BoundTensors:
         # For 1-D tensors numel() determines the shape and is cheaper to query: the check runs before
         # every update, and a model has more vectors than matrices.
         self._vectors = [tensor for tensor in self.live if tensor.dim() == 1]
-        self._others = [tensor for tensor in self.live if tensor.dim() != 1]
+        self._matrices = [tensor for tensor in self.live if tensor.dim() != 1]
         self._lengths = list(map(_length, self._vectors))
-        self._shapes = list(map(_shape, self._others))
+        self._shapes = list(map(_shape, self._matrices))
         self._addresses = list(map(_address, self.live))
         self.generation += 1
 
@@ -149,7 +160,7 @@ class BoundTensors:
             self._structure.holds()
             and list(map(_address, self.live)) == self._addresses
             and list(map(_length, self._vectors)) == self._lengths
-            and list(map(_shape, self._others)) == self._shapes
+            and list(map(_shape, self._matrices)) == self._shapes
             and not any(map(_requires_grad, self._frozen))
         )
 

@@ -1,8 +1,9 @@
 """Swapping other values into the tensors of a model, and back out.
 
-A swap points each live tensor at the other one's memory, which costs a microsecond and no memory.
+A swap points each live tensor at the other one's memory, which costs microseconds and no memory.
+What must not change meanwhile is shared copy-on-write: it is copied by whoever first writes to it.
 Where the memory of a live tensor must stay where it is (captured graphs), or is shared (views of
-one storage), contents are exchanged through a bounded scratch instead.
+one storage, other processes), contents are exchanged through a bounded scratch instead.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def swapped(
     """Swap `values` into the live tensors for the block, then restore their own.
 
     `in_place` holds the ids of the live tensors whose memory must not be replaced. Writing to a
-    live tensor within the block writes to its value. An optimizer that steps one of them meanwhile
-    is refused with UsageError.
+    live tensor within the block writes to its value, or to a copy of it if that came from
+    `copy_on_write`. An optimizer that steps one of them meanwhile is refused with UsageError.
     """
     with _marked(live, owner):
         undo: list[tuple[Tensor, Tensor, bool]] = []

@@ -333,7 +333,7 @@ class TestLoad:
         expected = average.state_dict()
         found = again.state_dict()
         assert found["sum_squared_shares"] == expected["sum_squared_shares"]
-        assert found["statistics_are_fresh"]
+        assert found["fresh_layers"] == ["0.1"]
         for _ in range(3):
             _step(model)
             average.update(2)
