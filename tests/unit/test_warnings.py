@@ -54,6 +54,10 @@ def updated(norm=None):
     return average
 
 
+def first_only(model, x):
+    return model[0](x)
+
+
 def attached():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -132,6 +136,27 @@ def saved_for_torch(folder):
 def measured_with_a_norm_of_its_own(folder):
     average = updated(OwnNorm())
     average.update_bn([torch.randn(4, 3)])  # the line that is to be named
+
+
+@case(StaleStatistics)
+def applied_with_stale_statistics(folder):
+    average = updated()
+    with average.applied():  # the line that is to be named
+        pass
+
+
+@case(StaleStatistics)
+def lent_with_stale_statistics(folder):
+    average = updated()
+    loan = average.lend()
+    loan.give_back()  # the line that is to be named
+
+
+@case(StaleStatistics)
+def update_bn_that_misses_a_layer(folder):
+    model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)])
+    data = [torch.randn(4, 3)]
+    polyak.update_bn(model, data, forward=first_only)  # the line that is to be named
 
 
 @case(StaleStatistics)
