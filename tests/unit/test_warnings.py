@@ -186,6 +186,15 @@ def iter_averaged_tensors(folder):
 
 
 @case(PolyakWarning)
+def written_to_in_place(folder):
+    average = polyak.Average(nn.Linear(3, 3), polyak.SWA())
+    average.update()
+    loan = average.lend(in_place=True)
+    nn.init.zeros_(average.model.weight)
+    loan.give_back()  # the line that is to be named
+
+
+@case(PolyakWarning)
 def loaded_from_narrower_values(folder):
     average = polyak.Average(nn.Linear(3, 3).bfloat16(), polyak.SWA())
     average.update()
