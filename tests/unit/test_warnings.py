@@ -203,6 +203,37 @@ def loaded_from_narrower_values(folder):
 
 
 @case(PolyakWarning)
+def attached_to_one_of_two_optimizers(folder):
+    model = network()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    polyak.Average(model, polyak.SWA()).attach(first)  # the line that is to be named
+
+
+class TwoHalves(torch.optim.SGD):
+    def first_step(self):
+        pass
+
+    def second_step(self):
+        pass
+
+
+@case(PolyakWarning)
+def attached_to_steps_that_no_hook_sees(folder):
+    model = network()
+    optimizer = TwoHalves(model.parameters(), lr=0.1)
+    polyak.Average(model, polyak.SWA()).attach(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def attached_in_evaluation_mode(folder):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.train, optimizer.eval, optimizer.train_mode = print, print, False
+    optimizer.state[model[0].weight]["z"] = torch.zeros(3, 3)
+    polyak.Average(model, polyak.SWA()).attach(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
 def optimizer_copied(folder):
     optimizer = attached()
     copy.copy(optimizer)  # the line that is to be named

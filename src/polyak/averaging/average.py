@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.optim.lr_scheduler import LRScheduler
 
 from polyak.averaging import diagnostics, interop, saving, state, values
 from polyak.averaging.hook import Attachment, Members
-from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
 from polyak.batchnorm.update import update_bn, warn_unsupported
@@ -131,16 +131,19 @@ class Average:
     @property
     def time(self) -> float:
         """Time since the start of averaging, in `unit`."""
+        self._tracker.take_due()
         return float(self._member.clock.time)
 
     @property
     def count(self) -> int:
         """How many weights have been averaged."""
+        self._tracker.take_due()
         return int(self._member.clock.count)
 
     @property
     def empty(self) -> bool:
         """Whether nothing has been averaged yet."""
+        self._tracker.take_due()
         return self._member.is_empty()
 
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
@@ -162,34 +165,54 @@ class Average:
             raise UsageError(
                 "update() is not available on a member of Averages; call it on the Averages."
             )
+        self._tracker.take_due()
         self._tracker.update(dt, real)
 
     def attach(
-        self, optimizer: Any, *, every: int | None = None, at: LRSchedule | None = None
+        self,
+        optimizer: Any,
+        *,
+        every: int | None = None,
+        at: LRScheduler | None = None,
+        before_next_step: bool = False,
     ) -> Attachment:
         """Update automatically: after every k-th real step of an optimizer, or at a schedule's points.
 
         Args:
-            optimizer: the optimizer that trains the model, or a list of several: then a step is
-                complete whenever each of them has stepped at least once since the last one, so that
-                five critic steps and one generator step make one.
+            optimizer: the optimizer that your loop calls `step()` on, wrapped as it is: weights are
+                taken when the outermost `step()` is over, if one of the optimizers inside has
+                stepped. Or a list of several: then a step is complete whenever each of them has
+                stepped at least once since the last one, so that five critic steps and one generator
+                step make one.
             every: k; counts steps that really happened (a step that a `GradScaler` skips does not
                 count), and each update moves the time by k. 1 by default.
-            at: a schedule. Weights are taken whenever `at.step()` completes a step after which it
+            at: a schedule, or a SequentialLR or other scheduler that holds one. Weights are taken whenever `at.step()` completes a step after which it
                 averages, be that once per optimizer step or once per epoch; the unit is then
                 "captures", each counted as 1. An empty average also takes the weights it is
                 attached at if the schedule averages there.
+            before_next_step: for loops that change the weights after `optimizer.step()`, by clipping or
+                normalising them: take them as late as possible, when the next step begins or the
+                average is read, whichever comes first.
+
+        Warns (PolyakWarning) if parameters that train and are averaged are not among those of the
+        optimizer, or if it has steps besides `step()` that no hook can see.
 
         Returns an `Attachment`, with `remove()`. On a member of `Averages` this sets that member's own
         timing; the `attach` of the Averages then updates the others.
 
         Raises:
-            ArgumentError: an optimizer that steps none of this model's parameters, or a unit that
-                does not fit.
+            ArgumentError: an optimizer that steps none of this model's parameters, a unit that does
+                not fit, a schedule that never averages, a sharded model.
             UsageError: attached already.
 
         """
-        return Attachment(Members(self._tracker, self._member), optimizer, every=every, at=at)
+        return Attachment(
+            Members(self._tracker, self._member),
+            optimizer,
+            every=every,
+            at=at,
+            before_next_step=before_next_step,
+        )
 
     def detach(self) -> None:
         """Remove the attachment that updates this average; nothing if there is none."""
@@ -280,7 +303,9 @@ class Average:
         """
         self._tracker.ready_to_read()
         if self.empty:
-            raise UsageError("There are no averaged tensors: nothing has been averaged yet.")
+            raise UsageError(
+                f"There are no averaged tensors: nothing has been averaged yet.{self._unused()}"
+            )
         return values.copied_values(self._member)
 
     def save(
@@ -414,6 +439,12 @@ class Average:
         if not self._member.warned_empty:
             self._member.warned_empty = True
             warn(
-                f"{self!r} is empty: nothing has been averaged yet, so {consequence}.", EmptyAverage
+                f"{self!r} is empty: nothing has been averaged yet, so {consequence}."
+                f"{self._unused()}",
+                EmptyAverage,
             )
         return True
+
+    def _unused(self) -> str:
+        attachment = self._member.attachment or self._tracker.attachment
+        return attachment.unused() if attachment else ""

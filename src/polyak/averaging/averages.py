@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.optim.lr_scheduler import LRScheduler
 
 from polyak.averaging import state
 from polyak.averaging.average import Average
 from polyak.averaging.hook import Attachment, Members
-from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.tracker import Tracker
 from polyak.errors import ArgumentError, MismatchError
 from polyak.maths.profiles import Profile
@@ -85,16 +85,28 @@ class Averages(Mapping[str, Average]):
 
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
         """Update every average with the model's current weights; see `Average.update`."""
+        self._tracker.take_due()
         self._tracker.update(dt, real)
 
     def attach(
-        self, optimizer: Any, *, every: int | None = None, at: LRSchedule | None = None
+        self,
+        optimizer: Any,
+        *,
+        every: int | None = None,
+        at: LRScheduler | None = None,
+        before_next_step: bool = False,
     ) -> Attachment:
         """Update automatically all members without a timing of their own; see `Average.attach`.
 
         A member gets its own by `averages["swa"].attach(optimizer, at=lr)`, before or after this.
         """
-        return Attachment(Members(self._tracker), optimizer, every=every, at=at)
+        return Attachment(
+            Members(self._tracker),
+            optimizer,
+            every=every,
+            at=at,
+            before_next_step=before_next_step,
+        )
 
     def detach(self) -> None:
         """Remove every attachment, those of single members included."""

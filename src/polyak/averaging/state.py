@@ -48,6 +48,7 @@ def profile_text(profile: Profile) -> str:
 def state_dict(member: Member) -> dict[str, Any]:
     """The state of one average. Its tensors are the average's own, as in torch's state dicts."""
     tracker = member.tracker
+    tracker.take_due()
     tracker.finish()
     clock, tensors = member.clock.on_host(), tracker.tensors
     held = member.accumulator
