@@ -16,12 +16,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR as _TorchSWALR  # noqa: N811 - both have this name
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from polyak.batchnorm import update_bn as pooled_update_bn
 from polyak.batchnorm.batches import moved
 from polyak.errors import ArgumentError, UsageError, check_match
 from polyak.tensors.blend import accumulator_dtype, lerp_
-from polyak.tensors.names import named_tensors
+from polyak.tensors.memory import odd_form, shape_of
+from polyak.tensors.names import named_tensors, overwrite
 
 __all__ = [
     "SWALR",
@@ -43,6 +45,7 @@ _WIDE = "polyak_accumulators"  # in the state dict's metadata, which torch's cla
 
 class _Pair(NamedTuple):
     name: str
+    held: Tensor  # by the copy of the model
     average: Tensor
     current: Tensor
     is_parameter: bool
@@ -118,6 +121,7 @@ class AveragedModel(Module):
         pairs = self._aligned(model)
         copied = [pair for pair in pairs if not self._is_averaged(pair)]
         averaged = [pair for pair in pairs if self._is_averaged(pair)]
+        _refuse_odd_forms(averaged)
         accumulators = [self._accumulator(pair) for pair in averaged]
         if int(self.n_averaged) == 0:
             for accumulator, pair in zip(accumulators, averaged, strict=True):
@@ -129,26 +133,27 @@ class AveragedModel(Module):
                 pair.average.copy_(accumulator)
                 self._wide[pair.name] = (accumulator, _identity(pair.average))
         for pair in copied:
-            pair.average.copy_(pair.current)
+            overwrite(self.module, pair.held, pair.current)
         self.n_averaged += 1
 
     def _aligned(self, model: Module) -> list[_Pair]:
         """Averaged and current tensors, matched by name without the prefixes of wrappers."""
         mine, theirs = named_tensors(self.module).slots, named_tensors(model).slots
         check_match(
-            {name: tuple(slot.tensor.shape) for name, slot in theirs.items()},
-            {name: tuple(slot.tensor.shape) for name, slot in mine.items()},
+            {name: shape_of(slot.tensor) for name, slot in theirs.items()},
+            {name: shape_of(slot.tensor) for name, slot in mine.items()},
             "This model does not match the one that the AveragedModel was built from.",
             "Nothing was averaged. Build the AveragedModel when the model is complete.",
         )
         return [
-            _Pair(n, slot.tensor.detach(), theirs[n].tensor.detach(), slot.is_parameter)
-            for n, slot in mine.items()
+            _Pair(n, s.tensor, s.tensor.detach(), theirs[n].tensor.detach(), s.is_parameter)
+            for n, s in mine.items()
         ]
 
     def _is_averaged(self, pair: _Pair) -> bool:
         can_average = pair.average.is_floating_point() or pair.average.is_complex()
-        return can_average and (self.use_buffers or pair.is_parameter)
+        asked = pair.is_parameter or (self.use_buffers and not odd_form(pair.average))
+        return can_average and asked
 
     def _accumulator(self, pair: _Pair) -> Tensor:
         """What to average in: the tensor itself, or for 16 bits a float32 one beside it."""
@@ -206,15 +211,33 @@ class AveragedModel(Module):
                 yield name, wide
 
 
+def _refuse_odd_forms(pairs: Iterable[_Pair]) -> None:
+    """UsageError for parameters without plain values, except classes that carry arithmetic over."""
+    forms = {
+        pair.name: form
+        for pair in pairs
+        if (form := odd_form(pair.average))
+        and (pair.average.is_nested or not is_traceable_wrapper_subclass(pair.average))
+    }
+    if forms:
+        raise UsageError(
+            "AveragedModel averages dense tensors; not "
+            f"{', '.join(f'{name} ({form})' for name, form in forms.items())}. Nothing was averaged. "
+            "Use polyak.Average(model, polyak.SWA(), exclude=...), which leaves such tensors in the model."
+        )
+
+
 def _copied(model: Module) -> Module:
     """A deep copy; what `torch.compile` wraps, without the wrapper, so that names stay plain."""
     model = getattr(model, "_orig_mod", model)
     try:
         return copy.deepcopy(model, _derived_tensors(model))
     except (AssertionError, RuntimeError) as error:
+        slots = named_tensors(model).slots
+        odd = [f"{n} is {form}; " for n, s in slots.items() if (form := odd_form(s.tensor))]
         raise UsageError(
             f"AveragedModel copies the model, and this {type(model).__name__} cannot be copied "
-            f"({error}). Use polyak.Average(model, polyak.SWA()), which copies nothing and averages "
+            f"({''.join(odd)}{str(error).splitlines()[0]}). Use polyak.Average(model, polyak.SWA()), which copies nothing and averages "
             "sharded models as they are."
         ) from error
 

@@ -112,7 +112,7 @@ def assert_same_state(a, b):
         assert a.keys() == b.keys()
         for key in a:
             assert_same_state(a[key], b[key])
-    elif isinstance(a, list):
+    elif isinstance(a, (list, tuple)):
         for x, y in zip(a, b, strict=True):
             assert_same_state(x, y)
     else:

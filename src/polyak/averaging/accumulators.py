@@ -219,14 +219,13 @@ class RunningAverage(Accumulator):
             "tensors": dict(zip(names, self.block, strict=False)),
         }
         tensors = dict(zip(names, self.tensors, strict=True))
-        return {"tensors": tensors, "block": block if self.block_is_open else None}
+        return {"tensors": tensors, "block": (block,) if self.block_is_open else ()}
 
     def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Take the values of a checked state."""
         _copy(self.tensors, state["tensors"], names)
-        block = state["block"]
-        self.block_is_open = block is not None
-        if block is not None:
+        self.block_is_open = bool(state["block"])
+        for block in state["block"] or ():
             self.block_updates, self.block_start = block["updates"], block["start"]
             self._make_block()
             _copy(self.block, block["tensors"], names)
@@ -234,11 +233,11 @@ class RunningAverage(Accumulator):
     @classmethod
     def check_state(cls, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
         """The accumulators and the open block."""
-        block = state["block"]
-        if block is None:
-            return {"tensors": state["tensors"]}
-        float(block["start"] + block["updates"])
-        return {"tensors": state["tensors"], "block": block["tensors"]}
+        groups = {"tensors": state["tensors"]}
+        for block in state["block"] or ():
+            float(block["start"] + block["updates"])
+            groups["block"] = block["tensors"]
+        return groups
 
     @classmethod
     def dtype_held(cls, dtype: torch.dtype, options: Options) -> torch.dtype:
@@ -340,10 +339,10 @@ class WindowAverage(Accumulator):
 
     def state(self, names: Sequence[str]) -> dict[str, Any]:
         """No accumulators, but the snapshots."""
-        snapshots = [
+        snapshots = tuple(
             {"from": start, "to": end, "tensors": dict(zip(names, tensors, strict=True))}
             for start, end, tensors in self.kept
-        ]
+        )
         return {"tensors": {}, "snapshots": snapshots}
 
     def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -263,7 +263,7 @@ class Average:
         self._tracker.refuse_during_loan("copy_to()")
         self._tracker.ready_to_read()
         values.refuse_nonfinite_average(self._member, "copy_to()")
-        values.copy_into(model, values.copied_values(self._member))
+        values.copy_into(model, self._member)
 
     def update_bn(
         self,

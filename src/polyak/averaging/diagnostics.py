@@ -12,6 +12,7 @@ from torch import Tensor
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import as_model_dtype
+from polyak.tensors.memory import shape_of
 from polyak.tensors.policy import Kind
 
 
@@ -59,7 +60,7 @@ def plan(member: Member) -> TensorPlan:
     rows = [
         TensorPlanRow(
             name,
-            tuple(s.tensor.shape),
+            shape_of(s.tensor),
             s.tensor.dtype,
             kinds[name].kind.value,
             kinds[name].reason,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from polyak.errors import ArgumentError, FormatError
-from polyak.maths.schedules import Schedule
+from polyak.maths.arguments import numbers
+from polyak.maths.schedules import Schedule, check_schedule
 
 
 class LRSchedule(LRScheduler):
@@ -48,10 +49,7 @@ class LRSchedule(LRScheduler):
     def __init__(
         self, optimizer: Optimizer, schedule: Schedule, *, scales: Sequence[float] | None = None
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise ArgumentError(
-                f"Expected a schedule, as polyak.schedules.chain or polyak.schedules.Constant make; found {schedule!r}."
-            )
+        check_schedule("LRSchedule takes", schedule)
         if not isinstance(optimizer, Optimizer):
             raise ArgumentError(f"Expected a torch optimizer; found {type(optimizer).__name__}.")
         self.schedule = schedule
@@ -169,7 +167,7 @@ def _checked(scales: Sequence[float] | None, optimizer: Optimizer) -> list[float
                 f"scales={_ratios(rates)} keeps their ratios."
             )
         return [1.0] * len(rates)
-    factors = [float(scale) for scale in scales]
+    factors = numbers("scales", scales).reshape(-1).tolist()
     if len(factors) != len(rates):
         raise ArgumentError(f"scales has {len(factors)} factors for {len(rates)} parameter groups.")
     if not all(0 <= factor < math.inf for factor in factors):
@@ -182,14 +180,15 @@ def _ratios(rates: list[float]) -> list[float]:
     return [float(f"{rate / highest:.6g}") for rate in rates]
 
 
-def _read(state: dict[str, Any]) -> tuple[int, list[float]]:
+def _read(state: Any) -> tuple[int, list[float]]:
     try:
         step = operator.index(state["step"])
         scales = [float(scale) for scale in state["scales"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, IndexError):
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise FormatError(
             "This is not the state of an LRSchedule: expected 'step' and 'scales', found "
-            f"{sorted(map(str, state))}. The state of another scheduler does not carry over; "
+            f"{found}. The state of another scheduler does not carry over; "
             "LRSchedule needs only the step: {'step': 1000, 'scales': [1.0]}."
         ) from None
     if step < -1 or not all(0 <= scale < math.inf for scale in scales):

@@ -15,6 +15,7 @@ from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import copied_values, refuse_nonfinite_average
 from polyak.errors import ArgumentError, StaleStatistics, UsageError, require, warn
+from polyak.tensors.memory import odd_form
 from polyak.tensors.names import named_modules, named_tensors
 
 _HOST = torch.device("cpu")
@@ -36,6 +37,7 @@ def save(
     member.tracker.ready_to_read()
     if member.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")
+    _refuse_odd_forms(member, path)
     refuse_nonfinite_average(member, f"Not saved to {path}")
     metadata = provenance(member)
     if metadata["batchnorm"] == "stale":
@@ -90,6 +92,17 @@ def _as_averaged_model(
     wrapped = OrderedDict({"n_averaged": torch.tensor(count)})
     wrapped |= {f"module.{name}": tensor for name, tensor in tensors.items()}
     return wrapped, {f"module.{alias}": f"module.{name}" for alias, name in ties.items()}
+
+
+def _refuse_odd_forms(member: Member, path: str | os.PathLike[str]) -> None:
+    slots = named_tensors(member.tracker.tensors.model).slots
+    forms = {n: odd_form(s.tensor) for n, s in slots.items() if s.persistent}
+    if listed := ", ".join(f"{name} ({form})" for name, form in forms.items() if form):
+        raise ArgumentError(
+            f"Not saved to {path}: weights files hold dense tensors only, not {listed}. Make it a "
+            "buffer with persistent=False if the model can rebuild it, or write "
+            "average.averaged_tensors() with torch.save."
+        )
 
 
 def _check_layout(path: str | os.PathLike[str], layout: str) -> None:

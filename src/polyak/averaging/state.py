@@ -5,13 +5,17 @@ profile, unit          the profile as text, and what its time is counted in
 time, count            how far it has come
 sum_squared_shares,    as the clock keeps them
 time_if_none_skipped
-tensors                name -> accumulator;  `block`: the open block, or None
+tensors                name -> accumulator;  `block`: the open block, if there is one
 snapshots              for a window, instead of accumulators
 statistics             normalisation statistics that belong to the average
 fresh_layers           the layers in which they were measured on it; `measured_buffers` are those
                        that are averaged, as measured
 layer_modes            which layers trained at the last capture, or None
 pending                steps that the hook has counted since the last update: all, real, by which
+
+`torch.distributed.checkpoint` loads only those entries that the given state has. So an average that is
+still empty has room for its tensors in its state, and whatever may be there or not is in a tuple, which
+is one entry, whatever it holds.
 """
 
 from __future__ import annotations
@@ -25,16 +29,23 @@ from torch import Tensor
 
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
-from polyak.errors import ArgumentError, FormatError, MismatchError
+from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
 from polyak.maths.profiles import Profile
 from polyak.maths.text import format_profile
+from polyak.tensors.policy import Kind
 from polyak.version import __version__
 
-VERSION = 2
+VERSION = 3
 _NUMBERS = ("time", "count", "sum_squared_shares", "time_if_none_skipped")
 _NEEDED = {*_NUMBERS, "version", "profile", "unit", "tensors", "statistics", "pending"}
 _NEEDED |= {"fresh_layers", "measured_buffers", "layer_modes"}
 _NOTHING_PENDING = (0, 0.0, ())
+_NO_TENSORS = (
+    "This state stands for {} updates, but holds no tensors. torch.distributed.checkpoint loads only "
+    "what the given state_dict has room for, and this one was taken while the model could not be bound "
+    "(lazy modules, meta tensors). Nothing was loaded: give the model its tensors, then call "
+    "state_dict(), dcp.load and load_state_dict() again."
+)
 
 
 def profile_text(profile: Profile) -> str:
@@ -50,8 +61,9 @@ def state_dict(member: Member) -> dict[str, Any]:
     tracker = member.tracker
     tracker.take_due()
     tracker.finish()
-    clock, tensors = member.clock.on_host(), tracker.tensors
-    held = member.accumulator
+    clock = member.clock.on_host()
+    held, statistics = _held(member)
+    modes = tracker.layer_modes
     attachment = member.attachment or tracker.attachment
     pending = attachment.pending() if attachment else member.pending
     return {
@@ -60,13 +72,35 @@ def state_dict(member: Member) -> dict[str, Any]:
         "profile": profile_text(member.profile),
         "unit": member.unit,
         **{number: getattr(clock, number) for number in _NUMBERS},
-        **({"tensors": {}} if held is None else held.state(tensors.names)),
-        "statistics": dict(zip(tensors.statistic_names, member.statistics, strict=False)),
-        "measured_buffers": dict(member.measured_buffers),
+        **held,
+        "statistics": statistics,
+        "measured_buffers": tuple(member.measured_buffers.items()),
         "fresh_layers": sorted(member.fresh_layers),
-        "layer_modes": tracker.layer_modes,
+        "layer_modes": None if modes is None else tuple(modes.items()),
         "pending": list(pending or _NOTHING_PENDING),
     }
+
+
+def _held(member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the accumulator keeps, and the statistics by name; zeros while nothing was averaged."""
+    tensors, held = member.tracker.tensors, member.accumulator
+    if held is not None:
+        statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
+        return held.state(tensors.names), statistics
+    try:
+        named, kinds = tensors.inspect()
+    except PolyakError:  # a lazy module, ...: the first update will say so
+        return {"tensors": {}}, {}
+    of = {
+        kind: {n: s.tensor for n, s in named.slots.items() if kinds[n].kind is kind}
+        for kind in Kind
+    }
+    live = of[Kind.AVERAGED]
+    if any(tensor.is_meta for tensor in live.values()):
+        return {"tensors": {}}, {}
+    empty = accumulator_class(member.profile)(list(live.values()), member.tracker.options)
+    statistics = {n: torch.zeros_like(t) for n, t in of[Kind.STATISTIC].items()}
+    return empty.state(list(live)), statistics
 
 
 def check_state(member: Member, state: Any) -> None:
@@ -103,12 +137,13 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     else:
         member.accumulator = None
     member.fresh_layers = set(state["fresh_layers"])
-    member.measured_buffers = {n: t.clone() for n, t in state["measured_buffers"].items()}
+    member.measured_buffers = {n: t.clone() for n, t in dict(state["measured_buffers"]).items()}
     member.clock = replace(member.clock, **{number: state[number] for number in _NUMBERS})
     if tracker.tensors.bound:
         tracker.to_device_if_capturable(member)
     member.unit = state["unit"] or member.unit
-    tracker.layer_modes = state["layer_modes"]
+    modes = state["layer_modes"]
+    tracker.layer_modes = None if modes is None else dict(modes)
     member.pending = list(state["pending"])
     if attachment := member.attachment or tracker.attachment:
         attachment.resume(member.pending)
@@ -134,17 +169,21 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
     """The groups of averaged tensors in a state. Raises FormatError for what no average wrote."""
     bad = [n for n in _NUMBERS if not _is_number(state[n]) or not 0 <= state[n] < float("inf")]
     groups: dict[str, Mapping[str, Tensor]] = {}
+    measured: Any = None
     try:
+        measured = dict(state["measured_buffers"])
+        dict(state["layer_modes"] or ())
         if _holds_weights(state) and state["profile"] == profile_text(member.profile):
             groups = accumulator_class(member.profile).check_state(state)
         steps, real, stepped = state["pending"]
         float(steps + real + sum(stepped))
     except (TypeError, KeyError, ValueError, AttributeError):
-        bad.append("block, snapshots or pending")
-    named = {**groups, **{n: state[n] for n in ("statistics", "measured_buffers", "tensors")}}
+        bad.append("block, snapshots, layer_modes or pending")
+    named = {**groups, "measured_buffers": measured}
+    named |= {n: state[n] for n in ("statistics", "tensors")}
     bad += [n for n, group in named.items() if not _holds_tensors(group)]
     if not bad and state["count"] > 0 and not _holds_weights(state):
-        bad = ["tensors"]
+        raise FormatError(_NO_TENSORS.format(state["count"]))
     if bad:
         raise FormatError(
             f"The state is damaged: {', '.join(bad)} cannot be what was saved. Nothing was loaded."
@@ -153,7 +192,7 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 
 def _holds_weights(state: Mapping[str, Any]) -> bool:
-    return bool(state["tensors"] or state.get("snapshots"))
+    return bool(state["count"] and (state["tensors"] or state.get("snapshots")))
 
 
 def _is_number(value: Any) -> bool:

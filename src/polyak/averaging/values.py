@@ -14,9 +14,9 @@ from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
-from polyak.tensors.memory import address, copy_on_write
+from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
-from polyak.tensors.names import named_tensors
+from polyak.tensors.names import named_tensors, overwrite
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 _SMALL = 4096  # values
@@ -74,7 +74,8 @@ def copied_values(member: Member, device: torch.device | None = None) -> dict[st
     for name, slot in named.slots.items():
         value = averaged.get(name, statistics.get(name, slot.tensor)).detach()
         if slot.persistent:
-            result[name] = value.to(device or value.device, copy=True)
+            odd = odd_form(value)  # those can be cloned, but not all can be moved
+            result[name] = value.clone() if odd else value.to(device or value.device, copy=True)
     return result | {alias: result[n] for alias, n in named.ties.items() if n in result}
 
 
@@ -114,20 +115,27 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
 
 
 @torch.no_grad()
-def copy_into(model: Module, values: dict[str, Tensor]) -> None:
-    """Copy values into a model by name. Raises MismatchError, naming all that does not fit."""
+def copy_into(model: Module, member: Member) -> None:
+    """Copy an average into a model by name. Raises MismatchError, naming all that does not fit."""
+    values = copied_values(member)
+    newest = {id(tensor) for tensor in member.tracker.tensors.others}  # of its own model: the same
     named = named_tensors(model)
     persistent = {n: s.tensor for n, s in named.slots.items() if s.persistent}
     source = {n: t for n, t in values.items() if n not in named.ties}
     check_match(
-        {n: f"shape {tuple(t.shape)}" for n, t in persistent.items()},
-        {n: f"shape {tuple(t.shape)}" for n, t in source.items()},
+        {n: _shape_and_form(t) for n, t in persistent.items()},
+        {n: _shape_and_form(t) for n, t in source.items()},
         f"The average does not fit this {type(model).__name__}.",
         "Nothing was copied. Build the model as the averaged one was built.",
     )
     for name, tensor in persistent.items():
-        tensor.detach().copy_(source[name])
+        if id(tensor) not in newest:
+            overwrite(model, tensor, source[name])
     recompute_derived(model)
+
+
+def _shape_and_form(tensor: Tensor) -> str:
+    return f"shape {shape_of(tensor)} {odd_form(tensor)}".rstrip()
 
 
 def refuse_nonfinite_average(member: Member, what: str) -> None:
@@ -216,6 +224,8 @@ def _protected(value: Tensor) -> Tensor:
 def _may_be_written(tensor: Tensor) -> bool:
     # Kernels of quantised layers take pointers to their integers as if to write, which would copy
     # them all; nothing folds itself into integers.
+    if odd_form(tensor):
+        return False
     return tensor.is_floating_point() or tensor.is_complex() or tensor.numel() <= _SMALL
 
 

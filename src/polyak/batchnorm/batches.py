@@ -123,7 +123,8 @@ def _unwrapped(model: Module) -> Module:
 
 
 def _device_of(model: Module) -> torch.device | None:
-    first = next(chain(model.parameters(), model.buffers()), None)
+    tensors = chain(model.parameters(), model.buffers())
+    first = next((tensor for tensor in tensors if not tensor.is_meta), None)
     return None if first is None else first.device
 
 

@@ -19,6 +19,7 @@ from polyak.batchnorm.moments import Moments
 from polyak.batchnorm.record import note_measured
 from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, warn
 from polyak.tensors.modes import restored_modes, set_mode
+from polyak.tensors.names import named_tensors
 
 Estimator = Literal["pooled", "torch"]
 
@@ -111,6 +112,7 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
             "estimator='torch' makes one pass over all BatchNorm layers, as torch does; "
             "leave out passes= and layers=."
         )
+    _refuse_without_values(model)
     if layers is None:
         warn_unsupported(model)
     titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
@@ -119,6 +121,16 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
         _as_torch_does(model, feeds[0], forward)
     elif chosen := chosen_layers(model, layers):
         _pool(model, chosen, feeds, forward)
+
+
+def _refuse_without_values(model: Module) -> None:
+    slots = named_tensors(model).slots.values()
+    parameters = [slot for slot in slots if slot.is_parameter]
+    if parameters and all(slot.tensor.is_meta for slot in parameters):
+        raise UsageError(
+            f"The parameters of {type(model).__name__} are on the meta device: there are no weights to "
+            "run it with. Give the model its weights first."
+        )
 
 
 def warn_unsupported(model: Module) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import SWA, After, Profile
+from polyak.maths.arguments import numbers
+from polyak.maths.profiles import SWA, After, Profile, check_profile
 
 
 def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float64]:
@@ -36,6 +37,7 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
     >>> piece_weights(SWA(), [1000, 1500, 3000]).round(3).tolist()
     [0.333, 0.333, 0.333]
     """
+    check_profile(profile)
     moments = _moments(steps)
     later = isinstance(profile, After)
     counted = moments > profile.start if later else np.full(moments.shape, True)
@@ -61,19 +63,19 @@ def effective_samples(weights: Sequence[float] | NDArray[np.float64]) -> float:
     >>> effective_samples([0.25, 0.25, 0.25, 0.25]), round(effective_samples([0.5, 0.25, 0.25]), 3)
     (4.0, 2.667)
     """
-    shares = np.asarray(weights, dtype=np.float64)
+    shares = numbers("weights", weights)
     power = float(np.square(shares).sum())
-    if not power > 0:
+    if not 0 < power < np.inf:
         raise ArgumentError(
-            f"The weights are {shares.tolist()}; expected at least one that is not zero."
+            f"The weights are {shares.tolist()}; expected finite ones, at least one of them not zero."
         )
     return float(shares.sum() ** 2) / power
 
 
 def _moments(steps: Sequence[float]) -> NDArray[np.float64]:
-    moments = np.asarray(steps, dtype=np.float64)
+    moments = numbers("steps", steps)
     if moments.ndim != 1 or not moments.size or not np.isfinite(moments).all():
-        raise ArgumentError(f"Expected a list of finite steps; found {list(steps)}.")
+        raise ArgumentError(f"Expected a list of finite steps; found {moments.tolist()}.")
     if not (np.diff(moments) > 0).all():
         at = int(np.argmin(np.diff(moments) > 0))
         raise ArgumentError(

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyak.errors import ArgumentError, require
+from polyak.maths.arguments import flag, number, numbers
 from polyak.maths.elementwise import at_least, at_most, exp, expm1, log1p
 
 __all__ = [
@@ -107,7 +108,9 @@ class Profile(ABC):
         0 on, or if none of the weights counts at `now`.
         """
         moments = _increasing(times)
-        now = moments[-1] if now is None else now
+        now = moments[-1] if now is None else number("now", now)
+        if not math.isfinite(now):
+            raise ArgumentError(f"now is {now}; expected a finite time.")
         if now < moments[-1]:
             raise ArgumentError(f"now is {now}, but weights were taken after it, at {moments[-1]}.")
         if now <= self.start and not self.initial_mass(now):
@@ -135,8 +138,23 @@ class Profile(ABC):
         return np.asarray(shares / total)
 
 
+def check_profile(profile: object) -> None:
+    """ArgumentError unless it is a profile, rather than its class or a number."""
+    hint = f" Call it: {profile.__name__}(...)." if isinstance(profile, type) else ""
+    require(
+        isinstance(profile, Profile),
+        f"Expected a profile, such as polyak.SWA() or polyak.EMA.from_half_life(3000); found "
+        f"{profile!r}.{hint}",
+    )
+
+
+def _take_number(profile: Profile, name: str, what: str) -> None:
+    """Make a field of a frozen profile a plain number, or refuse it."""
+    object.__setattr__(profile, name, number(what, getattr(profile, name)))
+
+
 def _increasing(times: Sequence[float]) -> list[float]:
-    moments = np.asarray(times, dtype=np.float64)
+    moments = numbers("times", times)
     if moments.ndim != 1 or not moments.size:
         raise ArgumentError(f"Expected a list of times; found shape {moments.shape}.")
     if not (np.isfinite(moments).all() and moments[0] >= 0):
@@ -215,6 +233,8 @@ class EMA(Profile):
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        _take_number(self, "decay", "EMA decay")
+        flag("EMA keep_initial", self.keep_initial)
         require(
             0 < self.decay < 1,
             f"EMA decay is {self.decay}; expected 0 < decay < 1 per unit of time "
@@ -227,6 +247,7 @@ class EMA(Profile):
 
         Raises ArgumentError outside 0.001 to 1e12, where float64 cannot represent the decay.
         """
+        half_life = number("EMA half-life", half_life)
         require(
             1e-3 <= half_life <= 1e12,
             f"EMA half-life is {half_life}; expected a time from 0.001 to 1e12 units "
@@ -290,6 +311,7 @@ class PowerEMA(Profile):
     gamma: float
 
     def __post_init__(self) -> None:
+        _take_number(self, "gamma", "PowerEMA gamma")
         require(
             -1 < self.gamma < math.inf,
             f"PowerEMA gamma is {self.gamma}; expected a finite gamma > -1.",
@@ -301,6 +323,7 @@ class PowerEMA(Profile):
 
         The largest real root of $\gamma^3 + 7\gamma^2 + (16 - s^{-2})\gamma + (12 - s^{-2}) = 0$.
         """
+        std = number("PowerEMA relative std", std)
         require(
             0 < std < RELATIVE_STD_LIMIT,
             f"PowerEMA relative std is {std}; expected 0 < std < {RELATIVE_STD_LIMIT:.4f}, "
@@ -354,6 +377,7 @@ class Window(Profile):
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        _take_number(self, "length", "Window length")
         require(
             0 < self.length < math.inf,
             f"Window length is {self.length}; expected a positive, finite time.",
@@ -391,7 +415,13 @@ class Annealed(Profile):
     streaming: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        values = [float(self.curve(i / 256)) for i in range(257)]
+        curve: object = self.curve
+        require(
+            callable(curve) and not isinstance(curve, type),
+            f"Annealed takes a function from 0..1 to 1..0; found {curve!r}. "
+            "Annealed.from_shape('cosine') takes the name of one.",
+        )
+        values = [number("A value of an annealing curve", self.curve(i / 256)) for i in range(257)]
         require(
             values[0] == 1 and values[-1] == 0,
             "An annealing curve must fall from exactly 1 at 0 to exactly 0 at 1; "
@@ -409,11 +439,12 @@ class Annealed(Profile):
 
         Raises ArgumentError for any other name.
         """  # noqa: D205 - the shapes belong in one sentence
+        curve = {name: curve for name, curve in _SHAPES.items() if name == shape}
         require(
-            shape in _SHAPES,
+            bool(curve),
             f"Annealing shape is {shape!r}; expected one of {', '.join(sorted(_SHAPES))}.",
         )
-        return cls(curve=_SHAPES[shape])
+        return cls(curve=curve[shape])
 
     @property
     def shape(self) -> str | None:
@@ -490,6 +521,8 @@ class After(Profile):
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        _take_number(self, "start_at", "The start of After")
+        check_profile(self.profile)
         require(
             0 <= self.start_at < math.inf,
             f"After starts at {self.start_at}; expected a finite time, 0 or later.",

@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Self, final
+from typing import Any, Self, final
 
 from polyak.errors import ArgumentError, require
+from polyak.maths.arguments import at_least_one, count, flag, number
 
 __all__ = [
     "Chain",
@@ -107,6 +108,7 @@ class PerEpoch(Schedule):
     steps_per_epoch: int
 
     def __post_init__(self) -> None:
+        check_schedule("A schedule per epoch is made of", self.schedule)
         at_least_one("steps per epoch", self.steps_per_epoch)
 
     @property
@@ -117,7 +119,7 @@ class PerEpoch(Schedule):
 
     def over(self, steps: int) -> PerEpoch:
         """The inner one over the epochs in which these steps begin."""
-        epochs = -(-steps // self.steps_per_epoch)
+        epochs = -(-at_least_one("steps", steps) // self.steps_per_epoch)
         return dataclasses.replace(self, schedule=self.schedule.over(epochs))
 
     def _rate(self, step: int) -> float:
@@ -138,27 +140,20 @@ class PerEpoch(Schedule):
         return tuple(p * self.steps_per_epoch for p in self.schedule.averaging_points(epochs))
 
 
-def count(what: str, number: int) -> int:
-    """A whole number, 0 or more; ArgumentError for anything else."""
-    try:
-        whole = operator.index(number)
-    except TypeError:
-        raise ArgumentError(f"{what} is {number!r}; expected a whole number.") from None
-    require(whole >= 0, f"{what} is {whole}; expected 0 or more.")
-    return whole
-
-
-def at_least_one(what: str, number: int) -> int:
-    """A whole number, 1 or more; ArgumentError for anything else."""
-    require(count(what, number) >= 1, f"{what} is {number}; expected 1 or more.")
-    return number
+def check_schedule(what: str, schedule: object) -> None:
+    """ArgumentError unless it is a schedule, rather than its class or a number."""
+    hint = f" Call it: {schedule.__name__}(...)." if isinstance(schedule, type) else ""
+    require(
+        isinstance(schedule, Schedule),
+        f"{what} a schedule, such as Constant(0.1); found {schedule!r}.{hint}",
+    )
 
 
 def check_rates(owner: str, **rates: float) -> None:
     """ArgumentError unless every rate is finite and not negative."""
     for name, rate in rates.items():
         require(
-            0 <= rate < math.inf,
+            0 <= number(f"{owner} {name}", rate) < math.inf,
             f"{owner} {name} is {rate}; expected a finite learning rate, 0 or more.",
         )
 
@@ -327,6 +322,10 @@ class CyclicLinear(_Cyclic):
 
     include_start: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("CyclicLinear include_start", self.include_start)
+
     def _rate(self, step: int) -> float:
         t = (step % self.cycle + 1) / self.cycle
         return (1 - t) * self.high + t * self.low
@@ -421,14 +420,20 @@ def chain(*pieces: tuple[int, Schedule]) -> Chain:
     >>> [round(schedule(s), 3) for s in range(6)]
     [0.4, 0.4, 0.4, 0.3, 0.2, 0.2]
     """
-    require(bool(pieces), "A chain needs at least one (steps, schedule).")
-    for steps, schedule in pieces:
-        require(
-            isinstance(schedule, Schedule),
-            f"A chain joins (steps, schedule) pairs; found ({steps!r}, {schedule!r}).",
-        )
-        at_least_one(f"the number of steps of {schedule} in a chain", steps)
+    _check_pieces(pieces)
     return Chain(tuple((steps, schedule.over(steps)) for steps, schedule in pieces))
+
+
+def _check_pieces(pieces: Sequence[Any]) -> None:
+    require(bool(pieces), "A chain needs at least one (steps, schedule).")
+    for piece in pieces:
+        require(
+            isinstance(piece, tuple | list) and len(piece) == 2,
+            f"A chain joins (steps, schedule) pairs, like (50, Constant(0.1)); found {piece!r}.",
+        )
+        steps, schedule = piece
+        check_schedule("Each piece of a chain is a number of steps and", schedule)
+        at_least_one(f"The number of steps of {schedule} in a chain", steps)
 
 
 @final
@@ -437,6 +442,11 @@ class Chain(Schedule):
     """Pieces of (steps, schedule), one after another; made by `chain`."""
 
     pieces: tuple[tuple[int, Schedule], ...]
+
+    def __post_init__(self) -> None:
+        pieces: object = self.pieces
+        require(isinstance(pieces, tuple), "Build a Chain with chain((steps, schedule), ...).")
+        _check_pieces(self.pieces)
 
     @property
     def total(self) -> int:
@@ -516,6 +526,7 @@ class Warmup(Schedule):
 
     def __post_init__(self) -> None:
         at_least_one("Warmup length", self.length)
+        check_schedule("Warmup scales", self.schedule)
 
     @property
     def total(self) -> int | None:

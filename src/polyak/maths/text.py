@@ -24,7 +24,16 @@ from typing import Any
 
 from polyak.errors import ArgumentError
 from polyak.maths import schedules
-from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile, Window
+from polyak.maths.profiles import (
+    EMA,
+    SWA,
+    After,
+    Annealed,
+    PowerEMA,
+    Profile,
+    Window,
+    check_profile,
+)
 
 Reader = Callable[[str, str], Any]
 """Reads one value; it also gets the whole text, for its error message."""
@@ -41,16 +50,18 @@ class Method:
     examples: tuple[str, ...] = field(default=())
 
 
-def parse(text: str, methods: Mapping[str, Method]) -> Any:
-    """The object that the text describes.
+def parse(text: str, methods: Mapping[str, Method], kind: str = "method") -> Any:
+    """The object that the text describes; `kind` is the word for it in messages.
 
     Raises ArgumentError for an unknown method or parameter, a value without its name, one that is
     missing or given twice, and a value that the object itself refuses.
     """
+    if not isinstance(text, str):
+        raise ArgumentError(f"Expected the text of a {kind}; found {text!r}.")
     name, _, rest = text.strip().partition(":")
     if name not in methods:
         examples = ", ".join(example for method in methods.values() for example in method.examples)
-        raise ArgumentError(f"Unknown method {text!r}; expected one like {examples}.")
+        raise ArgumentError(f"Unknown {kind} {text!r}; expected one like {examples}.")
     method = methods[name]
     values = _values(text, method, rest)
     for group in method.needs:
@@ -141,13 +152,8 @@ def as_profile(profile: Profile | str) -> Profile:
     """
     if isinstance(profile, str):
         return parse_profile(profile)
-    if isinstance(profile, Profile):
-        return profile
-    hint = f" Call it: {profile.__name__}(...)." if isinstance(profile, type) else ""
-    raise ArgumentError(
-        f"Expected a profile, such as polyak.SWA(), or its text, such as {EXAMPLES[1]!r}; found "
-        f"{profile!r}.{hint}"
-    )
+    check_profile(profile)
+    return profile
 
 
 def format_profile(profile: Profile) -> str:
@@ -189,7 +195,9 @@ def parse_schedule(pieces: Iterable[str]) -> schedules.Chain:
     >>> schedule.averaging_points()
     (8, 10, 12)
     """
-    return schedules.chain(*(parse(piece, _PIECES) for piece in pieces))
+    if isinstance(pieces, str) or not isinstance(pieces, Iterable):
+        raise ArgumentError(f"Expected a list of schedule pieces; found {pieces!r}.")
+    return schedules.chain(*(parse(piece, _PIECES, "schedule piece") for piece in pieces))
 
 
 def _profile(build: Callable[..., Profile]) -> Callable[[dict[str, Any]], Profile]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.errors import ArgumentError, MismatchError
-from polyak.tensors.memory import in_shared_memory
+from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.tensors.memory import META, in_shared_memory, odd_form
 from polyak.tensors.names import Named, Slot, named_modules, named_tensors
 from polyak.tensors.policy import FROZEN, Decision, Kind, Policy, decisions
 from polyak.tensors.sharding import refuse_sharded_modules, refuse_sharded_tensor
@@ -59,7 +59,9 @@ class BoundTensors:
         named = named_tensors(self.model)
         for name, slot in named.slots.items():
             refuse_sharded_tensor(name, slot.tensor)
-        return named, {**decisions(named, self.policy), **self.kinds}
+        kinds = {**decisions(named, self.policy), **self.kinds}
+        _refuse_odd_forms(named, kinds)
+        return named, kinds
 
     def bind(self) -> None:
         """Bind the model's tensors as they are now. Raises ArgumentError if none is averaged."""
@@ -70,6 +72,7 @@ class BoundTensors:
                 f"{len(kinds)} tensors is a floating-point parameter that trains. "
                 "Pass include= to average frozen ones."
             )
+        _refuse_without_values(named, kinds)
         self.kinds = kinds
         self._take(named)
         self.bound = True
@@ -146,13 +149,14 @@ class BoundTensors:
 
     def _find_shared(self) -> set[int]:
         slots = named_tensors(self.model).slots.values()
-        users = Counter(_storage(s.tensor) for s in slots)
+        tensors = [s.tensor for s in slots if not odd_form(s.tensor)]
+        users = Counter(map(_storage, tensors))
         return {
-            id(s.tensor)
-            for s in slots
-            if users[_storage(s.tensor)] > 1
-            or in_shared_memory(s.tensor)
-            or s.tensor.untyped_storage().nbytes() > s.tensor.numel() * s.tensor.element_size()
+            id(t)
+            for t in tensors
+            if users[_storage(t)] > 1
+            or in_shared_memory(t)
+            or t.untyped_storage().nbytes() > t.numel() * t.element_size()
         }
 
     def _take(self, named: Named, order: list[str] | None = None) -> None:
@@ -278,5 +282,36 @@ def _version(tensor: Tensor) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    # Tensors without memory (empty, meta) share nothing.
+    # Tensors without values share nothing.
     return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _refuse_odd_forms(named: Named, kinds: dict[str, Decision]) -> None:
+    forms = {n: form for n, form in _odd_forms(named, kinds).items() if form != META}
+    if forms:
+        listed = ", ".join(f"{name} ({form})" for name, form in forms.items())
+        raise ArgumentError(
+            f"Average works on dense tensors in plain memory; not on {listed}. Pass "
+            f"exclude={list(forms)} to leave these as they are in the model, or make them dense first "
+            "(to_dense(), dequantize(), contiguous())."
+        )
+
+
+def _refuse_without_values(named: Named, kinds: dict[str, Decision]) -> None:
+    if names := [n for n, form in _odd_forms(named, kinds).items() if form == META]:
+        raise UsageError(
+            f"{', '.join(names)}: on the meta device there are no values to average. Give the model its "
+            "weights first (to_empty() and an initialisation, or load_state_dict(..., assign=True)); "
+            "the average binds them at its first update."
+        )
+
+
+def _odd_forms(named: Named, kinds: dict[str, Decision]) -> dict[str, str]:
+    """Tensors that the average would hold, but that do not hold dense values of their own."""
+    held = {n: s.tensor for n, s in named.slots.items() if kinds[n].kind is not Kind.NEWEST}
+    return {n: form for n, t in held.items() if (form := odd_form(t) or _expanded(t))}
+
+
+def _expanded(tensor: Tensor) -> str:
+    repeats = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return "expanded: several of its values are one" if repeats else ""

@@ -28,9 +28,12 @@ class _Piece:
     index: int
     start: int | None = None  # None: the whole tensor in its own shape
     stop: int = 0
+    as_pairs: bool = False  # complex values as pairs of real ones
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        tensor = _real(tensors[self.index])
+        tensor = tensors[self.index]
+        if self.as_pairs:
+            tensor = torch.view_as_real(tensor.detach())
         return tensor if self.start is None else _span(tensor, self.start, self.stop)
 
 
@@ -59,7 +62,7 @@ class GroupedTensors:
         self._groups: list[_Group] = []
         buckets: dict[tuple[object, ...], list[int]] = {}
         for index, (source, target) in enumerate(zip(live, like, strict=True)):
-            key = (source.device, source.dtype, target.device, target.dtype)
+            key = (source.device, source.dtype, target.device, target.dtype, source.is_conj())
             buckets.setdefault(key, []).append(index)
         for indices in buckets.values():
             self._groups += _groups(live, like, indices, bounded=n_averages > 1)
@@ -161,7 +164,8 @@ def _groups(
     source, target = live[indices[0]], like[indices[0]]
     converts = (source.dtype, source.device) != (target.dtype, target.device)
     if not (bounded or converts):
-        yield _Group(tuple(map(_Piece, indices)), None)
+        pairs = _as_pairs(source)
+        yield _Group(tuple(_Piece(index, as_pairs=pairs) for index in indices), None)
         return
     limit = _GROUP_VALUES.get(target.device.type, _GROUP_VALUES_ELSEWHERE)
     shared: list[Tensor] = []  # one scratch for all groups of this kind: they take turns
@@ -190,12 +194,13 @@ def _pieces(source: Tensor, target: Tensor, index: int, limit: int) -> Iterator[
     # A span addresses values by their place in memory, so a tensor is only split where source and
     # target place their values alike; any other one stays whole, however large.
     n_values = source.numel() * (2 if source.is_complex() else 1)
-    same_layout = source.stride() == target.stride() and is_dense(source)
+    same_layout = source.stride() == target.stride() and is_dense(source) and not source.is_conj()
+    pairs = _as_pairs(source)
     if n_values <= limit or not same_layout:
-        yield _Piece(index), n_values
+        yield _Piece(index, as_pairs=pairs), n_values
         return
     for start, stop in ranges(n_values, limit):
-        yield _Piece(index, start, stop), stop - start
+        yield _Piece(index, start, stop, pairs), stop - start
 
 
 def _scratch(
@@ -206,7 +211,7 @@ def _scratch(
     shapes = [piece.of(like).shape for piece in pieces]
     needed = sum(shape.numel() for shape in shapes)
     if not shared or shared[0].numel() < needed:
-        kind = _real(like[pieces[0].index])
+        kind = pieces[0].of(like)
         with torch.inference_mode(False):
             shared[:] = [torch.empty(needed, dtype=kind.dtype, device=kind.device)]
     sizes = [shape.numel() for shape in shapes]
@@ -214,9 +219,12 @@ def _scratch(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Complex values as pairs of real ones: the same arithmetic serves both."""
-    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+def _as_pairs(tensor: Tensor) -> bool:
+    """Whether complex values are handled as pairs of real ones: the same arithmetic serves both.
+
+    Conjugate tensors have no such pairs in memory; foreach functions conjugate them as they read.
+    """
+    return tensor.is_complex() and not tensor.is_conj()
 
 
 def _span(tensor: Tensor, start: int, stop: int) -> Tensor:

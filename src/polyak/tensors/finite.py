@@ -39,7 +39,7 @@ def _suspects(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return real.sum(dtype=torch.float32)
 
 

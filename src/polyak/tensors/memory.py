@@ -1,9 +1,35 @@
-"""The memory of tensors: where it is, who shares it, and sharing it copy-on-write."""
+"""The memory of tensors: what has none, where it is, who shares it, and sharing it copy-on-write."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def odd_form(tensor: Tensor) -> str:
+    """What a tensor is that does not hold dense values in memory of its own: "sparse_coo", "a FakeTensor".
+
+    Empty for all others, those with a conjugate or negative bit included. Classes that take over
+    torch's dispatch keep their values in a way of their own, whatever they are called.
+    """
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {kind.__name__}"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.is_meta:
+        return META
+    if tensor.is_nested or tensor.is_quantized:
+        return "nested" if tensor.is_nested else "quantised"
+    return "a zero without memory" if torch._is_zerotensor(tensor) else ""
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; of a nested tensor, whose parts differ, how many parts it has."""
+    return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
+
+
+META = "on the meta device, without values"
 
 
 def copy_on_write(tensor: Tensor) -> Tensor | None:
@@ -15,7 +41,7 @@ def copy_on_write(tensor: Tensor) -> Tensor | None:
     own = tensor.detach()
     # torch keeps this private: the only way to share memory whose writers need not know of it.
     lazy = getattr(torch, "_lazy_clone", None)
-    plain = type(own) is Tensor and own.layout == torch.strided and not own.is_quantized
+    plain = type(own) is Tensor and not odd_form(own)
     if lazy is None or not plain or own.is_conj() or own.is_neg() or in_shared_memory(own):
         return None
     try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
+
+from polyak.tensors.memory import odd_form
 
 # What wrappers insert into the names of a model's tensors. The underscored ones belong to nobody
 # else; `module` is taken off only below classes that are known to put it there, because a user's
@@ -67,6 +70,22 @@ def named_tensors(model: Module) -> Named:
 def named_modules(model: Module) -> Iterator[tuple[str, Module]]:
     """Every place of every module, shared ones once per place, names without wrappers' prefixes."""
     yield from _modules(model, "", frozenset())
+
+
+def overwrite(model: Module, tensor: Tensor, source: Tensor) -> None:
+    """Give a tensor of the model the values of another.
+
+    One of an odd form, which cannot always be written to, is replaced by a copy wherever it is held.
+    """
+    if not odd_form(tensor):
+        tensor.detach().copy_(source)
+        return
+    copy = source.detach().clone()
+    new = Parameter(copy, requires_grad=False) if isinstance(tensor, Parameter) else copy
+    new.requires_grad_(tensor.requires_grad)
+    holders: Any = [h for m in model.modules() for h in (m._parameters, m._buffers)]
+    for holder in holders:
+        holder.update({key: new for key, held in holder.items() if held is tensor})
 
 
 def _walk(model: Module) -> Iterator[Slot]:

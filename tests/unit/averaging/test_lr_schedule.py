@@ -171,7 +171,7 @@ def test_scales_that_do_not_fit(scales, message):
 
 
 def test_what_is_no_schedule_and_no_optimizer():
-    with pytest.raises(ArgumentError, match="Expected a schedule"):
+    with pytest.raises(ArgumentError, match="takes a schedule"):
         LRSchedule(sgd(), 0.1)
     with pytest.raises(ArgumentError, match="Expected a torch optimizer"):
         LRSchedule(torch.nn.Linear(1, 1), SCHEDULE)

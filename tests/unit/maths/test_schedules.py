@@ -165,7 +165,7 @@ def test_where_two_pieces_meet_both_are_asked():
         (lambda: Warmup(0, CYCLIC), "1 or more"),
         (lambda: chain(), "at least one"),
         (lambda: chain((0, CYCLIC)), "1 or more"),
-        (lambda: chain((CYCLIC, 10)), "pairs"),
+        (lambda: chain((CYCLIC, 10)), "a number of steps and a schedule"),
         (lambda: CYCLIC.averaging_points(), "never ends"),
         (lambda: CYCLIC.per_epoch(0), "steps per epoch is 0"),
         (lambda: CYCLIC.per_epoch(5).averaging_points(), "never ends"),

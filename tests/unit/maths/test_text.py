@@ -96,7 +96,7 @@ def test_a_schedule_of_pieces():
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        ("step:rate=1", "Unknown method.*constant:rate=0.1,steps=50"),
+        ("step:rate=1", "Unknown schedule piece.*constant:rate=0.1,steps=50"),
         ("constant:rate=0.1", "needs steps"),
         ("constant:0.1,steps=5", "bare '0.1'"),
         ("constant:rate=0.1,steps=2.5", "whole number"),
