@@ -13,7 +13,10 @@ from torch.nn import Module
 from polyak.batchnorm.layers import norm_layers
 from polyak.batchnorm.update import update_bn
 from polyak.checkpoints.merging.average import iter_averaged_tensors
+from polyak.checkpoints.reading.lightning import lightning_entries
 from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.reading.stored import Checkpoint
+from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, check_match
 
@@ -58,6 +61,7 @@ def update_bn_file(
         )
     with open_checkpoint(source) as opened:
         ties, metadata = dict(opened.ties), dict(opened.metadata)
+        around = _around(opened, target)
         state = dict(iter_averaged_tensors([opened], "swa"))
     _load(model, state, ties, source)
     update_bn(model, batches, limit=limit, layers=layers.values())
@@ -68,8 +72,14 @@ def update_bn_file(
             if name in state:
                 state[name] = found[name].detach().cpu().to(state[name].dtype)
     metadata["batchnorm"] = "refreshed"
-    write_checkpoint(target, state, ties=ties, metadata=metadata, overwrite=True)
+    write_checkpoint(target, state, ties=ties, metadata=metadata, around=around, overwrite=True)
     return tuple(layers)
+
+
+def _around(opened: Checkpoint, target: Path) -> Around:
+    """What the file holds beside its tensors, Lightning's entries where it stays a `.ckpt`."""
+    found = lightning_entries(opened) if target.suffix.lower() == ".ckpt" else None
+    return Around(opened.order, opened.versions, found and found[0])
 
 
 def _refuse(source: Path, target: Path, *, overwrite: bool) -> None:

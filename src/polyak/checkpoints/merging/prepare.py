@@ -21,7 +21,7 @@ from pathlib import Path
 from polyak.checkpoints.merging.align import Alignment, align, check_adapters
 from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import MergeOptions
-from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint
+from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
 from polyak.checkpoints.merging.plan import ByteRuns, MergePlan, bytes_to_read, in_writing_order
 from polyak.checkpoints.merging.weights import (
     Method,
@@ -249,9 +249,10 @@ def _laid_out(
     everything = inputs if base is None else (base, *inputs)
     averages = len(everything) > 1 or any(one.coefficients != (1.0,) for one in weights)
     alignment = align(everything, options, averages=averages)
-    tensors = in_writing_order(alignment.tensors)
-    contents = Contents(tensors, alignment.ties, inputs[-1], options.shard_bytes)
-    batchnorm = _batchnorm(inputs[-1], alignment)
+    newest = inputs[-1]
+    tensors = by_component(in_writing_order(alignment.tensors), newest)
+    contents = Contents(tensors, alignment.ties, newest, options.shard_bytes, options.written_dtype)
+    batchnorm = _batchnorm(newest, alignment)
     marks = {"batchnorm": batchnorm, "ties": json.dumps(alignment.ties)}
     blueprints = [
         blueprint(Path(path), contents, metadata_of(one, inputs, options, marks))

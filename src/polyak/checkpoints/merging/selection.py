@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from polyak.checkpoints.merging.prepare import garbage_kept
-from polyak.checkpoints.reading.folders import step_in_name, weights_in
+from polyak.checkpoints.reading.components import components_in, part_folders
+from polyak.checkpoints.reading.folders import step_in_name
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.pickled_tensors import TensorRef
 from polyak.checkpoints.reading.storage import Place
@@ -139,11 +140,16 @@ class _Finder:
         if "://" in path or not Path(path).is_dir():
             return [self._open(path, self._key)]
         folder = Path(path)
-        runs = [one for one in folder.iterdir() if one.is_dir() and _is_numbered_checkpoint(one)]
+        parts = part_folders(Place(path))
+        runs = [
+            one
+            for one in folder.iterdir()
+            if one.is_dir() and one.name not in parts and _is_numbered_checkpoint(one)
+        ]
         if runs:
             return _without_copies([self._open(str(one), self._key) for one in sorted(runs)])
         try:
-            weights_in(Place(path))
+            components_in(Place(path))
         except FormatError as error:
             files = [str(one) for one in sorted(folder.iterdir()) if _is_weights_file(one)]
             if not files:
@@ -176,7 +182,7 @@ def _is_numbered_checkpoint(folder: Path) -> bool:
     if step_in_name(folder.name) is None:
         return False
     try:
-        weights_in(Place(folder))
+        components_in(Place(folder))
     except FormatError:
         return False
     return True

@@ -107,15 +107,18 @@ def join_shards(
     path: str, shards: dict[str, list[str]], opened: dict[str, Checkpoint]
 ) -> Checkpoint:
     """One checkpoint of all shards, checked against the index: nothing missing, nothing twice."""
+    listed = {name for names in shards.values() for name in names}
     stored = Counter(
-        name for shard in opened.values() for name in (*shard.tensors, *shard.ties, *shard.refused)
+        name
+        for shard in opened.values()
+        for name in (*shard.tensors, *shard.refused, *(listed & shard.ties.keys()))
     )
     check_match(
         {
             name: f"in {count} shards" if count > 1 else "in one shard"
             for name, count in stored.items()
         },
-        {name: "in one shard" for names in shards.values() for name in names},
+        dict.fromkeys(listed, "in one shard"),
         f"The shards of {path} do not hold what their index says.",
         "Shards of different saves may be mixed in this folder. Save or fetch it again.",
     )
@@ -128,6 +131,8 @@ def join_shards(
         ties={alias: name for part in parts for alias, name in part.ties.items()},
         metadata=parts[0].metadata,
         refused={name: why for part in parts for name, why in part.refused.items()},
+        order=tuple(name for part in parts for name in part.order),
+        versions=parts[0].versions,
     )
 
 
@@ -147,7 +152,7 @@ def training_step(place: Place, metadata: dict[str, str]) -> int | None:
     (Lightning and most loops; `time` in polyak's files whose unit is steps), the name. A file such as
     `checkpoint-500/model.safetensors` has the step of its folder.
     """
-    is_part = not place.is_folder and _is_part(place.name)
+    is_part = not place.is_folder and is_part_of_folder(place.name)
     folder = place if place.is_folder else place.parent
     steps = [
         _trainer_step(folder) if place.is_folder or is_part else None,
@@ -176,7 +181,7 @@ def step_in_name(name: str) -> int | None:
     return int(others[0]) if len(others) == 1 else None
 
 
-def _is_part(name: str) -> bool:
+def is_part_of_folder(name: str) -> bool:
     """Whether every checkpoint folder has a file of this name, so that only the folder's name tells."""
     return name == ".metadata" or name.startswith(
         ("model.", "model-0", "pytorch_model", "adapter_model", "diffusion_pytorch_model")

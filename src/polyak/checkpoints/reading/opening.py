@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
+from polyak.checkpoints.reading.components import components_in, join_components
 from polyak.checkpoints.reading.dcp import read_dcp
-from polyak.checkpoints.reading.folders import join_shards, shards_of, training_step, weights_in
+from polyak.checkpoints.reading.folders import (
+    is_part_of_folder,
+    join_shards,
+    shards_of,
+    training_step,
+)
 from polyak.checkpoints.reading.npz import read_npz
 from polyak.checkpoints.reading.safetensors_reader import read_safetensors
 from polyak.checkpoints.reading.storage import Place
@@ -34,8 +40,8 @@ def open_checkpoint(
 
     Args:
         path: A safetensors file, a torch archive (`.pt`, `.pth`, `.bin`, `.ckpt`), an `.npz` file, an
-            index of shards (`*.index.json`), or a folder of Transformers, diffusers, PEFT or
-            `torch.distributed.checkpoint`. Local, or an address that fsspec understands (`s3://`,
+            index of shards (`*.index.json`), or a folder of Transformers, diffusers (a model or a
+            pipeline), sentence-transformers, PEFT or `torch.distributed.checkpoint`. Local, or an address that fsspec understands (`s3://`,
             `gs://`, `https://`, `memory://`).
         key: Where the tensors are inside nested dicts, with dots (`"ema.state_dict"`). By default
             under `state_dict`, `model_state_dict`, `model` or `module`, or at the root; `""` takes
@@ -76,7 +82,28 @@ def open_checkpoint(
 
 def _open(place: Place, key: str | None) -> Checkpoint:
     if place.is_folder:
-        place = weights_in(place)
+        return _open_folder(place, key)
+    opened = _open_weights(place, key)
+    if is_part_of_folder(place.name) and not place.remote:
+        opened.components = {"": place.name}
+    return opened
+
+
+def _open_folder(folder: Place, key: str | None) -> Checkpoint:
+    """All models of a folder as one checkpoint; mostly there is one."""
+    with ExitStack() as undo:
+        opened: dict[str, Checkpoint] = {}
+        found = components_in(folder)
+        for prefix, weights in found.items():
+            opened[prefix] = _open_weights(weights, key)
+            undo.callback(opened[prefix].close)
+        joined = opened[""] if [*opened] == [""] else join_components(folder.path, opened)
+        joined.components = {prefix: folder.path_of(weights) for prefix, weights in found.items()}
+        undo.pop_all()
+    return joined
+
+
+def _open_weights(place: Place, key: str | None) -> Checkpoint:
     if place.name == ".metadata":
         return read_dcp(place.parent, key)
     if place.name.endswith(".index.json"):

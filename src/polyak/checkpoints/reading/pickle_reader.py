@@ -62,13 +62,19 @@ class StateDict(dict[Any, Any]):
         self.state: Any = None
 
 
+class SetItems(list[Any]):
+    """The items of a set, in the order of the pickle."""
+
+    __slots__ = ()
+
+
 def call_stub(function: Any, args: tuple[Any, ...]) -> Any:
     """Containers of the standard library are built; anything else becomes a `Stub`."""
     name = function.name if isinstance(function, (Global, Stub)) else type(function).__name__
     if name in _MAPPINGS and not (args and name == "collections.OrderedDict"):
         return StateDict()
     if name in _SETS and len(args) == 1 and isinstance(args[0], list):
-        return args[0]
+        return SetItems(args[0])
     if name in _NEW_OBJECT and args and isinstance(args[0], Global):
         return Stub(args[0].name, args[1:])
     return Stub(name, args)
@@ -394,7 +400,7 @@ OPERATIONS: dict[int, Operation] = {
         b"]": lambda machine: machine.stack.append([]),
         b"}": lambda machine: machine.stack.append({}),
         b")": lambda machine: machine.stack.append(()),
-        b"\x8f": lambda machine: machine.stack.append([]),  # a set, as a list
+        b"\x8f": lambda machine: machine.stack.append(SetItems()),
         b"J": _number("<i"),
         b"K": lambda machine: machine.stack.append(machine.byte()),
         b"M": _number("<H"),
@@ -424,7 +430,7 @@ OPERATIONS: dict[int, Operation] = {
         b"\x87": _tuple(3),
         b"t": lambda machine: machine.stack.append(tuple(machine.since_mark())),
         b"l": lambda machine: machine.stack.append(machine.since_mark()),
-        b"\x91": lambda machine: machine.stack.append(machine.since_mark()),
+        b"\x91": lambda machine: machine.stack.append(SetItems(machine.since_mark())),
         b"a": lambda machine: _extend(machine, [machine.stack.pop()]),
         b"e": lambda machine: _extend(machine, machine.since_mark()),
         b"\x90": lambda machine: _extend(machine, machine.since_mark()),

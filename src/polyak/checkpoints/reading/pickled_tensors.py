@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyak.checkpoints.reading.pickle_reader import Global, Stub, call_stub
+from polyak.checkpoints.reading.pickle_reader import Global, StateDict, Stub, call_stub
 from polyak.checkpoints.reading.stored import MAX_TENSORS, are_sizes
 from polyak.errors import ArgumentError, FormatError
 
@@ -176,10 +176,14 @@ _MAX_DEPTH = 100
 
 @dataclass
 class FoundTensors:
-    """What a pickle holds. tensors: by name. refused: name -> why it cannot be read."""
+    """What a pickle holds. tensors: by name. refused: name -> why it cannot be read.
+
+    attributes: those of the state dict that holds them (`_metadata`), if it has any.
+    """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    attributes: dict[Any, Any] = field(default_factory=dict)
 
 
 def find_tensors(root: Any, key: str | None, where: str) -> FoundTensors:
@@ -204,6 +208,8 @@ class _Search:
         if isinstance(chosen, Stub) and self.holds_tensor(chosen):
             raise FormatError(f"{self.where}: {why_refused(chosen)}")
         found = FoundTensors()
+        if isinstance(chosen, StateDict) and isinstance(chosen.state, dict):
+            found.attributes = chosen.state
         for name, value in self.leaves(chosen):
             if name in found.tensors or name in found.refused:
                 raise FormatError(

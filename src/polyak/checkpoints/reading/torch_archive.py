@@ -7,13 +7,14 @@ from itertools import islice
 from typing import Any
 
 from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor, is_row_major
-from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, StateDict, read_pickle
+from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, read_pickle
 from polyak.checkpoints.reading.pickled_tensors import (
     TensorRef,
     call_torch,
     find_tensors,
     persistent_storage,
 )
+from polyak.checkpoints.reading.plain import PlainCopy
 from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
     ByteFile,
@@ -108,8 +109,10 @@ def read_torch(
         tensors={name: tensor for name, tensor in tensors.items() if name not in ties},
         files=(file,),
         ties=ties,
-        metadata=scalars(archive.root) | attached_metadata(archive.root),
+        metadata=scalars(archive.root) | attached_metadata(found.attributes),
         refused=refused,
+        order=tuple(found.tensors),
+        versions=module_versions(found.attributes),
     )
 
 
@@ -129,10 +132,16 @@ def scalars(root: Any) -> dict[str, str]:
     }
 
 
-def attached_metadata(root: Any) -> dict[str, str]:
+def module_versions(attributes: dict[Any, Any]) -> dict[Any, Any]:
+    """What `Module.state_dict` says of each module, as the attribute `_metadata` of a state dict."""
+    versions = attributes.get("_metadata")
+    plain = PlainCopy().of(versions, "_metadata") if isinstance(versions, dict) else {}
+    return {name: version for name, version in plain.items() if name != "polyak"}
+
+
+def attached_metadata(attributes: dict[Any, Any]) -> dict[str, str]:
     """The metadata that polyak writes into its own archives, as `_metadata["polyak"]` of a state dict."""
-    attributes = root.state if isinstance(root, StateDict) else None
-    versions = attributes.get("_metadata") if isinstance(attributes, dict) else None
+    versions = attributes.get("_metadata")
     found = versions.get("polyak") if isinstance(versions, dict) else None
     pairs = found.items() if isinstance(found, dict) else ()
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 from polyak.checkpoints.writing.layouts import (
     TORCH_SUFFIXES,
+    Around,
     Layout,
     OutputFile,
     TensorSpec,
@@ -33,6 +34,7 @@ def write_checkpoint(
     *,
     ties: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    around: Around | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write tensors to `path`, whole or not at all; equal contents give equal bytes.
@@ -48,6 +50,7 @@ def write_checkpoint(
             `Module.state_dict()` attaches is kept in torch files.
         ties: Alias -> name of the tensor in `tensors` that it shares.
         metadata: What the file says about itself.
+        around: What a torch file holds beside the tensors; by default their own `_metadata`.
         overwrite: Replace a file at `path`.
 
     Raises:
@@ -72,7 +75,8 @@ def write_checkpoint(
     if ties and not is_torch:
         described["ties"] = json.dumps(ties, sort_keys=True)
     described = dict(sorted(described.items()))
-    layout = layout_for(target, specs, ties, described, getattr(tensors, "_metadata", None))
+    around = around or Around(versions=getattr(tensors, "_metadata", {}))
+    layout = layout_for(target, specs, dict(sorted(ties.items())), described, around)
     if layout is None:
         raise _wrong_suffix(target)
     values = (_bytes(tensors[name]) for name in ordered)
