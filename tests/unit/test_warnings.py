@@ -19,6 +19,7 @@ from torch import nn
 
 import polyak
 import polyak.swa_utils
+from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
 
 SOURCE = Path(polyak.__file__).parent
@@ -176,6 +177,14 @@ def average_checkpoints(folder):
     paths = checkpoints(folder)
     outputs = {folder / "merged.safetensors": "swa"}
     polyak.average_checkpoints(paths, outputs)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def select_checkpoints_beside_a_copy(folder):
+    model = network().state_dict()
+    for name in ("step-1", "best"):
+        torch.save(model, folder / f"{name}.pt")
+    select_checkpoints([folder])  # the line that is to be named
 
 
 @case(StaleStatistics)

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from polyak.checkpoints.merging.align import Alignment, align, check_adapters
+from polyak.checkpoints.merging.adapters import check_adapters
+from polyak.checkpoints.merging.align import Alignment, align
+from polyak.checkpoints.merging.counted import inputs_of
 from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
@@ -33,6 +35,7 @@ from polyak.checkpoints.merging.weights import (
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, StaleStatistics, warn
+from polyak.maths.profiles import Profile
 
 PathLike = str | os.PathLike[str]
 Input = PathLike | Checkpoint
@@ -80,6 +83,19 @@ def refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, Method]) -> No
     targets = [_resolved(path) for path in outputs]
     if len(set(targets)) < len(targets):
         raise ArgumentError(f"Two outputs have the same path: {targets}.")
+
+
+def refuse_own_average(inputs: Sequence[Checkpoint]) -> None:
+    """ArgumentError where an earlier average is beside its own inputs, which would count twice."""
+    paths = {_resolved(one.path): one.path for one in inputs}
+    for one in inputs:
+        recorded = [str(given.get("path", "")) for given in inputs_of(one) if one.is_merged]
+        again = [paths[path] for path in map(_resolved, recorded) if path in paths]
+        if again:
+            raise ArgumentError(
+                f"{one.path} is an average that polyak made of {', '.join(again)}, among others or alone, "
+                "and these are inputs too: they would count twice. Leave it out, or give a weight per input."
+            )
 
 
 def refuse_replacing(outputs: Iterable[PathLike], inputs: Iterable[Checkpoint]) -> None:
@@ -245,6 +261,8 @@ def _laid_out(
     order = in_natural_order(given)
     inputs = tuple(given[index] for index in order)
     weights = tuple(weights_for(one, inputs, order, options) for one in outputs.values())
+    if any(isinstance(one, str | Profile) for one in outputs.values()):
+        refuse_own_average(inputs)
     check_adapters(inputs)
     everything = inputs if base is None else (base, *inputs)
     averages = len(everything) > 1 or any(one.coefficients != (1.0,) for one in weights)

@@ -324,6 +324,20 @@ def iter_values(*tensors: StoredTensor) -> Iterator[tuple[Tensor, ...]]:
         )
 
 
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether dtype, shape and every byte are equal; reading ends at the first piece that differs."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    for start in range(0, a.nbytes, PIECE_BYTES):
+        length = min(PIECE_BYTES, a.nbytes - start)
+        ours, theirs = bytearray(length), bytearray(length)
+        a.read_into(start, memoryview(ours))
+        b.read_into(start, memoryview(theirs))
+        if ours != theirs:
+            return False
+    return True
+
+
 def _values(tensor: StoredTensor, start: int, length: int) -> Tensor:
     buffer = bytearray(length)
     tensor.read_into(start, memoryview(buffer))

@@ -125,10 +125,24 @@ def scalars(root: Any) -> dict[str, str]:
     """The numbers and short texts beside the weights: epoch, global_step, versions."""
     if not isinstance(root, dict):
         return {}
-    return {
+    return _counters(root) | {
         str(key): str(value)
         for key, value in islice(root.items(), 1000)
         if isinstance(key, str) and isinstance(value, (str, int, float)) and len(str(value)) <= 200
+    }
+
+
+def _counters(root: dict[Any, Any]) -> dict[str, str]:
+    """The training step where frameworks keep it further in: fairseq, mmengine, the Trainer's state."""
+    history = root.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    inner = [root.get("meta"), root.get("trainer_state"), last, root.get("extra_state")]
+    return {
+        "iteration" if key == "iter" else key: str(one[key])
+        for one in inner
+        if isinstance(one, dict)
+        for key in ("global_step", "num_updates", "iter")
+        if type(one.get(key)) is int
     }
 
 
