@@ -82,9 +82,8 @@ class Attachment:
         before_next_step: bool = False,
     ) -> None:
         self._customer = customer
-        self._optimizers = (
-            list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
-        )
+        several = isinstance(optimizers, (list, tuple))
+        self._optimizers = list(optimizers) if several else [optimizers]
         self._every = _checked_every(every, at)
         self._at = None if at is None else averaging_schedule(at)
         self._before_next_step = before_next_step
@@ -96,23 +95,16 @@ class Attachment:
         self._real: float | Tensor = 0.0  # and those of them that were not skipped
         self._stepped: dict[int, float | Tensor] = {}  # since the last step of all: which, how real
         self._handles: list[Any] = []
-        try:
-            self._watches = self._register()
-            _check_optimizers(customer, self._optimizers, self._watches)
-            customer.begin("captures" if at is not None or customer.unit == "captures" else "steps")
-        except BaseException:
-            self._remove_hooks()
-            raise
-        self._warn_evaluation_mode()
-        if (pending := customer.attached(self)) is not None:
-            self.resume(pending)
+        self._connect(customer)
 
     def remove(self) -> None:
         """Take the hooks away; the average keeps what it has. A second call does nothing."""
         if self._handles:
-            self.take_due()
-            self._customer.detached(self)
-        self._remove_hooks()
+            try:
+                self.take_due()
+            finally:
+                self._customer.detached(self)
+                self._remove_hooks()
 
     def take_due(self) -> None:
         """Take the weights that wait for the next step, as the loop has left them."""
@@ -147,6 +139,19 @@ class Attachment:
         if kind is not None:
             self._due = None
         self.remove()
+
+    def _connect(self, customer: Customer) -> None:
+        captures = self._at is not None or customer.unit == "captures"
+        try:
+            self._watches = self._register()
+            _check_optimizers(customer, self._optimizers, self._watches)
+            customer.begin("captures" if captures else "steps")
+            self._warn_evaluation_mode()
+        except BaseException:
+            self._remove_hooks()
+            raise
+        if (pending := customer.attached(self)) is not None:
+            self.resume(pending)
 
     def _register(self) -> list[StepWatch]:
         watches: list[StepWatch] = []

@@ -23,7 +23,7 @@ class TestSchedulers:
     def run(self, build, place, *, attach_first, schedule=CYCLES):
         model = nn.Linear(1, 1, bias=False)
         optimizer = SGD(model.parameters(), lr=1.0)
-        nn.init.zeros_(model.weight)
+        nn.init.constant_(model.weight, 50.0)  # never trained with: loaded over before the run
         lr = polyak.LRSchedule(optimizer, schedule)
         average = Average(model, SWA())
         if attach_first:
@@ -32,6 +32,7 @@ class TestSchedulers:
         else:
             scheduler = build(optimizer, lr)
             average.attach(optimizer, at=scheduler if place == "outer" else lr)
+        nn.init.zeros_(model.weight)
         for step in range(1, 11):
             model.weight.grad = torch.zeros(1, 1)
             optimizer.step()
@@ -48,13 +49,6 @@ class TestSchedulers:
     def after_torch_s_own(optimizer, lr):
         warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=3)
         return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, lr], milestones=[4])
-
-    @staticmethod
-    def nested(optimizer, lr):
-        base = polyak.LRSchedule(optimizer, polyak.schedules.Constant(0.1))
-        last = polyak.LRSchedule(optimizer, polyak.schedules.Constant(0.2))
-        inner = torch.optim.lr_scheduler.SequentialLR(optimizer, [lr, last], milestones=[50])
-        return torch.optim.lr_scheduler.SequentialLR(optimizer, [base, inner], milestones=[4])
 
     @pytest.mark.parametrize("build", [after_a_constant, after_torch_s_own])
     @pytest.mark.parametrize("place", ["inner", "outer"])

@@ -11,6 +11,7 @@ from reference.optimizers import (
     WRAPPERS,
     Clipped,
     Delegating,
+    DuckTyped,
     HooklessSlowWeights,
     SelfMade,
     Sharpness,
@@ -193,6 +194,20 @@ def test_a_copy_of_a_wrapper_steps_itself():
         assert not any(torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
     assert torch.equal(model.weight, before)
     assert average.count == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_steps_of_a_copy_that_has_no_hooks_do_not_count(copied):
+    model = problem()
+    optimizer = DuckTyped(model.parameters())
+    average = Average(model, SWA())
+    average.attach(optimizer)
+    twin = copied(optimizer)
+    for p in twin.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    twin.step()
+    assert average.count == 0
+    assert not torch.equal(twin.param_groups[0]["params"][0], model.weight)
 
 
 def test_a_hook_registered_later_that_changes_the_weights():
