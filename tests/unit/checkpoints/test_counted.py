@@ -168,6 +168,13 @@ def test_an_earlier_output_never_enters(tmp_path, name, suffix):
     assert kept == [f"step-{step}.{suffix}" for step in (1, 2, 9)]
 
 
+def test_an_output_under_the_name_of_a_model(tmp_path):
+    for n in (1, 2):  # as Accelerate names several models; an average beside them is none of those
+        save_file({"w": torch.full((2,), float(n))}, tmp_path / f"model_{n}.safetensors")
+    average_checkpoints(tmp_path.glob("*"), tmp_path / "model.safetensors")
+    assert found(tmp_path)[0] == ["model_1.safetensors", "model_2.safetensors"]
+
+
 def test_an_average_saved_while_training_is_one(tmp_path):
     model = torch.nn.Linear(2, 1, bias=False)
     average = polyak.Average(model, polyak.SWA())

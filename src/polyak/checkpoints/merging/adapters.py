@@ -28,7 +28,7 @@ LEAST_COSINE = 0.5
 
 _COSMETIC = {"inference_mode", "revision", "auto_mapping", "peft_version", "task_type"}
 _FIRST_VALUES = 1 << 20
-_ADAPTER = re.compile(r"lora|lokr|loha|hada_|vera_|low_?rank|adapter", re.IGNORECASE)
+_WORDS = ("lora", "lokr", "loha", "hada_", "vera_", "low_rank", "lowrank", "adapter")
 _OF_ANY_RANK = re.compile(r"lora|loha|hada_|vera_", re.IGNORECASE)
 # Random at the start of a run, and changed little by it: alone enough to tell two runs apart.
 _RANDOM = re.compile(
@@ -64,7 +64,7 @@ def _config(one: Checkpoint) -> dict[str, Any] | None:
         return None
     path = Path(one.path)
     file = (path if path.is_dir() else path.parent) / CONFIG
-    if not file.is_file() or not any(_ADAPTER.search(name) for name in one.tensors):
+    if not file.is_file() or not _says_adapter("\n".join(one.tensors)):
         return None
     return parse_json(file.read_bytes(), str(file))
 
@@ -99,21 +99,30 @@ def factors(tensors: Mapping[str, StoredTensor]) -> Iterator[list[StoredTensor]]
     their names say so, or the file holds nothing but such matrices, or the m x n weight is beside them.
     """
     matrices = {n: t for n, t in tensors.items() if len(t.shape) >= 2 and t.dtype in FLOATS}
-    kronecker = defaultdict(list)
-    for name, tensor in matrices.items():
-        if "lokr_" in name:
-            kronecker[_KRONECKER.sub("", name)].append(tensor)
-        elif _RANDOM.search(name):
-            yield [tensor]
-    yield from (group for group in kronecker.values() if len(group) > 1)
-    named = {n: t for n, t in matrices.items() if _ADAPTER.search(n)}
-    yield from _pairs(named)
-    yield from _pairs({n: t for n, t in named.items() if _OF_ANY_RANK.search(n)}, any_rank=True)
+    if _says_adapter("\n".join(matrices)):  # one look at all names: most models have none
+        yield from _named_factors({n: t for n, t in matrices.items() if _says_adapter(n)})
     if all(len(tensor.shape) != 1 for tensor in tensors.values()):
         pairs = [*_pairs(matrices)]
         if {t.name for pair in pairs for t in pair} == matrices.keys():
             yield from pairs
     yield from _beside_their_weight(matrices)
+
+
+def _says_adapter(text: str) -> bool:
+    lowered = text.lower()
+    return any(word in lowered for word in _WORDS)
+
+
+def _named_factors(named: Mapping[str, StoredTensor]) -> Iterator[list[StoredTensor]]:
+    kronecker = defaultdict(list)
+    for name, tensor in named.items():
+        if "lokr_" in name:
+            kronecker[_KRONECKER.sub("", name)].append(tensor)
+        elif _RANDOM.search(name):
+            yield [tensor]
+    yield from (group for group in kronecker.values() if len(group) > 1)
+    yield from _pairs(named)
+    yield from _pairs({n: t for n, t in named.items() if _OF_ANY_RANK.search(n)}, any_rank=True)
 
 
 def _pairs(

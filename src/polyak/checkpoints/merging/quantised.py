@@ -7,7 +7,7 @@ that differs between checkpoints is no counter, and an integer zero point belong
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from polyak.checkpoints.reading.stored import (
     FLOATS,
@@ -18,7 +18,7 @@ from polyak.checkpoints.reading.stored import (
 )
 from polyak.errors import FormatError
 
-INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+INTEGERS = frozenset(("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"))
 
 # What GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 store beside or instead of weights.
 _NAMES = {
@@ -43,10 +43,13 @@ def refuse_quantised(
             f"{newest.path} is quantised: {', '.join(names)}. Integers or tiny floats with scales "
             "beside them cannot be averaged; average the weights before they are quantised."
         )
-    wanted = {name: newest.tensors[name] for name in sorted(averaged)}
+    integers = [t for n, t in newest.tensors.items() if t.dtype in INTEGERS and n in averaged]
+    tables = [tensor for tensor in integers if len(tensor.shape) >= 2]
+    wanted = [t for n, t in newest.tensors.items() if n in averaged] if integers else []
+    zero_points = _zero_points(integers, wanted)
     for other, found in zip(inputs[:-1], held, strict=False):
-        _refuse_tables(newest, other, [*_differing(_tables(wanted), found)])
-        _refuse_zero_points(newest, other, [*_differing(_zero_points(wanted), found)])
+        _refuse_tables(newest, other, _differing(tables, found))
+        _refuse_zero_points(newest, other, _differing(zero_points, found))
 
 
 def _is_quantised(tensor: StoredTensor) -> bool:
@@ -59,34 +62,29 @@ def _is_quantised(tensor: StoredTensor) -> bool:
     )
 
 
-def _tables(wanted: Mapping[str, StoredTensor]) -> Iterator[StoredTensor]:
-    """Integers of two or more dimensions; a counter has none or one, and a mask is boolean."""
-    for tensor in wanted.values():
-        if tensor.dtype in INTEGERS and len(tensor.shape) >= 2:
-            yield tensor
-
-
-def _zero_points(wanted: Mapping[str, StoredTensor]) -> Iterator[StoredTensor]:
+def _zero_points(
+    integers: Iterable[StoredTensor], tensors: Iterable[StoredTensor]
+) -> list[StoredTensor]:
     """Integer zero points with a floating scale in the same module."""
     scales = {
-        name.rpartition(".")[0]
-        for name, tensor in wanted.items()
-        if tensor.dtype in FLOATS and "scale" in name.rpartition(".")[2].lower()
+        tensor.name.rpartition(".")[0]
+        for tensor in tensors
+        if tensor.dtype in FLOATS and "scale" in tensor.name.rpartition(".")[2].lower()
     }
-    for name, tensor in wanted.items():
-        module, _, last = name.rpartition(".")
-        if tensor.dtype in INTEGERS and module in scales and _ZERO_POINT.search(last):
-            yield tensor
+    split = [(tensor, tensor.name.rpartition(".")) for tensor in integers]
+    return [t for t, (module, _, last) in split if module in scales and _ZERO_POINT.search(last)]
 
 
-def _differing(tensors: Iterator[StoredTensor], found: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _differing(tensors: Iterable[StoredTensor], found: Mapping[str, StoredTensor]) -> list[str]:
     """Those whose values are others in `found`; other shapes are reported with all that does not fit."""
-    for tensor in tensors:
-        theirs = found.get(tensor.name)
-        if theirs is None or theirs.shape != tensor.shape or theirs.dtype != tensor.dtype:
-            continue
-        if not same_bytes(theirs, tensor):
-            yield tensor.name
+    pairs = [(tensor, found[tensor.name]) for tensor in tensors if tensor.name in found]
+    return [
+        ours.name
+        for ours, theirs in pairs
+        if ours.shape == theirs.shape
+        and ours.dtype == theirs.dtype
+        and not same_bytes(ours, theirs)
+    ]
 
 
 def _refuse_tables(newest: Checkpoint, other: Checkpoint, names: list[str]) -> None:
