@@ -195,6 +195,16 @@ def iter_averaged_tensors(folder):
 
 
 @case(PolyakWarning)
+def average_checkpoints_of_lightning(folder):
+    state, told = nn.Linear(3, 3).state_dict(), {"pytorch-lightning_version": "2.6.6"}
+    for step in (1, 2):
+        told["hyper_parameters"] = {"path": Path("data")}
+        torch.save({**told, "state_dict": state}, folder / f"step-{step}.ckpt")
+    paths, target = [*folder.iterdir()], folder / "merged.ckpt"
+    polyak.average_checkpoints(paths, target)  # the line that is to be named
+
+
+@case(PolyakWarning)
 def written_to_in_place(folder):
     average = polyak.Average(nn.Linear(3, 3), polyak.SWA())
     average.update()

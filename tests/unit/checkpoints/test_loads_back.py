@@ -9,6 +9,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from polyak.checkpoints import average_checkpoints, open_checkpoint, select_checkpoints
+from polyak.checkpoints.writing.hf_folder import WeightsName
 from polyak.errors import ArgumentError, OutputError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -352,6 +353,11 @@ def test_several_models_need_a_folder_and_line_up_one_by_one(tmp_path, pipelines
         one.close()
 
 
+BERT = {
+    **SMALL, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+
+
 class Sentences(nn.Module):
     """As sentence-transformers computes: a Transformer, the mean over tokens, a dense layer."""
 
@@ -387,9 +393,7 @@ def save_sentences(model, folder):
 @pytest.mark.parametrize("shard_size", ["5GB", "2KB"])
 def test_sentence_transformers(tmp_path, shard_size):
     transformers = pytest.importorskip("transformers")
-    config = {**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = built("BertModel", {**config, "intermediate_size": 32})
-    model = Sentences(bert, nn.Linear(16, 8))
+    model = Sentences(built("BertModel", BERT), nn.Linear(16, 8))
     folders, weights = checkpoints_of(model, save_sentences, tmp_path)
     target = tmp_path / "averaged"
     average_checkpoints(folders, target, shard_size=shard_size)
@@ -487,3 +491,78 @@ def test_equal_merges_give_equal_folders(tmp_path, pipelines):
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         written.append({str(p.relative_to(tmp_path / name)): p.read_bytes() for p in files})
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("found", "written", "index"),
+    [
+        ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin.index.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.fp16.bin", "model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"),
+        (
+            "vae/diffusion_pytorch_model.safetensors.index.fp16.json",
+            "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            "vae/diffusion_pytorch_model.safetensors.index.fp16.json",
+        ),
+        ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors", None),
+        ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", None),
+        ("adapter_model.bin", "adapter_model.safetensors", None),
+        ("2_Dense/pytorch_model.bin", "2_Dense/model.safetensors", None),
+        ("pytorch_model_1.bin", "model_1.safetensors", None),
+        (".metadata", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+    ],
+)  # fmt: skip
+def test_names_of_weights(found, written, index):
+    name = WeightsName.like(found)
+    assert name.may_be_sharded is (index is not None)
+    assert name.files(2 if index else 1)[0] == written
+    assert index is None or name.index == index
+
+
+def test_a_tokenizer_keeps_all_its_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models
+
+    templates = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")), chat_template=templates
+    )
+
+    def save(model, folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "modeling_mine.py").write_text("# trust_remote_code")
+
+    folders, _ = checkpoints_of(built(*VIT), save, tmp_path)
+    average_checkpoints(folders, tmp_path / "averaged")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "averaged")
+    assert loaded.chat_template == templates
+    assert (tmp_path / "averaged" / "modeling_mine.py").exists()
+
+
+def test_a_folder_at_a_remote_store_brings_its_configuration(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    folders, _ = checkpoints_of(built(*VIT), lambda m, f: m.save_pretrained(f), tmp_path)
+    store = fsspec.filesystem("memory")
+    for folder in folders:
+        store.put(str(folder), f"/loads-back/{folder.name}", recursive=True)
+    average_checkpoints([f"memory://loads-back/{f.name}" for f in folders], tmp_path / "remote")
+    average_checkpoints(folders, tmp_path / "local")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "remote" / name).exists()
+    same = (tmp_path / "local" / "config.json").read_bytes()
+    assert (tmp_path / "remote" / "config.json").read_bytes() == same
+
+
+def test_a_final_model_above_its_run_does_not_hide_the_run(tmp_path):
+    model = Sentences(built("BertModel", BERT), nn.Linear(16, 8))
+    folders, _ = checkpoints_of(model, save_sentences, tmp_path / "run")
+    save_sentences(
+        model, tmp_path / "run"
+    )  # 2_Dense has a number and weights, and is no checkpoint
+    for inputs, steps in (([tmp_path / "run"], list(STEPS)), (folders[:1], [500])):
+        found = select_checkpoints(inputs)
+        assert [one.step for one in found] == steps
+        assert all("2_Dense/weight" in one.tensors for one in found)
+        for one in found:
+            one.close()

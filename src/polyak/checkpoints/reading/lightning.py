@@ -27,7 +27,8 @@ def lightning_entries(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str,
     None unless Lightning wrote the file. `state_dict` is among the entries, to keep its place, without
     its tensors. Entries are plain values; tensors are kept among the hyper-parameters only.
     """
-    if checkpoint.format != "torch" or VERSION not in checkpoint.metadata:
+    is_zip = checkpoint.format == "torch" and checkpoint.files[0].read(0, 2) == b"PK"
+    if not is_zip or VERSION not in checkpoint.metadata:
         return None
     archive = TorchArchive(checkpoint.files[0])
     if not isinstance(archive.root, dict) or VERSION not in archive.root:

@@ -271,7 +271,7 @@ class Checkpoint:
     step: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
-    versions: dict[Any, Any] = field(default_factory=dict)
+    versions: dict[str, dict[Any, Any]] = field(default_factory=dict)
     components: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -7,14 +7,13 @@ from itertools import islice
 from typing import Any
 
 from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor, is_row_major
-from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, read_pickle
+from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, PLAIN, read_pickle
 from polyak.checkpoints.reading.pickled_tensors import (
     TensorRef,
     call_torch,
     find_tensors,
     persistent_storage,
 )
-from polyak.checkpoints.reading.plain import PlainCopy
 from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
     ByteFile,
@@ -146,11 +145,19 @@ def _counters(root: dict[Any, Any]) -> dict[str, str]:
     }
 
 
-def module_versions(attributes: dict[Any, Any]) -> dict[Any, Any]:
+def module_versions(attributes: dict[Any, Any]) -> dict[str, dict[Any, Any]]:
     """What `Module.state_dict` says of each module, as the attribute `_metadata` of a state dict."""
     versions = attributes.get("_metadata")
-    plain = PlainCopy().of(versions, "_metadata") if isinstance(versions, dict) else {}
-    return {name: version for name, version in plain.items() if name != "polyak"}
+    pairs = versions.items() if isinstance(versions, dict) else ()
+    return {
+        name: version
+        for name, version in pairs
+        if isinstance(name, str) and name != "polyak" and _is_plain(version)
+    }
+
+
+def _is_plain(version: Any) -> bool:
+    return isinstance(version, dict) and all(isinstance(value, PLAIN) for value in version.values())
 
 
 def attached_metadata(attributes: dict[Any, Any]) -> dict[str, str]:
