@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from polyak.errors import FormatError, NonFiniteError, UsageError
-from polyak.files import replacing
+from polyak.errors import FormatError, NonFiniteError, UsageError, require
+from polyak.files import replacing, writing_errors
 from polyak.reference_run.arm import Arm, final_record, validation_record
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.hardware import Hardware
@@ -50,6 +50,11 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | 
     """
     hardware = Hardware.named(recipe.device)
     data = load_data(recipe)
+    require(
+        recipe.batch_size <= len(data.train),
+        f"batch_size is {recipe.batch_size}, and there are {len(data.train)} training images. Choose at "
+        "most that many.",
+    )
     devices = [hardware.device] if hardware.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         build_model(recipe, data)  # refused before the folder is created if it does not fit
@@ -124,7 +129,7 @@ class _Loop:
             raise NonFiniteError(
                 f"Seed {unit.seed}, arm {unit.arm}, epoch {unit.epoch + 1}: {error} The epochs "
                 "before it are kept. Lower the rate of this arm (rate, swa_rate or cycle_high)."
-            ) from error
+            ) from None
 
     def _train(self, unit: Unit) -> list[dict[str, Any]]:
         arm = self.arm or self._begin(unit)
@@ -285,7 +290,8 @@ def keep_arm(folder: Path, arm: Arm) -> None:
 
 
 def _keep_iterate(path: Path, model: nn.Module) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, overwrite=True) as part:
         part.write_bytes(save(_plain(model.state_dict())))
 
