@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from polyak.errors import OutputError
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError if `path` exists and overwriting was not asked for."""
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # noqa: PTH110 - Path.exists raises for long names
         raise OutputError(
             f"{path} exists. Choose another name, or pass overwrite=True to replace it."
         )
@@ -23,7 +23,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def writing_errors(path: str | os.PathLike[str], retry: str = "try again") -> Iterator[None]:
-    """Turn an OSError of the block into an OutputError that names `path` and what to do.
+    """Turn an OSError of the block into one OutputError that names `path` and what to do.
 
     retry: the last words of the message, for callers that can continue what they began.
     """
@@ -32,11 +32,34 @@ def writing_errors(path: str | os.PathLike[str], retry: str = "try again") -> It
     except OutputError:
         raise
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
-        advice = "Make room" if full else "Choose another folder, or fix its permissions"
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"Could not write {path}: {reason}. {advice}, and {retry}.") from error
+        failed = OutputError(
+            f"Could not write {path}: {reason}. {_advice(error, path)}, and {retry}."
+        )
+        failed.errno = getattr(error, "errno", None)
+        raise failed from None  # the message says all that the other one does
+
+
+def _advice(error: Exception, path: str | os.PathLike[str]) -> str:
+    """What to do about it: the beginning of a sentence."""
+    folder = Path(path).parent
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error):
+        return "Make room"
+    if number == errno.ENOENT and not folder.is_dir():
+        return f"Make the folder {folder} first"
+    if number == errno.ENOTDIR:
+        return "Choose another folder: a part of this path is a file"
+    if number == errno.EROFS:
+        return "Choose a folder on another file system"
+    return _ADVICE.get(number or 0, "Choose another folder, or fix its permissions")
+
+
+_ADVICE = {
+    errno.EISDIR: "Choose another name: this is a folder",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EIO: "Check the disk",
+}
 
 
 @contextmanager
@@ -66,7 +89,8 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
             part.replace(target)
             sync(target.parent)
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # where it could not be made it cannot be removed either
+                part.unlink()
 
 
 def sync(path: Path) -> None:

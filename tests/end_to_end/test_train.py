@@ -89,8 +89,16 @@ def test_a_custom_recipe(there):
         (["--data", "few_images:fwe"], 2, "has nothing at fwe"),
         (["--model", "nothing_there:build"], 2, "no module 'nothing_there'"),
         (["--output", "taken"], 1, "taken is not empty"),
-        (["--output", "/proc/run"], 1, "Cannot write /proc/run"),
-        (["--output", "taken/letter.txt"], 1, "Cannot write taken/letter.txt"),
+        (["--output", "/proc/run"], 1, "Could not write /proc/run"),
+        (["--output", "taken/letter.txt"], 1, "Could not write taken/letter.txt"),
+        (["--cycle-epochs", "20"], 2, "cycle_epochs is 20, and only 10 of 40 epochs are left"),
+        (
+            [*SHORT, "--batch-size", "201"],
+            2,
+            "batch_size is 201, and there are 200 training images",
+        ),
+        (["--resume", "--output", "nowhere"], 2, "There is no run in nowhere to resume"),
+        (["--resume"], 2, "There is no run in runs/default to resume"),
         ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "Seed 0, arm swa, epoch 4:"),
     ],
 )
@@ -101,6 +109,14 @@ def test_bad_input_is_one_message_and_an_exit_code(there, capsys, arguments, cod
     errors = " ".join(capsys.readouterr().err.split())
     assert message in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--seeds", "--shift", "--batch-size"])
+def test_a_fraction_is_not_rounded(there, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        polyak("train", flag, "2.5")
+    assert stop.value.code == 2
+    assert "'2.5' is not a whole number" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_exits_with_2(there, capsys):
@@ -122,10 +138,8 @@ def test_ctrl_c_says_how_to_continue(there, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("polyak.cli.train_display.train", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        polyak("train", *SHORT)
-    assert stop.value.code == 130
-    assert "--resume" in capsys.readouterr().out
+    assert polyak("train", *SHORT) == 130
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_a_missing_report_extra_costs_the_report_only(there, capsys, monkeypatch):

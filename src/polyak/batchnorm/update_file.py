@@ -19,6 +19,7 @@ from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, check_match
+from polyak.files import writing_errors
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -53,7 +54,8 @@ def update_bn_file(
     if not isinstance(model, Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     source, target = Path(path), Path(output if output is not None else path)
-    _refuse(source, target, overwrite=overwrite)
+    with writing_errors(target):  # even asking about a path can fail
+        _refuse(source, target, overwrite=overwrite)
     layers = norm_layers(model)
     if not layers:
         raise ArgumentError(

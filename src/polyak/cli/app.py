@@ -7,10 +7,16 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
+from polyak.cli import stopped
 from polyak.errors import ArgumentError, PolyakError
 from polyak.version import __version__
 
-app = App(name="polyak", help="Average the weights of neural networks.", version=__version__)
+app = App(
+    name="polyak",
+    help="Average the weights of neural networks.",
+    version=__version__,
+    suppress_keyboard_interrupt=False,  # `stopped` says what can be continued
+)
 # One entry for each command, in the order of --help.
 app.command(
     "polyak.cli.train:train",
@@ -33,7 +39,7 @@ app.command("polyak.cli.diff:diff", help="Compare two checkpoints; exits like di
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse and run. polyak's errors become one message; exit code 2 for arguments, 1 for others."""
+    """Parse and run. polyak's errors become one message, Ctrl-C one line; returns the exit code."""
     try:
         result = app(list(arguments), exit_on_error=True, result_action="return_value")
     except PolyakError as error:
@@ -43,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
             with_flags(str(error)), style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 2 if isinstance(error, ArgumentError) else 1
+    except KeyboardInterrupt as interrupt:
+        return stopped(interrupt)
     return result if isinstance(result, int) else 0
 
 

@@ -7,7 +7,7 @@ Its flags come in groups. The fields of `Tensors`, `Work` and `Outputs` that hav
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import Whole
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class Inputs:
 
     """
 
-    last: int | None = None
+    last: Whole = None
     steps: str | None = None
-    every: int | None = None
-    best: int | None = None
+    every: Whole = None
+    best: Whole = None
     metric: str | None = None
     scores: Path | None = None
 
@@ -145,7 +146,7 @@ class Work:
     """
 
     max_memory: str = "128MiB"
-    threads: int | None = None
+    threads: Whole = None
     part: str | None = None
     resume: Annotated[bool, _Flag] = False
     verify: Annotated[bool, _Flag] = False
@@ -212,7 +213,7 @@ def average(
         if work.dry_run:
             _dry_run(console, found, methods, options)
             return
-        with _progress(console) as progress:
+        with _continuable(methods), _progress(console) as progress:
             done = run_merge(
                 found.kept,
                 methods,
@@ -308,6 +309,23 @@ def _notices(console: Console) -> Iterator[None]:
         yield
     for warning in caught:
         console.print(f"Note: {warning.message}", style="yellow", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _continuable(outputs: Iterable[PathLike]) -> Iterator[None]:
+    """Let Ctrl-C say what was kept, and how to go on."""
+    from polyak.checkpoints.merging.outputs import leftovers
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = [str(folder) for output in outputs for folder in leftovers(Path(output))]
+        raise KeyboardInterrupt(
+            f"Stopped. What was done is kept in {', '.join(kept)}. Continue with the same command and "
+            "--resume, or remove it."
+            if kept
+            else "Stopped. Nothing was written."
+        ) from None
 
 
 @contextmanager

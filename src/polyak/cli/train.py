@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import whole_number
+from polyak.errors import ArgumentError
 from polyak.reference_run.recipe import Recipe, load_recipe, quick_version
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ else:
                 Annotated[
                     _TYPES[field.name] | None,
                     Parameter(
-                        help=field.metadata["help"], consume_multiple=True, negative_iterable=()
+                        help=field.metadata["help"],
+                        consume_multiple=True,
+                        negative_iterable=(),
+                        converter=whole_number if _TYPES[field.name] is int else None,
                     ),
                 ],
                 dataclasses.field(default=None),
@@ -63,6 +68,11 @@ def train(
         chosen = quick_version(chosen)
     chosen = load_recipe(recipe, {**dataclasses.asdict(chosen), **overrides})
     folder = output or _default_folder(chosen.name, resume=resume)
+    if resume and not folder.exists():
+        raise ArgumentError(
+            f"There is no run in {folder} to resume. Leave out --resume to start one there, or name "
+            "the folder of a run with --output."
+        )
     from polyak.cli.train_display import carry_out
 
     carry_out(chosen, folder, resume=resume)

@@ -47,11 +47,9 @@ def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
         with _display(console, recipe, before) as watch:
             run = train(recipe, folder, resume=resume, watch=watch)
     except KeyboardInterrupt:
-        console.print(
-            f"Stopped. Continue with the same command and --resume --output {folder}.",
-            highlight=False,
-        )
-        raise
+        raise KeyboardInterrupt(
+            f"Stopped. Continue with the same command and --resume --output {folder}."
+        ) from None
     _print_results(console, run)
 
 

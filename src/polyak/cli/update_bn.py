@@ -7,6 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import Whole
+
 
 def update_bn(
     file: Path,
@@ -14,7 +16,7 @@ def update_bn(
     model: str,
     data: str,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
-    limit: int | None = None,
+    limit: Whole = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Set the BatchNorm statistics in a file of averaged weights to those of the data.

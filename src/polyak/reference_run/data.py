@@ -33,6 +33,7 @@ from polyak.reference_run.recipe import Recipe
 EMBEDDED = Path(__file__).parent / "images" / "fashion.npz"
 EMBEDDED_SHA256 = "a8bb457daf23e0144f6a14ace76caac7a210c97ae8b87b8f9388ea9d475181de"
 N_CLASSES = 10
+_MAX_CLASSES = 100_000
 MEAN, STD = 0.2860, 0.3530
 """Of the pixels of Fashion-MNIST's training images, scaled to [0, 1]."""
 _UNSIGNED_BYTES = 0x08
@@ -105,6 +106,20 @@ def _loaded(function: str, folder: str) -> Data:
     return idx_data(Path(folder)) if folder else embedded_data()
 
 
+def _unseen_labels(data: Data) -> str:
+    """A sentence about labels of the other images that no training image has; empty without any."""
+    for name in ("validation", "test"):
+        labels = getattr(data, name).labels
+        unseen = labels[~torch.isin(labels, data.train.labels)].unique().tolist()
+        if unseen:
+            shown = ", ".join(map(str, unseen[:10])) + (", ..." if len(unseen) > 10 else "")
+            return (
+                f"the {name} images have the labels {shown}, which no training image has, so no model "
+                "can learn them. Split the data so that every class is in train."
+            )
+    return ""
+
+
 def embedded_data() -> Data:
     """The images that ship: 6,000 to train on, 2,000 to validate on, 4,000 to test on.
 
@@ -155,11 +170,14 @@ def idx_data(folder: Path) -> Data:
             f"{test_images.shape[1:]}; expected the same."
         )
     cut = len(images) - len(images) // 12
-    return Data(
+    data = Data(
         train=_split(images[:cut], labels[:cut]),
         validation=_split(images[cut:], labels[cut:]),
         test=_split(test_images, test_labels),
     )
+    if problem := _unseen_labels(data):
+        raise FormatError(f"{folder}: {problem}")
+    return data
 
 
 def read_images(folder: Path, name: str) -> NDArray[np.uint8]:
@@ -241,6 +259,8 @@ def custom_data(function: str) -> Data:
     shapes = {name: tuple(getattr(data, name).images.shape[1:]) for name in names}
     if len(set(shapes.values())) > 1:
         raise ArgumentError(f"{function}: images are {shapes}; expected one shape.")
+    if problem := _unseen_labels(data):
+        raise ArgumentError(f"{function}: {problem}")
     return data
 
 
@@ -270,6 +290,8 @@ def _problem(images: Tensor, labels: Tensor) -> str:
         )
     if int(labels.min()) < 0:
         return f"labels begin at {int(labels.min())}; expected classes counted from 0."
+    if int(labels.max()) >= _MAX_CLASSES:
+        return f"labels reach {int(labels.max())}; expected classes counted from 0, below {_MAX_CLASSES}."
     if not bool(torch.isfinite(images).all()):
         return "images hold NaN or infinity; expected finite numbers."
     return ""

@@ -79,8 +79,10 @@ def measure_landscape(run: Run) -> Landscape | None:
         return None
     if (stored := stored_landscape(run)) is not None:
         return stored
-    land = measure(run, arm, detail_for(run))
-    with replacing(run.folder / _FILE) as part:
+    with replacing(
+        run.folder / _FILE
+    ) as part:  # a folder that cannot be written is refused at once
+        land = measure(run, arm, detail_for(run))
         part.write_text(json.dumps(asdict(land), default=np.ndarray.tolist), encoding="utf-8")
     return land
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from polyak.checkpoints.writing.save import write_checkpoint
-from polyak.errors import FormatError, NonFiniteError, UsageError
-from polyak.files import replacing
+from polyak.errors import FormatError, NonFiniteError, UsageError, require
+from polyak.files import replacing, writing_errors
 from polyak.reference_run.arm import Arm, final_record, validation_record
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.hardware import Hardware
@@ -49,6 +50,11 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | 
     """
     hardware = Hardware.named(recipe.device)
     data = load_data(recipe)
+    require(
+        recipe.batch_size <= len(data.train),
+        f"batch_size is {recipe.batch_size}, and there are {len(data.train)} training images. Choose at "
+        "most that many.",
+    )
     devices = [hardware.device] if hardware.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         build_model(recipe, data)  # refused before the folder is created if it does not fit
@@ -123,7 +129,7 @@ class _Loop:
             raise NonFiniteError(
                 f"Seed {unit.seed}, arm {unit.arm}, epoch {unit.epoch + 1}: {error} The epochs "
                 "before it are kept. Lower the rate of this arm (rate, swa_rate or cycle_high)."
-            ) from error
+            ) from None
 
     def _train(self, unit: Unit) -> list[dict[str, Any]]:
         arm = self.arm or self._begin(unit)
@@ -270,8 +276,7 @@ def keep_averaged(folder: Path, arm: Arm, epoch: int) -> None:
     """Keep the weights that were averaged after `epoch` epochs."""
     if arm.seed == _KEPT_SEED:
         path = weights_path(folder, arm.seed, arm.name, f"epoch-{epoch:03d}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(path, arm.model.state_dict(), overwrite=True)
+        _keep_iterate(path, arm.model)
 
 
 def keep_arm(folder: Path, arm: Arm) -> None:
@@ -279,9 +284,14 @@ def keep_arm(folder: Path, arm: Arm) -> None:
     if arm.seed != _KEPT_SEED:
         return
     iterate = weights_path(folder, arm.seed, arm.name, "iterate")
-    iterate.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(iterate, arm.model.state_dict(), overwrite=True)
+    _keep_iterate(iterate, arm.model)
     for kind, average in arm.averages.items():
         average.save(weights_path(folder, arm.seed, arm.name, kind), overwrite=True)
     if arm.name == next((name for name in arm.recipe.arms if name != "sgd"), None):
         arm.averages["swa"].save(folder / "swa.safetensors", overwrite=True)
+
+
+def _keep_iterate(path: Path, model: nn.Module) -> None:
+    with writing_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, model.state_dict(), overwrite=True)

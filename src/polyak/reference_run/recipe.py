@@ -66,6 +66,8 @@ class Recipe:
     device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.")
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Recipe).items():
+            object.__setattr__(self, name, _typed(name, kind, getattr(self, name)))
         _check_counts(self)
         _check_rates(self)
         _check_times(self)
@@ -121,21 +123,22 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 
 def recipe_from(values: Mapping[str, Any], *, where: str) -> Recipe:
-    """A recipe from plain values, each checked against the type of its field."""
-    types = get_type_hints(Recipe)
-    known = {f.name: types[f.name] for f in fields(Recipe)}
+    """A recipe from plain values, whose names are checked."""
+    known = [f.name for f in fields(Recipe)]
     if unknown := sorted(set(values) - set(known)):
         raise ArgumentError(
             f"{where}: unknown {', '.join(unknown)}. The fields of a recipe are {', '.join(known)}."
         )
-    return Recipe(**{name: _typed(name, known[name], value) for name, value in values.items()})
+    return Recipe(**values)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not a TOML file: {error}.") from error
+        raise FormatError(f"{path} is not a TOML file: {error}.") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
@@ -194,6 +197,13 @@ def _check_times(recipe: Recipe) -> None:
         f"With {recipe.epochs} epochs the averaging arms would leave SGD after epoch "
         f"{recipe.branch_epoch} (branch_at {recipe.branch_at}); they need at least one epoch "
         "before and one after. Raise epochs.",
+    )
+    left = recipe.epochs - recipe.branch_epoch
+    require(
+        "cyclic" not in recipe.arms or recipe.cycle_epochs <= left,
+        f"cycle_epochs is {recipe.cycle_epochs}, and only {left} of {recipe.epochs} epochs are left "
+        f"after branch_at {recipe.branch_at}: no cycle would end, so there would be no weights to "
+        "average. Shorten the cycle, raise epochs, or leave cyclic out of arms.",
     )
 
 

@@ -20,7 +20,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
-from polyak.files import replacing
+from polyak.files import replacing, writing_errors
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe, load_recipe
@@ -145,16 +145,15 @@ def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
     Raises OutputError if it exists already or cannot be written, UsageError if another run is
     writing to it, or if it holds a run of another recipe.
     """
-    with _writable(folder):
+    with writing_errors(folder):
         is_taken = folder.exists() and any(folder.iterdir())
     if is_taken and not resume:
-        raise OutputError(
-            f"{folder} is not empty. Pass resume=True to continue the run in it, or choose another "
-            "folder."
-        )
+        holds_run = (folder / "recipe.toml").exists()
+        how = "Pass resume=True to continue the run in it, or choose" if holds_run else "Choose"
+        raise OutputError(f"{folder} is not empty. {how} another folder.")
     if resume:
         _check_same_recipe(folder, recipe)
-    with _writable(folder):
+    with writing_errors(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (folder / "checkpoints" / "lock").open("w")
     with lock:
@@ -220,20 +219,11 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except BlockingIOError:
         raise UsageError(
             f"Another run is writing to {folder}. Wait for it, or choose another folder."
-        ) from error
+        ) from None
 
 
-@contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"Cannot write {path}: {error.strerror or error}. Finished epochs are kept. Free disk "
-            "space or fix the permissions, then pass resume=True to continue, or choose another folder."
-        ) from error
+def _writable(path: Path) -> AbstractContextManager[None]:
+    return writing_errors(path, "pass resume=True to continue: finished epochs are kept")

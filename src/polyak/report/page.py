@@ -16,8 +16,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from polyak.errors import ArgumentError, OutputError
-from polyak.files import refuse_existing, replacing
+from polyak.errors import ArgumentError
+from polyak.files import refuse_existing, replacing, writing_errors
 from polyak.reference_run.flatness import Landscape, stored_landscape
 from polyak.reference_run.run import Run
 from polyak.report import sentences
@@ -217,12 +217,8 @@ def _landscape_note(run: Run, land: Landscape | None) -> str:
 
 
 def _write_pngs(drawings: Iterable[Drawing], folder: Path) -> None:
-    try:
+    with writing_errors(folder):
         folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"Could not create {folder}: {error.strerror}. Make the run folder writable."
-        ) from error
     for drawing in drawings:
         write_png(drawing, folder)
 

@@ -6,9 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, require
 from polyak.files import replacing
-from polyak.maths.schedules import Schedule
+from polyak.maths.arguments import at_least_one
+from polyak.maths.schedules import Schedule, check_schedule
 from polyak.report.drawing import style
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def plot_schedule(schedule: Schedule, ax: Axes | None = None, *, steps: int | No
     ['Base LR schedule', 'SWA LR schedule', 'Averaged weights']
     """
     steps = _length(schedule, steps)
+    require(
+        ax is None or hasattr(ax, "stairs"),
+        f"ax is {ax!r}; expected the axes to draw on. To write a file, call "
+        "plot_schedule(schedule).figure.savefig(path).",
+    )
     with style():
         if ax is None:
             import matplotlib.pyplot as plt
@@ -70,12 +76,11 @@ def save_schedule_plot(
 
 
 def _length(schedule: Schedule, steps: int | None) -> int:
+    check_schedule("What is drawn is", schedule)
     steps = schedule.total if steps is None else steps
     if steps is None:
         raise ArgumentError(f"{schedule} never ends. Pass the number of steps to draw: steps=...")
-    if steps < 1:
-        raise ArgumentError(f"steps is {steps}; expected 1 or more.")
-    return steps
+    return at_least_one("steps", steps)
 
 
 def _draw(schedule: Schedule, ax: Axes, steps: int) -> None:

@@ -148,6 +148,21 @@ def test_custom_data(custom):
             f"dict(train=(torch.zeros(2, 1, 10, 10), torch.tensor([0, 1])), validation={PAIR}, test={PAIR})",
             "expected one shape",
         ),
+        (
+            "a9",
+            f"dict(train={PAIR}, validation={PAIR}, test=({PAIR}[0], {PAIR}[1] + 7))",
+            "the test images have the labels .*, which no training image has",
+        ),
+        (
+            "b1",
+            f"dict(train={PAIR}, validation=({PAIR}[0], {PAIR}[1] + 7), test={PAIR})",
+            "the validation images have the labels",
+        ),
+        (
+            "b2",
+            f"dict(train=({PAIR}[0], {PAIR}[1] + 10**9), validation={PAIR}, test={PAIR})",
+            "labels reach 1000000",
+        ),
     ],
 )
 def test_custom_data_that_does_not_fit(custom, name, body, message):
@@ -173,5 +188,5 @@ def test_the_same_data_is_loaded_once(custom):
     function = custom(
         "counted", f"print('loading') or dict(train={PAIR}, validation={PAIR}, test={PAIR})"
     )
-    first, again = (load_data(Recipe(data=function, epochs=n)) for n in (4, 5))
+    first, again = (load_data(Recipe(data=function, epochs=n)) for n in (40, 50))
     assert first is again

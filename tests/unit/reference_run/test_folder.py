@@ -12,7 +12,7 @@ from polyak.reference_run.loop import RunCheckpoint, read_checkpoint
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import MetricsLog, run_folder
 
-RECIPE = Recipe(epochs=4)
+RECIPE = Recipe(epochs=4, cycle_epochs=1)
 HERE = {"torch": "2.13", "threads": "2"}
 
 
@@ -29,8 +29,15 @@ def test_a_new_folder_holds_its_recipe(tmp_path):
 def test_a_folder_that_is_not_empty_is_refused_without_resume(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with (
-        pytest.raises(OutputError, match=r"is not empty\. Pass resume=True"),
+        pytest.raises(OutputError, match=r"is not empty\. Choose another folder"),
         run_folder(tmp_path, RECIPE, resume=False),
+    ):
+        pass
+    with run_folder(tmp_path / "run", RECIPE, resume=False) as folder:
+        pass
+    with (
+        pytest.raises(OutputError, match=r"is not empty\. Pass resume=True"),
+        run_folder(folder, RECIPE, resume=False),
     ):
         pass
     with (
@@ -71,7 +78,7 @@ def test_a_run_killed_before_its_recipe_starts_again(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(OutputError, match="Cannot write"),
+        pytest.raises(OutputError, match="Could not write"),
         run_folder(tmp_path / "file" / "run", RECIPE, resume=False),
     ):
         pass

@@ -67,6 +67,16 @@ def test_a_file_that_is_not_toml(tmp_path):
         ("arms", ("sgd", "adam"), "expected sgd, then"),
         ("shift", 99, "shift is 99"),
         ("name", "../x", "plain folder name"),
+        ("cycle_epochs", 11, "cycle_epochs is 11, and only 10 of 40 epochs are left"),
+        ("branch_at", 0.97, "no cycle would end"),
+        ("epochs", 2.5, "epochs is 2.5; expected int"),
+        ("epochs", True, "epochs is True; expected int"),
+        ("rate", "0.1", "rate is '0.1'; expected float"),
+        ("flips", 1, "flips is 1; expected bool"),
+        ("model", None, "model is None; expected str"),
+        ("arms", "sgd", "expected a list of names"),
+        ("rate", float("nan"), "rate is nan"),
+        ("seeds", -1, "seeds is -1"),
     ],
 )
 def test_values_outside_their_domain(field, value, message):
@@ -87,3 +97,15 @@ def test_differences_name_the_fields():
         "epochs: 40 here, 20 there",
         "flips: True here, False there",
     ]
+
+
+def test_a_cycle_may_be_long_where_no_arm_has_cycles():
+    assert Recipe(arms=("sgd", "swa"), cycle_epochs=100).cycle_epochs == 100
+    assert Recipe(cycle_epochs=10).cycle_epochs == 10
+
+
+def test_a_recipe_that_cannot_be_read_is_one_error(tmp_path):
+    (tmp_path / "bad.toml").write_text("epochs = = 3")
+    with pytest.raises(FormatError, match="not a TOML file") as caught:
+        load_recipe(str(tmp_path / "bad.toml"))
+    assert caught.value.__suppress_context__
