@@ -116,7 +116,7 @@ class Tensors:
         exclude: Take the tensors that fit this pattern from the newest; may be repeated.
         base: A checkpoint to add weighted differences to: base + sum of weight x (input - base).
         key: Where the tensors are inside nested dicts, with dots.
-        shard_size: The size of a shard, where the output is a folder.
+        shard_size: The size of a shard, where the output is a folder; 5GB by default.
 
     """
 
@@ -125,7 +125,7 @@ class Tensors:
     exclude: Annotated[list[str], _Many] | None = None
     base: str | None = None
     key: str | None = None
-    shard_size: str = "5GB"
+    shard_size: str | None = None
 
 
 @Parameter(name="*")
@@ -201,9 +201,12 @@ def average(
 
     console = Console(highlight=False)
     methods = outputs.methods()
+    if tensors.shard_size and not any(not path.suffix for path in outputs.output):
+        raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = _options(outputs, tensors, work)
     with ExitStack() as opened, _notices(console):
         selected = select_checkpoints(inputs, which.selection(), key=tensors.key)
+        _note_fewer(console, which, len(selected))
         for checkpoint in selected:
             opened.enter_context(checkpoint)
         if work.dry_run:
@@ -212,6 +215,15 @@ def average(
         with _continuable(methods), _progress(console) as progress:
             done = average_checkpoints(selected, methods, progress=progress, **options)
     _print_done(console, done)
+
+
+def _note_fewer(console: Console, which: Inputs, found: int) -> None:
+    """Say where fewer checkpoints are left than were asked for."""
+    for flag, asked in (("--last", which.last), ("--best", which.best)):
+        if asked is not None and found < asked:
+            console.print(
+                f"Note: {flag} {asked}, but only {found} checkpoints are there.", style="yellow"
+            )
 
 
 def _options(*groups: Any) -> dict[str, Any]:

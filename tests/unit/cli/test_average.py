@@ -24,7 +24,8 @@ def folder(tmp_path, monkeypatch):
     for step in (500, 1000, 1500, 2000):
         place = tmp_path / "run" / f"checkpoint-{step}"
         place.mkdir(parents=True)
-        save_file({"w": torch.full((3,), float(step))}, place / "model.safetensors")
+        tensors = {"w": torch.full((3,), float(step)), "v": torch.ones(2)}
+        save_file(tensors, place / "model.safetensors")
         log = [{"step": s, "eval_loss": abs(s - 1000) / 1000} for s in range(500, step + 1, 500)]
         state = {"global_step": step, "log_history": log}
         (place / "trainer_state.json").write_text(json.dumps(state))
