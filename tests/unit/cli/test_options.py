@@ -158,6 +158,11 @@ def test_fewer_than_asked_for_is_said(flags, left, capsys):
     assert "Note" not in capsys.readouterr().out
 
 
+def test_what_is_excluded_is_that_of_the_newest():
+    assert run(arguments("average ALL -o out.safetensors --exclude w")) == 0
+    assert load_file("out.safetensors")["w"][0] == 400
+
+
 def test_one_file_is_converted_whatever_is_left_out():
     assert run(arguments("average step-100.safetensors -o out.safetensors --exclude '*'")) == 0
     assert load_file("out.safetensors")["w"][0] == 100
