@@ -12,7 +12,7 @@ import torch
 from reference.stored import assert_reads, read_all, row_major_bytes
 
 from polyak.checkpoints import open_checkpoint
-from polyak.checkpoints.reading import gather, pickled_tensors
+from polyak.checkpoints.reading import find_tensors, gather
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -352,7 +352,7 @@ def test_storages_above_four_gigabytes(tmp_path):
 
 
 def test_few_bytes_do_not_become_many_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickled_tensors, "MAX_TENSORS", 10_000)
+    monkeypatch.setattr(find_tensors, "MAX_TENSORS", 10_000)
     names_of_a_gigabyte = {"k" * 1_000_000: [torch.ones(1)] * 1000}
     ten_million_names = [[[[[[[torch.ones(1)] * 9] * 9] * 9] * 9] * 9] * 9] * 9
     for root in (names_of_a_gigabyte, ten_million_names):

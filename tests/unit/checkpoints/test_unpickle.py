@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.checkpoints.reading.pickle_reader import MAX_STACK, Global, Stub, read_pickle
+from polyak.checkpoints.reading.inert import Global, Stub
+from polyak.checkpoints.reading.pickle_machine import MAX_STACK
+from polyak.checkpoints.reading.pickle_reader import read_pickle
 from polyak.errors import FormatError
 
 PLAIN = st.recursive(

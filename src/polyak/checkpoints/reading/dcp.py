@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from polyak.checkpoints.reading.find_tensors import find_tensors
 from polyak.checkpoints.reading.gather import (
     Box,
     ChunkedTensor,
@@ -21,14 +22,10 @@ from polyak.checkpoints.reading.gather import (
     SwappedTensor,
     row_major,
 )
-from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, Global, Stub, read_pickle
-from polyak.checkpoints.reading.pickled_tensors import (
-    DTYPES,
-    StorageRef,
-    TensorRef,
-    call_torch,
-    find_tensors,
-)
+from polyak.checkpoints.reading.inert import Global, Stub
+from polyak.checkpoints.reading.pickle_machine import MAX_PICKLE_BYTES
+from polyak.checkpoints.reading.pickle_reader import read_pickle
+from polyak.checkpoints.reading.pickled_tensors import DTYPES, StorageRef, TensorRef, call_torch
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
