@@ -230,10 +230,11 @@ def _dry_run(
 ) -> None:
     from polyak.checkpoints.merging.execute import check_outputs
     from polyak.checkpoints.merging.options import MergeOptions
-    from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
+    from polyak.checkpoints.merging.prepare import prepared, warn_of_lost_state, warn_of_stale
 
     with prepared(selected, methods, MergeOptions(**options)) as merge:
         warn_of_stale(merge)
+        warn_of_lost_state(merge)
         _print_plan(console, merge)
         if not merge.options.resume:
             check_outputs(merge)

@@ -55,6 +55,7 @@ def _shown(found: Inspection, *, values: bool) -> list[RenderableType]:
     )
     parts: list[RenderableType] = [summary, _table(found, values=values)]
     parts += [f"  {alias} is tied to {name}" for alias, name in found.ties.items()]
+    parts += [f"  {name} is state that is no tensor ({kind})" for name, kind in found.extra.items()]
     parts += [f"  {name} cannot be read: {why}" for name, why in found.refused.items()]
     parts += [f"  {key}: {text}" for key, text in sorted(found.metadata.items())]
     if values:

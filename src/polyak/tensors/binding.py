@@ -54,6 +54,7 @@ class BoundTensors:
         named = named_tensors(self.model)
         for name, slot in named.slots.items():
             _refuse_sharded(name, slot.tensor)
+            _refuse_partitioned(name, slot.tensor)
         return named, {**decisions(named, self.policy), **self.kinds}
 
     def bind(self) -> None:
@@ -242,3 +243,13 @@ def _refuse_sharded(name: str, tensor: Tensor) -> None:
                 f"{name} is sharded (a DTensor); Average works on the tensors of one device. "
                 "Average the model before it is sharded, or the checkpoints that it writes."
             )
+
+
+def _refuse_partitioned(name: str, tensor: Tensor) -> None:
+    whole = getattr(tensor, "ds_shape", None)  # set by DeepSpeed ZeRO-3, which leaves shape (0,)
+    if whole is not None and tuple(whole) != tuple(tensor.shape):
+        raise ArgumentError(
+            f"{name} is partitioned by DeepSpeed ZeRO-3: it has the shape {list(tensor.shape)} here, and "
+            f"{list(whole)} in the whole. Average the files that zero_to_fp32.py makes of the "
+            "checkpoints, or train with ZeRO stage 2, whose parameters are whole."
+        )

@@ -76,7 +76,9 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
     """How `target` will be written: `.safetensors`, a torch archive, or a folder (no suffix)."""
     if target.name in ("", ".."):
         raise ArgumentError(f"The output {target} names no file; write its name out.")
-    single = layout_for(target, contents.tensors, contents.ties, metadata)
+    single = layout_for(
+        target, contents.tensors, contents.ties, metadata, extra=contents.newest.extra
+    )
     if single is not None:
         return Blueprint(target, metadata, {"": (single, len(contents.tensors))})
     suffix = target.suffix

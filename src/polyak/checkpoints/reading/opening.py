@@ -20,7 +20,7 @@ from polyak.checkpoints.reading.npz import read_npz
 from polyak.checkpoints.reading.rank_shards import is_rank_shard, read_rank_shards
 from polyak.checkpoints.reading.safetensors_reader import is_safetensors, read_safetensors
 from polyak.checkpoints.reading.storage import Place
-from polyak.checkpoints.reading.stored import ByteFile, Checkpoint
+from polyak.checkpoints.reading.stored import FLOATS, ByteFile, Checkpoint
 from polyak.checkpoints.reading.tars import is_tar, tar_members
 from polyak.checkpoints.reading.torch_archive import TorchArchive
 from polyak.checkpoints.reading.torch_file import read_torch
@@ -66,6 +66,7 @@ def open_checkpoint(
     with ExitStack() as undo:
         opened = _open(place, key)
         undo.callback(opened.close)
+        _refuse_partitioned(opened)
         if strict and opened.refused:
             listed = "\n".join(f"  {name}: {why}" for name, why in opened.refused.items())
             raise FormatError(
@@ -75,6 +76,31 @@ def open_checkpoint(
         opened.step = training_step(place, opened.metadata)
         undo.pop_all()
     return opened
+
+
+def _refuse_partitioned(opened: Checkpoint) -> None:
+    """Weights of shape (0,): what DeepSpeed ZeRO-3 leaves in a model whose parameters are partitioned.
+
+    No layer has a weight of that shape; an empty one has two dimensions.
+    """
+    tensors = opened.tensors
+    empty = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.shape == (0,) and tensor.dtype in FLOATS and name.rpartition(".")[2] == "weight"
+    ]
+    for name in empty:
+        opened.refused[name] = _PARTITIONED
+        del tensors[name]
+    for alias in [alias for alias, name in opened.ties.items() if name in opened.refused]:
+        opened.refused[alias] = _PARTITIONED
+        del opened.ties[alias]
+
+
+_PARTITIONED = (
+    "It is empty, as DeepSpeed ZeRO-3 leaves the parameters of a model: its values are in the shards of "
+    "the ranks. Run the zero_to_fp32.py of the DeepSpeed checkpoint, and pass its output."
+)
 
 
 def _open(place: Place, key: str | None) -> Checkpoint:

@@ -254,7 +254,8 @@ class Checkpoint:
     path: as given. format: `safetensors`, `torch`, `dcp`, `npz`, or one of these followed by `shards`.
     tensors: stored names only. ties: alias -> stored name. metadata: strings to strings. step: the
     training step, None if unknown. files: the files that it is read from. refused: name -> why it
-    cannot be read (empty if opened with `strict=True`).
+    cannot be read (empty if opened with `strict=True`). extra: the state in it that is no tensor, which
+    `get_extra_state` returned: name -> containers and plain values.
     """
 
     path: str
@@ -265,6 +266,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     step: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_merged(self) -> bool:

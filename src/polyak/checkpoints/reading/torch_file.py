@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from itertools import islice
 from typing import Any
 
+from polyak.checkpoints.reading.extra_state import tensors_in
 from polyak.checkpoints.reading.find_tensors import find_tensors
 from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor, is_row_major
 from polyak.checkpoints.reading.inert import StateDict
@@ -60,13 +61,14 @@ def read_torch(source: TorchFile, key: str | None = None) -> Checkpoint:
     found = find_tensors(source.root, key, file.path)
     tensors, refused = {}, found.refused
     names: dict[tuple[Any, ...], list[str]] = {}
+    within = tensors_in(found.extra)  # no weight is stored under the name of a part of extra state
     for name, ref in found.tensors.items():
         try:
             tensors[name] = source.tensor(name, ref)
         except FormatError as error:
             refused[name] = str(error)
             continue
-        if math.prod(ref.shape):
+        if math.prod(ref.shape) and name not in within:
             names.setdefault(ref.place, []).append(name)
     ties = _ties(list(names.values()))
     return Checkpoint(
@@ -77,6 +79,7 @@ def read_torch(source: TorchFile, key: str | None = None) -> Checkpoint:
         ties=ties,
         metadata=scalars(source.root) | attached_metadata(source.root),
         refused=refused,
+        extra=found.extra,
     )
 
 

@@ -27,7 +27,9 @@ from typing import Any, Protocol
 
 import torch
 
+from polyak.checkpoints.reading.extra_state import tensors_in
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, bytes_of, itemsize
+from polyak.checkpoints.writing.extra_state import SetInOrder, built, writable
 from polyak.errors import FormatError, OutputError
 from polyak.files import writing_errors
 
@@ -111,16 +113,18 @@ def layout_for(
     ties: Mapping[str, str],
     metadata: Mapping[str, str],
     versions: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Layout | None:
     """The layout of the file that the suffix of `path` asks for, or None for any other suffix.
 
-    ties: alias -> name. versions: the `_metadata` of a module's state dict, for torch archives.
+    ties: alias -> name. versions: the `_metadata` of a module's state dict, and extra: its state that is
+    no tensor (a `Checkpoint` describes it), both for torch archives.
     """
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         return SafetensorsLayout(tensors, metadata)
     if suffix in TORCH_SUFFIXES:
-        return TorchLayout(tensors, ties, metadata, versions)
+        return TorchLayout(tensors, ties, metadata, versions, extra)
     return None
 
 
@@ -211,8 +215,10 @@ class TorchLayout:
         ties: Mapping[str, str],
         metadata: Mapping[str, str],
         versions: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         self._tensors, self._ties, self._versions = tensors, ties, versions or {}
+        self._extra = writable(extra or {})
         small = {
             "data.pkl": self._pickled(metadata),
             ".format_version": b"1",
@@ -251,7 +257,10 @@ class TorchLayout:
         """
         rebuilt = {t.name: _Rebuilt(t, str(i)) for i, t in enumerate(self._tensors)}
         rebuilt |= {alias: rebuilt[n] for alias, n in self._ties.items() if n in rebuilt}
-        state = OrderedDict((sys.intern(name), tensor) for name, tensor in rebuilt.items())
+        within = tensors_in(self._extra)
+        shown: dict[str, Any] = {name: one for name, one in rebuilt.items() if name not in within}
+        shown |= built(self._extra, rebuilt.__getitem__, SetInOrder)
+        state = OrderedDict((sys.intern(name), _interned(one)) for name, one in shown.items())
         vars(state)["_metadata"] = _interned({**self._versions, METADATA_KEY: dict(metadata)})
         stream = io.BytesIO()
         _Pickler(stream, protocol=2).dump(state)
@@ -355,7 +364,10 @@ class _Pickler(pickle.Pickler):
 
 def _interned(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {_interned(key): _interned(item) for key, item in value.items()}
+        kind = OrderedDict if type(value) is OrderedDict else dict
+        return kind((_interned(key), _interned(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(_interned, value))
     return sys.intern(value) if type(value) is str else value
 
 
