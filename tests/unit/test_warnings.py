@@ -54,6 +54,10 @@ def updated(norm=None):
     return average
 
 
+def first_only(model, x):
+    return model[0](x)
+
+
 def attached():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -135,6 +139,27 @@ def measured_with_a_norm_of_its_own(folder):
 
 
 @case(StaleStatistics)
+def applied_with_stale_statistics(folder):
+    average = updated()
+    with average.applied():  # the line that is to be named
+        pass
+
+
+@case(StaleStatistics)
+def lent_with_stale_statistics(folder):
+    average = updated()
+    loan = average.lend()
+    loan.give_back()  # the line that is to be named
+
+
+@case(StaleStatistics)
+def update_bn_that_misses_a_layer(folder):
+    model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)])
+    data = [torch.randn(4, 3)]
+    polyak.update_bn(model, data, forward=first_only)  # the line that is to be named
+
+
+@case(StaleStatistics)
 def update_bn(folder):
     model = network(OwnNorm())
     polyak.update_bn(model, [torch.randn(4, 3)])  # the line that is to be named
@@ -158,6 +183,15 @@ def iter_averaged_tensors(folder):
     tensors = polyak.iter_averaged_tensors(checkpoints(folder), "swa")
     for _ in tensors:  # the line that is to be named
         pass
+
+
+@case(PolyakWarning)
+def written_to_in_place(folder):
+    average = polyak.Average(nn.Linear(3, 3), polyak.SWA())
+    average.update()
+    loan = average.lend(in_place=True)
+    nn.init.zeros_(average.model.weight)
+    loan.give_back()  # the line that is to be named
 
 
 @case(PolyakWarning)

@@ -60,7 +60,7 @@ def read_state(
 def translated_state(
     member: Member, state: Mapping[str, Any], updates: int | None = None
 ) -> dict[str, Any]:
-    """The state that this average would have after so many updates to another library's weights."""
+    """The state that this average would have after `updates` updates to another library's weights."""
     profile, tracker = member.profile, member.tracker
     _refuse_snapshots(member)
     foreign = read_foreign(state, tracker.tensors.model)

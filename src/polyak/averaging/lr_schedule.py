@@ -22,7 +22,7 @@ class LRSchedule(LRScheduler):
     The rate is absolute, whatever `initial_lr` or the rate so far say. Call `step()` after each
     `optimizer.step()`, as with torch's schedulers; `last_epoch` counts the completed steps.
 
-    `scales` holds one factor per group, 1 unless given; change the list to change the factors. A
+    `scales` holds one factor per group, by default 1; change the list to change the factors. A
     group that `add_param_group` brings later gets 1. Rates that are tensors are written in place,
     without waiting for their device.
 

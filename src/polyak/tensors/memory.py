@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 
-def copy_on_write(tensor: Tensor) -> Tensor:
-    """A tensor of the same values that shares their memory until either of the two is written to."""
+def copy_on_write(tensor: Tensor) -> Tensor | None:
+    """A tensor of the same values that shares their memory until either of the two is written to.
+
+    None where that cannot be: memory that torch did not allocate (mapped files, NumPy arrays), that
+    other processes see, or that holds anything but plain dense values.
+    """
+    own = tensor.detach()
     # torch keeps this private: the only way to share memory whose writers need not know of it.
     lazy = getattr(torch, "_lazy_clone", None)
-    own = tensor.detach()
-    clone: Tensor = lazy(own) if lazy is not None and shares_lazily(own) else own.clone()
+    plain = type(own) is Tensor and own.layout == torch.strided and not own.is_quantized
+    if lazy is None or not plain or own.is_conj() or own.is_neg() or in_shared_memory(own):
+        return None
+    try:
+        clone: Tensor = lazy(own)
+    except RuntimeError:  # its memory is not torch's
+        return None
     return clone
-
-
-def shares_lazily(tensor: Tensor) -> bool:
-    """Whether `copy_on_write` copies nothing: plain dense memory of this process."""
-    return (
-        type(tensor.detach()) is Tensor
-        and tensor.layout == torch.strided
-        and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-        and not in_shared_memory(tensor)
-    )
 
 
 def address(tensor: Tensor) -> int:

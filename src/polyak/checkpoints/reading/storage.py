@@ -330,7 +330,7 @@ class RemoteFile(ByteFile):
 
 
 def _asked(path: str, question: Callable[[], Any]) -> Any:
-    """The answer of a store; errors of any library as one of ours."""
+    """The answer of a store; errors of any library as a PolyakError."""
     try:
         return question()
     except FileNotFoundError:
