@@ -305,3 +305,44 @@ def test_the_folder_that_accelerate_writes_under_fsdp(tmp_path):
     with open_checkpoint(folder) as checkpoint:
         assert_reads(checkpoint, state)
         assert checkpoint.step == 9
+
+
+@pytest.mark.parametrize(
+    ("shards", "index"),
+    [
+        ("model.fp16-{:05}-of-00002.safetensors", "model.safetensors.index.fp16.json"),
+        (
+            "diffusion_pytorch_model-{:05}-of-00002.bf16.safetensors",
+            "diffusion_pytorch_model.safetensors.index.bf16.json",
+        ),
+        ("pytorch_model.my-own-{:05}-of-00002.bin", "pytorch_model.bin.index.my-own.json"),
+    ],
+)
+def test_shards_of_a_variant(tmp_path, shards, index):
+    names = [shards.format(number) for number in (1, 2)]
+    state = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for (key, tensor), name in zip(state.items(), names, strict=True):
+        write = torch.save if name.endswith(".bin") else save_file
+        write({key: tensor}, tmp_path / name)
+    weight_map = dict(zip(state, names, strict=True))
+    (tmp_path / index).write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path, tmp_path / index):
+        assert_reads(open_checkpoint(path), state)
+
+
+@libraries
+def test_variants_that_transformers_and_diffusers_write(tmp_path):
+    from diffusers import UNet2DModel
+
+    model = tiny_llama()
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    for one, size in ((model, "8KB"), (unet, "100KB")):
+        folder = tmp_path / type(one).__name__
+        one.save_pretrained(folder, variant="fp16", max_shard_size=size)
+        assert len(list(folder.glob("*.safetensors.index.fp16.json"))) == 1
+        assert_reads(open_checkpoint(folder), dict(one.state_dict()))

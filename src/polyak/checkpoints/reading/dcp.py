@@ -146,11 +146,11 @@ class _Folder:
             path = paths.get(fqn, (fqn,))
             if not isinstance(path, tuple) or not path or len(path) > 50:
                 raise _damaged(self.where, f"{fqn!r} has no path")
-            leaf: Any = None
+            in_extra = any(isinstance(part, str) and is_extra(part) for part in path)
             if not isinstance(entry, Stub) or not entry.name.endswith(".BytesStorageMetadata"):
                 fields = _fields(entry, "metadata.TensorStorageMetadata", self.where)
-                leaf = _ref(fqn, fields, self.where)
-            elif any(isinstance(part, str) and is_extra(part) for part in path):
+                leaf: Any = _ref(fqn, fields, self.where)
+            elif in_extra:
                 leaf = self._object(fqn)
             else:
                 continue
@@ -160,7 +160,7 @@ class _Folder:
             if not isinstance(inner, dict) or path[-1] in inner:
                 raise _damaged(self.where, f"two entries at the path of {fqn!r}")
             inner[path[-1]] = leaf
-        return root
+        return {key: _with_lists(value, str(key)) for key, value in root.items()}
 
     def _object(self, fqn: Any) -> Any:
         """A value that is no tensor; one that holds tensors stays an object that is not built."""
@@ -219,6 +219,16 @@ def _items(storage_data: Any, where: str) -> dict[tuple[str, Any], _Item]:
             raise _damaged(where, "a chunk without a name")
         items[fqn, first] = _Item(path, offset, length, transformed)
     return items
+
+
+def _with_lists(value: Any, name: str, *, within: bool = False) -> Any:
+    """Extra state with its lists, which are saved as their items, and here are dicts of the positions."""
+    within = within or is_extra(name)
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _with_lists(item, str(key), within=within) for key, item in value.items()}
+    is_list = within and bool(inner) and inner.keys() == set(range(len(inner)))
+    return [inner[at] for at in range(len(inner))] if is_list else inner
 
 
 def _ref(fqn: Any, fields: dict[Any, Any], where: str) -> TensorRef:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyak.checkpoints.reading.extra_state import Opaque, TensorAt, is_extra
-from polyak.checkpoints.reading.inert import Global, StateDict, Stub
-from polyak.checkpoints.reading.pickle_machine import PLAIN
+from polyak.checkpoints.reading.inert import PLAIN, Global, StateDict, Stub
 from polyak.checkpoints.reading.pickled_tensors import TensorRef, is_tensor_like, why_refused
 from polyak.checkpoints.reading.stored import MAX_TENSORS
 from polyak.errors import ArgumentError, FormatError
@@ -146,7 +145,7 @@ class _Search:
             inner = root.get(key)
             if isinstance(inner, (dict, Stub)) and self.holds_tensor(inner):
                 chosen = self.choose(inner) if _is_wrapper(inner) else inner
-                self.refuse_copies(key, chosen)
+                self.refuse_copies(root, key, chosen)
                 return chosen
         extra = self.extra_in(root)
         direct = any(is_tensor_like(value) for value in root.values())
@@ -165,13 +164,13 @@ class _Search:
             )
         return root
 
-    def refuse_copies(self, key: str, chosen: Any) -> None:
-        """FormatError if the root holds the model's tensors a second time: an average, a teacher.
+    def refuse_copies(self, root: dict[Any, Any], key: str, chosen: Any) -> None:
+        """FormatError if a dict holds the model's tensors a second time: an average, a teacher.
 
         Lightning's layout is known: its `state_dict` is the average of `current_model_state`.
         """
         ours = _shapes(chosen)
-        for other, value in self.root.items() if isinstance(self.root, dict) and ours else ():
+        for other, value in root.items() if ours else ():
             if other == key or not isinstance(other, str) or _NO_COPY.search(other):
                 continue
             self.visit(len(value) if isinstance(value, dict) else 1)

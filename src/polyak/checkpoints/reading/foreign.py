@@ -24,6 +24,7 @@ _MARKS: dict[tuple[int, bytes], tuple[str, str]] = {
     (0, b"(\xb5/\xfd"): ("compressed with zstd", _UNPACK),
     (0, b"\xfd7zXZ"): ("compressed with xz", _UNPACK),
     (0, b"BZh"): ("compressed with bzip2", _UNPACK),
+    (0, b"\x93NUMPY"): ("a single array (np.save)", "write arrays with np.savez"),
     (4, b"TFL3"): ("a model of TensorFlow Lite", _CONVERTED),
     (4, b"PTMF"): ("a flatbuffer of PyTorch for phones", _CONVERTED),
     (4, b"ET12"): ("a program of ExecuTorch", _CONVERTED),

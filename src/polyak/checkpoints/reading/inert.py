@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+PLAIN = (str, bytes, int, float, bool, type(None))
+"""Values whose hash costs no more than their length."""
+
 
 class Global:
     """What a pickle would import, `module.name`; it is never imported."""
@@ -44,15 +47,30 @@ class SetItems(list[Any]):
 def call_stub(function: Any, args: tuple[Any, ...]) -> Any:
     """Containers and byte strings of the standard library are built; anything else becomes a `Stub`."""
     name = function.name if isinstance(function, (Global, Stub)) else type(function).__name__
-    if name in _MAPPINGS and not (args and name == "collections.OrderedDict"):
-        return StateDict()
+    if name in _MAPPINGS:
+        return _mapping(name, args)
     if name in _SETS and len(args) == 1 and isinstance(args[0], list):
         return SetItems(args[0])
     if name in _NEW_OBJECT and args and isinstance(args[0], Global):
         return Stub(args[0].name, args[1:])
+    if name in _BYTES and not args:
+        return b""
     if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], str):
         return _byte_string(args)
     return Stub(name, args)
+
+
+def _mapping(name: str, args: tuple[Any, ...]) -> Any:
+    """An empty mapping, or (as Python 2 wrote them) an OrderedDict of a list of pairs."""
+    found = StateDict()
+    if not args or name != "collections.OrderedDict":
+        return found
+    pairs = args[0] if isinstance(args[0], list) else [args[0]]
+    for pair in pairs:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], PLAIN)):
+            return Stub(name, args)
+        found[pair[0]] = pair[1]
+    return found
 
 
 def _byte_string(args: tuple[Any, ...]) -> Any:
@@ -64,5 +82,6 @@ def _byte_string(args: tuple[Any, ...]) -> Any:
 
 
 _MAPPINGS = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict"}
+_BYTES = {"builtins.bytes", "__builtin__.bytes"}
 _SETS = {"builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"}
 _NEW_OBJECT = {"copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from polyak.checkpoints.reading.inert import Stub
+from polyak.checkpoints.reading.inert import PLAIN, Stub
 from polyak.errors import FormatError
 
 MAX_PICKLE_BYTES = 128 << 20
@@ -19,10 +19,6 @@ MAX_STACK = 250_000
 
 MAX_MARKS = 100_000
 """Containers that are open at once."""
-
-PLAIN = (str, bytes, int, float, bool, type(None))
-"""Values whose hash costs no more than their length."""
-
 
 STOP = ord(".")
 
