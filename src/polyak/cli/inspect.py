@@ -21,7 +21,7 @@ def inspect(
     """Print what is in checkpoints: tensors, shapes, dtypes, sizes, ties and metadata.
 
     Args:
-        files: Files or folders: safetensors, torch archives, npz, Transformers, DCP; also s3://, https://.
+        files: Files or folders: safetensors, torch files, npz, Transformers, DCP; also s3://, https://.
         key: Where the tensors are inside nested dicts, with dots.
         values: Also read every value: count NaNs and infinities, and compute norms.
 

@@ -8,6 +8,7 @@ import torch
 from reference.stored import assert_reads
 from safetensors.torch import load_file, save_file
 
+from polyak import average_checkpoints
 from polyak.checkpoints import open_checkpoint
 from polyak.checkpoints.reading.folders import step_in_name
 from polyak.errors import ArgumentError, FormatError, MismatchError
@@ -328,6 +329,14 @@ def test_shards_of_a_variant(tmp_path, shards, index):
     (tmp_path / index).write_text(json.dumps({"weight_map": weight_map}))
     for path in (tmp_path, tmp_path / index):
         assert_reads(open_checkpoint(path), state)
+    (tmp_path / "config.json").write_text("{}")
+    average_checkpoints(
+        [tmp_path], tmp_path / "out"
+    )  # an index of files that it lacks does not go along
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 @libraries

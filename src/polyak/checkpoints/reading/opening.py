@@ -36,18 +36,18 @@ def open_checkpoint(
     The format is detected from the contents, not the name. Nothing but headers is held in memory.
 
     Args:
-        path: A safetensors file, a torch archive (`.pt`, `.pth`, `.bin`, `.ckpt`), an `.npz` file, an
+        path: A safetensors file, a file of `torch.save` (`.pt`, `.pth`, `.bin`, `.ckpt`), an `.npz` file, an
             index of shards (`*.index.json`), or a folder of Transformers, diffusers, PEFT or
             `torch.distributed.checkpoint`. Local, or an address that fsspec understands (`s3://`,
             `gs://`, `https://`, `memory://`).
         key: Where the tensors are inside nested dicts, with dots (`"ema.state_dict"`). By default
             under `state_dict`, `model_state_dict`, `model` or `module`, or at the root; `""` takes
-            all tensors there are.
-        strict: Refuse a checkpoint with a tensor that cannot be read (sparse, quantised, expanded, of
-            an unknown class). If False, such tensors are listed in `refused` instead.
+            all tensors there are. A file that holds the model's tensors twice must be given one.
+        strict: Refuse a checkpoint with a tensor that cannot be read (sparse, quantised, expanded,
+            partitioned, of an unknown class). If False, such tensors are listed in `refused` instead.
 
     Returns:
-        A `Checkpoint`: `tensors`, `ties`, `metadata`, `step`.
+        A `Checkpoint`: `tensors`, `ties`, `metadata`, `step`, `extra`.
 
     Raises:
         ArgumentError: There is no such file, or no such key in it.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from polyak.checkpoints.reading.folders import is_index
 from polyak.checkpoints.writing.layouts import TensorSpec
 
 SIDECAR_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe"}
@@ -27,7 +28,7 @@ def sidecar_files(checkpoint: str) -> dict[str, bytes]:
         if path.is_file()
         and path.suffix in SIDECAR_SUFFIXES
         and path.name not in _OF_THE_RUN
-        and not path.name.endswith(".index.json")
+        and not is_index(path.name)
         and not path.name.startswith(".")
         and path.stat().st_size <= _MAX_SIDECAR
     }
