@@ -221,6 +221,29 @@ def loaded_from_narrower_values(folder):
     average.load(folder / "average.pt")  # the line that is to be named
 
 
+class WithState(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"step": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@case(PolyakWarning)
+def saved_without_extra_state(folder):
+    average = polyak.Average(WithState(3, 3), polyak.SWA())
+    average.update()
+    average.save(folder / "average.safetensors")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def merged_without_extra_state(folder):
+    torch.save(WithState(3, 3).state_dict(), folder / "a.pt")
+    polyak.average_checkpoints([folder / "a.pt"], folder / "out")  # the line that is to be named
+
+
 @case(PolyakWarning)
 def attached_to_one_of_two_optimizers(folder):
     model = network()

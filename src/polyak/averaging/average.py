@@ -369,8 +369,8 @@ class Average:
         """Continue from the average that another library has taken of the same model.
 
         The states of torch's `AveragedModel`, timm's `ModelEma`, ema-pytorch's `EMA`, diffusers'
-        `EMAModel` and torch-ema are recognised, and plain state dicts of the averaged model. The
-        average keeps its own profile: only the weights and the number of updates come over.
+        `EMAModel` and torch-ema are recognised, checkpoints of Lightning's `WeightAveraging`, and plain
+        state dicts of the averaged model. The average keeps its own profile: only the weights and the number of updates come over.
 
         Args:
             state_dict: the other library's state dict, or a plain one.

@@ -90,6 +90,9 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
     if "shadow_params" in state:
         count = state.get("optimization_step", state.get("num_updates"))
         return Foreign(_by_position(state["shadow_params"], model), _whole(count))
+    if isinstance(state.get("averaging_state"), Mapping) and "state_dict" in state:  # Lightning
+        wrapped = {f"module.{name}": tensor for name, tensor in state["state_dict"].items()}
+        return read_foreign({**wrapped, **state["averaging_state"]}, model)
     if "state_dict_ema" in state:
         return read_foreign(state["state_dict_ema"], model)
     names = named_tensors(model).slots.keys()
@@ -103,7 +106,8 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
     if not tensors:
         raise FormatError(
             "There are no tensors in this state. Expected the state dict of torch's AveragedModel,"
-            " timm's ModelEma, ema-pytorch's EMA, diffusers' EMAModel or torch-ema, or a plain"
+            " timm's ModelEma, ema-pytorch's EMA, diffusers' EMAModel, torch-ema, Lightning's"
+            " WeightAveraging, or a plain"
             f" one; found the entries {sorted(map(str, state))[:10]}."
         )
     return Foreign(tensors, count)

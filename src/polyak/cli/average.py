@@ -248,10 +248,11 @@ def _dry_run(
     console: Console, found: Found, methods: dict[PathLike, Method], options: MergeOptions
 ) -> None:
     from polyak.checkpoints.merging.execute import check_outputs
-    from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
+    from polyak.checkpoints.merging.prepare import prepared, warn_of_lost_state, warn_of_stale
 
     with prepared(found.kept, methods, options) as merge:
         warn_of_stale(merge)
+        warn_of_lost_state(merge)
         _print_inputs(console, merge, found.left_out)
         _print_plan(console, merge)
         if not merge.options.resume:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.quantised import refuse_quantised
+from polyak.checkpoints.reading.extra_state import is_extra, tensors_in
 from polyak.checkpoints.reading.stored import (
     COMPLEX_PARTS,
     FLOATS,
@@ -116,7 +117,12 @@ def _averaged_names(inputs: Sequence[Checkpoint], options: MergeOptions) -> set[
                     f"The {what} pattern {pattern!r} fits no tensor of {newest.path} or of the "
                     f"others; there are {', '.join(sorted(everything)[:8])}, ..."
                 )
-    return {name for name, names in known.items() if _is_wanted(names, options)}
+    kept = tensors_in(newest.extra)
+    return {
+        name
+        for name, names in known.items()
+        if name not in kept and not is_extra(name) and _is_wanted(names, options)
+    }
 
 
 def _is_wanted(names: Iterable[str], options: MergeOptions) -> bool:
@@ -174,8 +180,8 @@ def _refuse_mismatches(
         ]
         unexpected += [
             f"{name} {where}"
-            for name in other.tensors.keys() - wanted.keys()
-            if _is_wanted([name], options)
+            for name in other.tensors.keys() - wanted.keys() - tensors_in(other.extra)
+            if not is_extra(name) and _is_wanted([name], options)
         ]
         for name, how in _differences(newest, other, found, averaged):
             changed[f"{name} {where}"] = how

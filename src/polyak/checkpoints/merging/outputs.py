@@ -129,7 +129,7 @@ def _around(target: Path, newest: Checkpoint) -> Around:
                 f"{', ...' if len(dropped) > 8 else ''}. load_from_checkpoint takes the "
                 "hyper-parameters among it as keywords."
             )
-    return Around(newest.order, newest.versions, entries)
+    return Around(newest.order, newest.versions, entries, newest.extra)
 
 
 def _folder(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Blueprint:

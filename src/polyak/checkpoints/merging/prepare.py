@@ -34,6 +34,8 @@ from polyak.checkpoints.merging.weights import (
 )
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
+from polyak.checkpoints.writing.extra_state import warn_of_lost
+from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
 from polyak.errors import ArgumentError, StaleStatistics, require, warn
 from polyak.maths.profiles import Profile
 
@@ -297,6 +299,13 @@ def _refuse_idle_options(
         "There is no list of weights to normalise; those of a method sum to 1 already. Leave out "
         "normalize=True.",
     )
+
+
+def warn_of_lost_state(merge: Merge) -> None:
+    """Warn of outputs that cannot hold the newest input's state that is no tensor."""
+    for one in merge.blueprints:
+        is_torch = one.target.suffix.lower() in TORCH_SUFFIXES
+        warn_of_lost(one.target, merge.inputs[-1].extra, is_torch=is_torch)
 
 
 def warn_of_stale(merge: Merge, file: str | None = None) -> None:

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from polyak.checkpoints.reading.safetensors_reader import RANK_SHARD
+from polyak.checkpoints.reading.rank_shards import is_rank_shard
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.reading.untrusted_json import read_json
@@ -24,6 +24,18 @@ _SINGLE = (
 )
 _INDEX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+_VARIANT = re.compile(r".*\.(?:safetensors|bin)\.index(?:\.[\w-]+)?\.json")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is an index of shards, of a variant (`.index.fp16.json`) or without.
+
+    >>> is_index("model.safetensors.index.fp16.json"), is_index("model_index.json")
+    (True, False)
+    """
+    return name.endswith(_INDEX) or bool(_VARIANT.fullmatch(name))
 
 
 def weights_in(place: Place) -> Place:
@@ -50,16 +62,12 @@ def is_model_file(name: str) -> bool:
 
 def _only_one(place: Place) -> str:
     """The only file of weights, whatever its name."""
-    indices = [
-        name
-        for name in place.names
-        if name.endswith((".safetensors.index.json", ".bin.index.json"))
-    ]
+    indices = [name for name in place.names if is_index(name)]
     weights = [name for name in place.names if name.endswith(".safetensors")]
     if len(indices) == 1:
         return indices[0]
-    if any(name.startswith("shard-") for name in weights):
-        raise FormatError(RANK_SHARD.format(path=place.path))
+    if weights and all(map(is_rank_shard, weights)):
+        return weights[0]
     if any(_SHARD.search(name) for name in weights):
         raise FormatError(
             f"{place.path} holds shards ({weights[0]}, ...) but no index, or more than one. Copy the "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from polyak.checkpoints.reading.pickle_reader import PLAIN, Global, SetItems, Stub
+from polyak.checkpoints.reading.inert import PLAIN, Global, SetItems, Stub
 from polyak.checkpoints.reading.pickled_tensors import TensorRef
 from polyak.checkpoints.reading.stored import StoredTensor
 from polyak.errors import FormatError

@@ -254,7 +254,9 @@ class Checkpoint:
     path: as given. format: `safetensors`, `torch`, `dcp`, `npz`, one of these followed by `shards`, or
     `components` (a pipeline of several models). tensors: stored names only. ties: alias -> stored
     name. metadata: strings to strings. step: the training step, None if unknown. files: the files that
-    it is read from. refused: name -> why it cannot be read (empty if opened with `strict=True`).
+    it is read from. refused: name -> why it cannot be read (empty if opened with `strict=True`). extra:
+    the state in it that is no tensor, which `get_extra_state` returned: name -> containers and plain
+    values.
 
     order: all names, aliases too, as a torch file has them; empty for others. versions: what
     `Module.state_dict` says of each module's layout, if a torch file holds it. components: prefix of
@@ -270,6 +272,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     step: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     versions: dict[str, dict[Any, Any]] = field(default_factory=dict)
     components: dict[str, str] = field(default_factory=dict)

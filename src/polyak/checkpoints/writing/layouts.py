@@ -27,9 +27,11 @@ from typing import Any, Protocol
 
 import torch
 
-from polyak.checkpoints.reading.pickle_reader import SetItems
+from polyak.checkpoints.reading.extra_state import tensors_in
+from polyak.checkpoints.reading.inert import SetItems
 from polyak.checkpoints.reading.plain import PlainTensor
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, bytes_of, itemsize
+from polyak.checkpoints.writing.extra_state import SetInOrder, built, writable
 from polyak.errors import FormatError, OutputError
 from polyak.files import writing_errors
 
@@ -98,11 +100,13 @@ class Around:
     order: names in the order of the state dict, aliases too; names that are not among them come last.
     versions: the `_metadata` of a module's state dict. entries: those of the dict around the state dict,
     plain values, in which `state_dict` marks its place; None if the state dict is all there is.
+    extra: the state dict's state that is no tensor, as a `Checkpoint` describes it.
     """
 
     order: Sequence[str] = ()
     versions: Mapping[Any, Any] = field(default_factory=dict)
     entries: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Layout(Protocol):
@@ -239,6 +243,7 @@ class TorchLayout:
         around: Around | None = None,
     ) -> None:
         self._tensors, self._ties, self._around = tensors, ties, around or Around()
+        self._extra = writable(self._around.extra)
         further: list[_Record] = []
         self._entries = self._ready(self._around.entries, further)
         small = {
@@ -279,8 +284,11 @@ class TorchLayout:
         """
         rebuilt = {t.name: _Rebuilt(t, str(i)) for i, t in enumerate(self._tensors)}
         rebuilt |= {alias: rebuilt[n] for alias, n in self._ties.items() if n in rebuilt}
-        order = dict.fromkeys((*(n for n in self._around.order if n in rebuilt), *rebuilt))
-        state = OrderedDict((sys.intern(name), rebuilt[name]) for name in order)
+        within = tensors_in(self._extra)
+        shown: dict[str, Any] = {name: one for name, one in rebuilt.items() if name not in within}
+        shown |= built(self._extra, rebuilt.__getitem__, SetItems)
+        order = dict.fromkeys((*(n for n in self._around.order if n in shown), *shown))
+        state = OrderedDict((sys.intern(name), self._ready(shown[name], [])) for name in order)
         versions = {**self._around.versions, METADATA_KEY: dict(metadata)}
         vars(state)["_metadata"] = self._ready(versions, [])
         root = state if self._entries is None else {**self._entries, "state_dict": state}
@@ -291,10 +299,13 @@ class TorchLayout:
     def _ready(self, value: Any, records: list[_Record]) -> Any:
         """Plain values as they are pickled, strings interned; the bytes of tensors go to `records`."""
         if isinstance(value, Mapping):
-            return {self._ready(k, records): self._ready(v, records) for k, v in value.items()}
+            kind = OrderedDict if type(value) is OrderedDict else dict
+            return kind(
+                (self._ready(k, records), self._ready(v, records)) for k, v in value.items()
+            )
         if isinstance(value, (list, tuple)):
             items = [self._ready(item, records) for item in value]
-            return _Set(items) if isinstance(value, SetItems) else type(value)(items)
+            return SetInOrder(items) if isinstance(value, SetItems) else type(value)(items)
         if isinstance(value, PlainTensor):
             key = str(len(self._tensors) + len(records))
             records.append(_Record(_path(f"data/{key}"), len(value.data), data=value.data))
@@ -388,16 +399,6 @@ class _Rebuilt:
             TORCH_DTYPES[dtype],
         )
         return torch._utils._rebuild_tensor_v3, wide
-
-
-class _Set:
-    """Pickles as a set, its items in the order given: that of a Python set differs between processes."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self._items = items
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return set, (self._items,)
 
 
 class _Pickler(pickle.Pickler):
