@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +40,24 @@ def load_object(spelling: str) -> Callable[..., Any]:
         )
     result: Callable[..., Any] = found
     return result
+
+
+def call_object(spelling: str) -> Any:
+    """What the function at `package.module:function` returns, called without arguments.
+
+    Raises ArgumentError where there is none, or it needs arguments; its own errors pass.
+    """
+    function = load_object(spelling)
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ArgumentError(
+            f"{spelling!r} is called without arguments, and needs some: {error}. Name a function that "
+            "fills them in."
+        ) from None
+    except ValueError:  # built into the interpreter: it has no signature
+        pass
+    return function()
 
 
 def lazy_names(

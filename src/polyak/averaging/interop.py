@@ -16,6 +16,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,10 +25,12 @@ from torch.nn import Module
 from polyak.averaging.state import VERSION, profile_text
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
+from polyak.maths.profiles import Profile
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
 
+_EXACT, _PIECES = 2**20, 2**16
 _ADVICE = "Nothing was imported. Is it the state of another model?"
 _SAVED = {"profile", "unit", "time", "count", "sum_squared_shares", "batchnorm"}
 
@@ -70,16 +73,12 @@ def translated_state(
             "The state does not record how many updates it stands for: pass updates= (for example "
             "the number of optimizer steps so far)."
         )
-    if updates < 1 or updates % 1:
-        raise ArgumentError(
-            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state."
-        )
+    count = _checked_count(updates)
     first = 0 if profile.initial_mass(0.0) == 1 else 1
-    times = [float(first + i) for i in range(int(updates))]
     numbers = {
-        "time": times[-1],
-        "count": int(updates),
-        "sum_squared_shares": 1 / profile.effective_samples(times),
+        "time": float(first + count - 1),
+        "count": count,
+        "sum_squared_shares": _sum_squared_shares(profile, first, count),
     }
     return _state(member, foreign.tensors, numbers, member.unit, fresh_layers=())
 
@@ -112,6 +111,25 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
             f" one; found the entries {sorted(map(str, state))[:10]}."
         )
     return Foreign(tensors, count)
+
+
+def _checked_count(updates: Any) -> int:
+    is_number = isinstance(updates, (int, float)) and not isinstance(updates, bool)
+    if not is_number or not 1 <= updates <= 2**53 or updates % 1:
+        raise ArgumentError(
+            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state."
+        )
+    return int(updates)
+
+
+def _sum_squared_shares(profile: Profile, first: int, count: int) -> float:
+    """Of `count` updates one unit of time apart: exact for the newest million, in pieces before."""
+    last = first + count - 1
+    newest = np.arange(max(first, last - _EXACT + 1), last + 1, dtype=np.float64)
+    edges = np.linspace(first, newest[0] - 1, _PIECES) if newest[0] > first else newest[:0]
+    times = np.concatenate([np.unique(edges.round()), newest])
+    each = np.diff(times, prepend=first - 1)  # how many updates a piece stands for
+    return float((profile.weights(times.tolist()) ** 2 / each).sum())
 
 
 def _saved_state(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cyclopts import App
 
@@ -45,8 +45,9 @@ def run(arguments: Sequence[str]) -> int:
     except PolyakError as error:
         from rich.console import Console
 
+        message = with_flags(str(error), _options(arguments))
         Console(stderr=True).print(
-            with_flags(str(error)), style="red", markup=False, highlight=False, soft_wrap=True
+            message, style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt as interrupt:
@@ -54,18 +55,40 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-_KEYWORD = re.compile(r"\b([Pp]ass) (\w+)=([^\s,.;:)]*)")
+def _options(arguments: Sequence[str]) -> set[str]:
+    """The options of the command that was called, as the library spells them: max_memory."""
+    collection = app[arguments[0]].assemble_argument_collection()
+    flags = [name for argument in collection for name in argument.names if name.startswith("--")]
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
-def with_flags(message: str) -> str:
-    """A message of the library in the words of the command line: where it says to pass a keyword, the flag.
+_KEYWORD = re.compile(r"\b([Pp]ass|[Ll]eave out) (\w+)=([^\s,.;:)]*)")
+_NAME = re.compile(
+    r"(^(?:Recipe field )?|\band )(\w+)(?= is | and | go | leaves? | exclude )|\b([a-z]+(?:_[a-z]+)+)\b"
+)
+
+
+def with_flags(message: str, options: Collection[str] = ()) -> str:
+    """A message of the library in the words of the command line: for keywords, their flags.
+
+    options: what the command takes, as the library spells it; named at the beginning of the message
+    or, where the name is no plain word, anywhere.
 
     >>> with_flags("x exists. Choose another name, or pass overwrite=True to replace it.")
     'x exists. Choose another name, or pass --overwrite to replace it.'
     >>> with_flags("Pass max_memory=1GB, or pass exclude= with name patterns.")
     'Pass --max-memory 1GB, or pass --exclude with name patterns.'
+    >>> with_flags("last is 0; expected at least 1, or raise max_memory.", {"last", "max_memory"})
+    '--last is 0; expected at least 1, or raise --max-memory.'
     """
-    return _KEYWORD.sub(_flag, message)
+
+    def named(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if name not in options:
+            return match[0]
+        return f"{(match[1] or '').removesuffix('Recipe field ')}--{name.replace('_', '-')}"
+
+    return _NAME.sub(named, _KEYWORD.sub(_flag, message))
 
 
 def _flag(match: re.Match[str]) -> str:

@@ -117,7 +117,7 @@ class Tensors:
         exclude: Take the tensors that fit this pattern from the newest; may be repeated.
         base: A checkpoint to add weighted differences to: base + sum of weight x (input - base).
         key: Where the tensors are inside nested dicts, with dots.
-        shard_size: The size of a shard, where the output is a folder.
+        shard_size: The size of a shard, where the output is a folder; 5GB by default.
 
     """
 
@@ -126,7 +126,7 @@ class Tensors:
     exclude: Annotated[list[str], _Many] | None = None
     base: str | None = None
     key: str | None = None
-    shard_size: str = "5GB"
+    shard_size: str | None = None
 
 
 @Parameter(name="*")
@@ -205,9 +205,12 @@ def average(
     if not console.is_terminal:
         console.width = _WIDE  # a path in a file or a pipe stays in one piece
     methods = outputs.methods()
+    if tensors.shard_size and not any(not path.suffix for path in outputs.output):
+        raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(outputs, tensors, work))
     with ExitStack() as opened, _notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
+        _note_fewer(console, which, len(found.kept))
         for checkpoint in found.kept:
             opened.enter_context(checkpoint)
         if work.dry_run:
@@ -221,6 +224,15 @@ def average(
                 announce=lambda merge: _print_inputs(console, merge, found.left_out),
             )
     _print_done(console, done)
+
+
+def _note_fewer(console: Console, which: Inputs, found: int) -> None:
+    """Say where fewer checkpoints are left than were asked for."""
+    for flag, asked in (("--last", which.last), ("--best", which.best)):
+        if asked is not None and found < asked:
+            console.print(
+                f"Note: {flag} {asked}, but only {found} checkpoints are there.", style="yellow"
+            )
 
 
 def _options(*groups: Any) -> dict[str, Any]:

@@ -39,13 +39,17 @@ def diff(
     from rich.console import Console
 
     from polyak.checkpoints.diff import diff_checkpoints
+    from polyak.cli.app import with_flags
     from polyak.cli.inspect import wide_console
 
     console = wide_console()
     try:
         found = diff_checkpoints(a, b, key_a=key_a, key_b=key_b)
     except PolyakError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        message = with_flags(str(error)).replace("--key", "--key-a or --key-b")
+        Console(stderr=True).print(
+            message, style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return 2
     for line in _described(found, a, b):
         console.print(line, markup=False, soft_wrap=True)

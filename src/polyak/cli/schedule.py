@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from polyak.errors import ArgumentError
+from polyak.maths.schedules import MOST_STEPS
 from polyak.maths.text import parse_schedule
 
 if TYPE_CHECKING:
@@ -42,9 +44,18 @@ def schedule(
     from rich.console import Console
 
     chain = parse_schedule(pieces or CLASSICAL)
+    if chain.total > MOST_STEPS:
+        raise ArgumentError(
+            f"These are {chain.total} steps; at most {MOST_STEPS} are listed and drawn."
+        )
     console = Console(highlight=False)
     console.print(_pieces(chain))
     console.print(_points(chain))
+    for steps, piece in chain.pieces:
+        if getattr(piece, "cycle", 0) > steps:
+            console.print(
+                f"Note: no cycle of {piece} ends within its {steps} steps.", soft_wrap=True
+            )
     if plot is not None:
         from polyak.report.schedule import save_schedule_plot
 

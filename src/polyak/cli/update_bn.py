@@ -33,12 +33,10 @@ def update_bn(
     from rich.console import Console
 
     from polyak.batchnorm.update_file import update_bn_file
-    from polyak.objects import load_object
+    from polyak.objects import call_object
 
-    build, batches = load_object(model), load_object(data)
-    layers = update_bn_file(
-        file, build(), batches(), output=output, overwrite=overwrite, limit=limit
-    )
+    built, batches = call_object(model), call_object(data)
+    layers = update_bn_file(file, built, batches, output=output, overwrite=overwrite, limit=limit)
     Console(highlight=False).print(
         f"{output or file}: updated the BatchNorm statistics of {len(layers)} layers",
         soft_wrap=True,

@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+MOST_STEPS = 10_000_000
+"""Of a schedule that is drawn or listed, point by point."""
+
+
 class Schedule(ABC):
     """The learning rate as a function of the step. Subclasses are frozen dataclasses."""
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from polyak.errors import ArgumentError, FormatError
-from polyak.objects import load_object
+from polyak.objects import call_object
 from polyak.reference_run.recipe import Recipe
 
 EMBEDDED = Path(__file__).parent / "images" / "fashion.npz"
@@ -245,7 +245,7 @@ def custom_data(function: str) -> Data:
 
     Images are float32 `(n, channels, size, size)`, labels int64 `(n,)` from 0 on.
     """
-    given = load_object(function)()
+    given = call_object(function)
     names = [f.name for f in fields(Data)]
     if isinstance(given, Data):
         given = {name: (getattr(given, name).images, getattr(given, name).labels) for name in names}

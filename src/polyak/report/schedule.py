@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from polyak.errors import ArgumentError, require
 from polyak.files import replacing
 from polyak.maths.arguments import at_least_one
-from polyak.maths.schedules import Schedule, check_schedule
+from polyak.maths.schedules import MOST_STEPS, Schedule, check_schedule
 from polyak.report.drawing import style
 
 if TYPE_CHECKING:
@@ -80,7 +80,11 @@ def _length(schedule: Schedule, steps: int | None) -> int:
     steps = schedule.total if steps is None else steps
     if steps is None:
         raise ArgumentError(f"{schedule} never ends. Pass the number of steps to draw: steps=...")
-    return at_least_one("steps", steps)
+    require(
+        at_least_one("steps", steps) <= MOST_STEPS,
+        f"steps is {steps}; a picture shows at most {MOST_STEPS}.",
+    )
+    return steps
 
 
 def _draw(schedule: Schedule, ax: Axes, steps: int) -> None:

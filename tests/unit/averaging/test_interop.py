@@ -468,3 +468,24 @@ def test_states_in_pieces_are_refused_by_what_is_wrong(
 ) -> None:
     with pytest.raises((polyak.errors.ArgumentError, polyak.errors.FormatError), match=message):
         Average(nn.Linear(2, 1), SWA()).import_state(state, updates=updates)
+
+
+@pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.9, keep_initial=True), EMA(decay=0.999)])
+def test_any_number_of_updates(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a million are added up in pieces, near enough and in bounded memory."""
+    from polyak.averaging import interop
+
+    state = nn.Linear(2, 1).state_dict()
+    exact = Average(nn.Linear(2, 1), profile)
+    exact.import_state(state, updates=20_000)
+    monkeypatch.setattr(interop, "_EXACT", 1000)
+    monkeypatch.setattr(interop, "_PIECES", 500)
+    pieces = Average(nn.Linear(2, 1), profile)
+    pieces.import_state(state, updates=20_000)
+    found, expected = (a.metrics()["effective_samples"] for a in (pieces, exact))
+    assert found == pytest.approx(expected, rel=0.01)
+    pieces.import_state(state, updates=10**15)
+    assert pieces.count == 10**15
+    for updates in (True, "3", float("inf"), float("nan"), 2**60):
+        with pytest.raises(polyak.errors.ArgumentError, match="updates is"):
+            pieces.import_state(state, updates=updates)

@@ -49,7 +49,6 @@ def value(path):
         (["--weights", "0,0,0,1"], 2000.0),
         (["--weights", "0,0,1,1", "--normalize"], 1750.0),
         (["--include", "w", "--verify", "--threads", "1", "--max-memory", "64MB"], 1250.0),
-        (["--exclude", "w"], 2000.0),
     ],
 )
 def test_one_output(folder, flags, expected):

@@ -182,7 +182,7 @@ def _check_targets(merge: Merge, staged: Sequence[Staged]) -> None:
         if foreign and merge.options.resume and not continuing:
             raise UsageError(
                 f"{foreign[0]} was left by another merge: the inputs, the weights or polyak's version "
-                "have changed since, so it cannot be continued. To start again, leave out resume."
+                "have changed since, so it cannot be continued. To start again, leave out resume=True."
             )
         if merge.options.share[1] == 1:
             for left in foreign if merge.options.resume else leftovers(one.blueprint.target):

@@ -36,7 +36,7 @@ from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.extra_state import warn_of_lost
 from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
-from polyak.errors import ArgumentError, StaleStatistics, warn
+from polyak.errors import ArgumentError, StaleStatistics, require, warn
 from polyak.maths.profiles import Profile
 
 PathLike = str | os.PathLike[str]
@@ -269,6 +269,7 @@ def _laid_out(
     everything = inputs if base is None else (base, *inputs)
     averages = len(everything) > 1 or any(one.coefficients != (1.0,) for one in weights)
     alignment = align(everything, options, averages=averages)
+    _refuse_idle_options(options, alignment, outputs.values())
     newest = inputs[-1]
     tensors = by_component(in_writing_order(alignment.tensors), newest)
     contents = Contents(tensors, alignment.ties, newest, options.shard_bytes, options.written_dtype)
@@ -280,6 +281,24 @@ def _laid_out(
     ]
     plan = MergePlan(tensors)
     return Merge(inputs, base, weights, alignment, plan, tuple(blueprints), options, batchnorm)
+
+
+def _refuse_idle_options(
+    options: MergeOptions, alignment: Alignment, methods: Iterable[Method]
+) -> None:
+    """ArgumentError for what cannot do what it says: patterns that leave nothing, sums that are 1."""
+    filters = " and ".join(name for name in ("include", "exclude") if getattr(options, name))
+    require(
+        not (filters and alignment.averages) or any(tensor.mean for tensor in alignment.tensors),
+        f"{filters} {'leave' if ' ' in filters else 'leaves'} nothing to average: all {len(alignment.tensors)} tensors would be those of the "
+        "newest. Convert that checkpoint alone, or let some tensors in.",
+    )
+    ready = (str, Profile, OutputWeights)
+    require(
+        not options.normalize or not all(isinstance(method, ready) for method in methods),
+        "There is no list of weights to normalise; those of a method sum to 1 already. Leave out "
+        "normalize=True.",
+    )
 
 
 def warn_of_lost_state(merge: Merge) -> None:

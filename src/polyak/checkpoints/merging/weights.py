@@ -24,7 +24,8 @@ SUM_TOLERANCE = 1e-6
 """How far from 1 the sum of weights may be that are meant to sum to 1."""
 
 _OUR_KEYS = {
-    "polyak", "profile", "unit", "time", "count", "inputs", "base", "step", "batchnorm", "ties",
+    "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
+    "batchnorm", "ties",
 }  # fmt: skip
 
 
