@@ -472,33 +472,6 @@ def test_a_sharded_model_is_refused_clearly():
         dist.destroy_process_group()
 
 
-def partitioned(model):
-    """As DeepSpeed ZeRO-3 leaves a model: without values, the shapes in attributes."""
-    for parameter in model.parameters():
-        parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
-        parameter.data = torch.empty(0)
-    return model
-
-
-def test_the_partitioned_parameters_of_zero_3_are_refused_by_name():
-    for layer in (nn.Linear(2, 2), nn.LayerNorm(4)):
-        average = Average(partitioned(nn.Sequential(layer)), SWA())
-        with pytest.raises(
-            ArgumentError, match=r"0\.weight is partitioned by DeepSpeed ZeRO-3: .*\[0\]"
-        ):
-            average.update()
-        assert average.count == 0
-    model = nn.Linear(2, 2)
-    average = Average(model, SWA())
-    average.update()
-    with pytest.raises(ArgumentError, match="partitioned by DeepSpeed"):
-        partitioned(model) and average.update()
-    gathered = nn.Linear(2, 2)
-    for parameter in gathered.parameters():
-        parameter.ds_shape = parameter.shape
-    assert two_updates(Average(gathered, SWA())).count == 2
-
-
 def test_reading_notices_a_changed_model_too():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     average = two_updates(Average(model, SWA()))

@@ -1,5 +1,6 @@
 """Torch files that a merge writes are loaded by torch, by Lightning, and in the order of the newest."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -38,16 +39,16 @@ class Versioned(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-def saved(tmp_path, model, wrap=lambda state: state, suffix="pt"):
+def saved(tmp_path, model, wrap=lambda state: state, suffix="pt", **options):
     """Three files of a model that is moved in between: their paths and state dicts."""
     paths, states = [], []
     for step in (100, 200, 300):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        states.append(copy.deepcopy(dict(model.state_dict())))
         paths.append(tmp_path / f"step-{step}.{suffix}")
-        torch.save(wrap(model.state_dict()), paths[-1])
+        torch.save(wrap(model.state_dict()), paths[-1], **options)
     return paths, states
 
 
@@ -73,10 +74,11 @@ def means(states):
     ],
     ids=["tied", "nested", "versioned", "ddp"],
 )
-def test_a_state_dict_keeps_order_versions_and_ties(tmp_path, make, wrap):
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_state_dict_keeps_order_versions_and_ties(tmp_path, make, wrap, as_zip):
     torch.manual_seed(0)
     model = make()
-    paths, states = saved(tmp_path, model, wrap)
+    paths, states = saved(tmp_path, model, wrap, _use_new_zipfile_serialization=as_zip)
     average_checkpoints(paths, tmp_path / "averaged.pt")
     written = torch.load(tmp_path / "averaged.pt")
     assert [*written] == [*model.state_dict()]
@@ -103,6 +105,38 @@ def test_the_order_is_the_newest_files(tmp_path):
     )
     average_checkpoints(tmp_path.glob("step-*"), tmp_path / "averaged.pt")
     assert [*torch.load(tmp_path / "averaged.pt")] == ["a", "n", "b"]
+
+
+class Counting(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"names": {"b", "a"}, "scale": torch.full((2,), 3.0)}
+
+    def set_extra_state(self, state):
+        self.found = state
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_entries_of_lightning_stay_beside_extra_state(tmp_path, as_zip):
+    def wrap(state):
+        return {
+            "pytorch-lightning_version": "2.6.1",
+            "state_dict": state,
+            "hyper_parameters": {"kinds": {"y", "x"}, "table": torch.arange(3)},
+            "callbacks": {"x": 1},
+        }
+
+    model = nn.Sequential(Counting(2, 2), nn.Linear(2, 1))
+    paths, _ = saved(tmp_path, model, wrap, "ckpt", _use_new_zipfile_serialization=as_zip)
+    average_checkpoints(paths, tmp_path / "averaged.ckpt")
+    written = torch.load(tmp_path / "averaged.ckpt", weights_only=False)
+    assert [*written] == ["pytorch-lightning_version", "state_dict", "hyper_parameters"]
+    assert written["hyper_parameters"]["kinds"] == {"x", "y"}
+    assert written["hyper_parameters"]["table"].tolist() == [0, 1, 2]
+    model.load_state_dict(written["state_dict"])
+    assert model[0].found["names"] == {"a", "b"}
+    assert model[0].found["scale"].tolist() == [3, 3]
 
 
 def test_a_file_that_lightning_did_not_write_stays_a_state_dict(tmp_path):

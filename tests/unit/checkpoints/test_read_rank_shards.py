@@ -36,6 +36,9 @@ def test_they_are_averaged(saved, tmp_path):
     found, expected = load_file(tmp_path / "out.safetensors"), whole_tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    average_checkpoints([saved / "one", saved / "two"], tmp_path / "folder")
+    with open_checkpoint(tmp_path / "folder") as checkpoint:  # no file of it is called a rank's
+        assert_reads(checkpoint, expected)
 
 
 def test_what_is_missing_or_mixed_is_named(saved, tmp_path):

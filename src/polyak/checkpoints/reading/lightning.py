@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from polyak.checkpoints.reading.legacy_torch import LegacyTorch, is_legacy
 from polyak.checkpoints.reading.plain import NOTHING, PlainCopy
-from polyak.checkpoints.reading.stored import Checkpoint
+from polyak.checkpoints.reading.stored import ByteFile, Checkpoint
 from polyak.checkpoints.reading.torch_archive import TorchArchive
+from polyak.checkpoints.reading.torch_file import TorchFile
 
 VERSION = "pytorch-lightning_version"
 """The entry by which Lightning knows its files."""
@@ -27,11 +29,11 @@ def lightning_entries(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str,
     None unless Lightning wrote the file. `state_dict` is among the entries, to keep its place, without
     its tensors. Entries are plain values; tensors are kept among the hyper-parameters only.
     """
-    is_zip = checkpoint.format == "torch" and checkpoint.files[0].read(0, 2) == b"PK"
-    if not is_zip or VERSION not in checkpoint.metadata:
+    is_torch = checkpoint.format in (TorchArchive.format, LegacyTorch.format)
+    if not is_torch or VERSION not in checkpoint.metadata:
         return None
-    archive = TorchArchive(checkpoint.files[0])
-    if not isinstance(archive.root, dict) or VERSION not in archive.root:
+    archive = _opened(checkpoint.files[0])
+    if archive is None or not isinstance(archive.root, dict) or VERSION not in archive.root:
         return None
     configuration, values, progress = PlainCopy(archive.tensor), PlainCopy(), PlainCopy()
     entries: dict[str, Any] = {}
@@ -44,3 +46,10 @@ def lightning_entries(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str,
             entries[name] = copy.of(value, name)
     kept = {name: value for name, value in entries.items() if value is not NOTHING}
     return {**kept, "state_dict": None}, configuration.dropped | values.dropped
+
+
+def _opened(file: ByteFile) -> TorchFile | None:
+    start = file.read(0, min(file.size, 512))
+    if start.startswith(b"PK"):
+        return TorchArchive(file)
+    return LegacyTorch(file) if is_legacy(start) else None

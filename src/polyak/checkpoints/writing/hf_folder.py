@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyak.checkpoints.reading.components import COMPOSED, part_folders
+from polyak.checkpoints.reading.rank_shards import is_rank_shard
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint
 from polyak.checkpoints.writing.layouts import TensorSpec
@@ -127,7 +128,7 @@ class WeightsName:
         match = _KNOWN.fullmatch(name)
         variant = (match["variant"] or match["of_index"]) if match else None
         match = match or _ANY.fullmatch(name)
-        if match is None:  # DCP, npz, and torch files of other names
+        if match is None or is_rank_shard(name):  # DCP too, npz, and torch files of other names
             return cls("", "model", "", sharded=False)
         stem = match["stem"]
         stem = stem if stem.startswith("diffusion_") else _RENAMED.sub(r"\1model", stem)
