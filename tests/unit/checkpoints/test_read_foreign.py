@@ -58,7 +58,9 @@ CONTENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", CONTENTS, ids=map(str, range(len(CONTENTS))))  # zips hold the time
+@pytest.mark.parametrize(
+    "content", CONTENTS, ids=map(str, range(len(CONTENTS)))
+)  # zips hold the time
 def test_by_its_bytes(tmp_path, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
