@@ -24,10 +24,13 @@ from torch.nn import Module
 from polyak.averaging.state import VERSION, profile_text
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
+from polyak.files import as_path
+from polyak.maths.arguments import number
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
 
+_MOST_UPDATES = 100_000_000
 _ADVICE = "Nothing was imported. Is it the state of another model?"
 _SAVED = {"profile", "unit", "time", "count", "sum_squared_shares", "batchnorm"}
 
@@ -44,7 +47,7 @@ def read_state(
     member: Member, path: str | os.PathLike[str], updates: int | None = None
 ) -> Mapping[str, Any]:
     """The state in a file, for `Average.load_state_dict`; what `Average.load` documents."""
-    state, metadata = _read(Path(path))
+    state, metadata = _read(as_path(path))
     if isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}:
         if updates is not None:
             raise ArgumentError(
@@ -70,9 +73,9 @@ def translated_state(
             "The state does not record how many updates it stands for: pass updates= (for example "
             "the number of optimizer steps so far)."
         )
-    if updates < 1 or updates % 1:
+    if not 1 <= number("updates", updates) <= _MOST_UPDATES or updates % 1:
         raise ArgumentError(
-            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state."
+            f"updates is {updates!r}; expected a whole number from 1 to {_MOST_UPDATES}: an empty average has no state."
         )
     first = 0 if profile.initial_mass(0.0) == 1 else 1
     times = [float(first + i) for i in range(int(updates))]

@@ -33,6 +33,7 @@ from polyak.checkpoints.merging.weights import (
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, StaleStatistics, require, warn
+from polyak.files import as_path
 from polyak.maths.profiles import Profile
 
 PathLike = str | os.PathLike[str]
@@ -47,7 +48,13 @@ def checked_inputs(inputs: Iterable[Input]) -> list[Input]:
             f"inputs is one path, {inputs!r}; expected a list of checkpoints: [{inputs!r}] for this "
             "one alone, or Path(folder).glob('*') for those in a folder."
         )
-    return list(inputs)
+    if not isinstance(inputs, Iterable):
+        raise ArgumentError(f"inputs is {inputs!r}; expected a list of checkpoints.")
+    found = list(inputs)
+    for one in found:
+        if not isinstance(one, Checkpoint):
+            as_path(one)
+    return found
 
 
 def checked_outputs(
@@ -63,6 +70,8 @@ def checked_outputs(
         )
     if method is not None:
         raise ArgumentError(f"outputs names a method per path; leave out method={method!r}.")
+    for path in outputs:
+        as_path(path)
     return outputs
 
 

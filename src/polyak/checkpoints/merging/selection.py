@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from polyak.checkpoints.merging.prepare import garbage_kept
+from polyak.checkpoints.merging.prepare import checked_inputs, garbage_kept
 from polyak.checkpoints.reading.folders import step_in_name, weights_in
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.pickled_tensors import TensorRef
@@ -29,6 +29,8 @@ from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint
 from polyak.checkpoints.reading.torch_archive import TorchArchive
 from polyak.checkpoints.reading.untrusted_json import parse_json
 from polyak.errors import ArgumentError, FormatError
+from polyak.files import as_path
+from polyak.maths.arguments import at_least_one, number
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 _NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
@@ -53,8 +55,14 @@ class Selection:
     def __post_init__(self) -> None:
         for name in ("every", "best", "last"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; expected at least 1.")
+            if value is not None:
+                at_least_one(name, value)
+        if self.steps is not None:
+            _check_range(self.steps)
+        if self.metric is not None and not isinstance(self.metric, str):
+            raise ArgumentError(f"metric is {self.metric!r}; expected the name of a score.")
+        if self.scores is not None:
+            as_path(self.scores)
         if (self.best is None) != (self.metric is None):
             raise ArgumentError(
                 "best and metric go together: how many to keep, and by which score."
@@ -63,6 +71,22 @@ class Selection:
             raise ArgumentError(
                 "scores only serve to keep the best ones: give best and metric too."
             )
+
+
+def _checked(item: Any) -> str:
+    as_path(item)
+    path: str = os.fspath(item)  # a Path would make one slash of the two in s3://
+    return path
+
+
+def _check_range(steps: object) -> None:
+    if not isinstance(steps, tuple | list) or len(steps) != 2:
+        raise ArgumentError(
+            f"steps is {steps!r}; expected a first and a last step, or None for open."
+        )
+    for step in steps:
+        if step is not None:
+            number("A step of the range", step)
 
 
 def select_checkpoints(
@@ -96,13 +120,16 @@ def select_checkpoints(
     [1000, 1500]
 
     """
+    paths = [_checked(item) for item in checked_inputs(inputs)]
+    wanted: object = selection or Selection()
+    if not isinstance(wanted, Selection):
+        raise ArgumentError(f"selection is {wanted!r}; expected a polyak.checkpoints.Selection.")
     finder, kept = _Finder(key), list[Checkpoint]()
     try:
         with garbage_kept():
-            found = [one for item in inputs for one in _ordered(finder.expand(os.fspath(item)))]
+            found = [one for path in paths for one in _ordered(finder.expand(path))]
         if not found:
             raise ArgumentError("There is nothing to average: no input was given.")
-        wanted = selection or Selection()
         kept = found if wanted == Selection() else _filtered(_ordered(found), wanted)
         if not kept:
             steps = ", ".join("?" if one.step is None else str(one.step) for one in found)

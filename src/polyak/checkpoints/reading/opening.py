@@ -14,6 +14,7 @@ from polyak.checkpoints.reading.stored import ByteFile, Checkpoint
 from polyak.checkpoints.reading.torch_archive import read_torch
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import ArgumentError, FormatError
+from polyak.files import as_path
 
 _UNSUPPORTED = {
     b"\x89HDF": "an HDF5 file (Keras)",
@@ -59,6 +60,7 @@ def open_checkpoint(
     ({'w': SpanTensor('w', F32, [2, 3])}, 500)
 
     """
+    as_path(path)
     place = Place(path)
     with ExitStack() as undo:
         opened = _open(place, key)

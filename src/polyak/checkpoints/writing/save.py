@@ -21,7 +21,7 @@ from polyak.checkpoints.writing.layouts import (
     layout_for,
 )
 from polyak.errors import ArgumentError, require
-from polyak.files import refuse_existing, replacing
+from polyak.files import as_path, refuse_existing, replacing
 from polyak.version import __version__
 
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -61,7 +61,7 @@ def write_checkpoint(
     {'head': tensor([1., 1.]), 'tail': tensor([1., 1.])}
 
     """
-    target = Path(path)
+    target = as_path(path)
     check_target(target, overwrite=overwrite)
     ties = dict(ties or {})
     _check(tensors, ties, metadata or {})
