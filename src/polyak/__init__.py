@@ -14,7 +14,7 @@ _HOME_OF = {
     "After": "polyak.maths.profiles",
     "Annealed": "polyak.maths.profiles",
     "Average": "polyak.averaging.average",
-    "Averages": "polyak.averaging.average",
+    "Averages": "polyak.averaging.averages",
     "EMA": "polyak.maths.profiles",
     "LRSchedule": "polyak.averaging.lr_schedule",
     "PolyakError": "polyak.errors",
@@ -31,7 +31,7 @@ _HOME_OF = {
 
 if TYPE_CHECKING:
     from polyak.averaging.average import Average as Average
-    from polyak.averaging.average import Averages as Averages
+    from polyak.averaging.averages import Averages as Averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.batchnorm.update import update_bn as update_bn
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints

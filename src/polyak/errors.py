@@ -28,7 +28,7 @@ from typing import Any
 
 
 class PolyakError(Exception):
-    """What polyak raises; every other error of ours derives from it."""
+    """What polyak raises; every other of its errors derives from it."""
 
 
 class ArgumentError(PolyakError, ValueError):

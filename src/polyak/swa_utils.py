@@ -392,8 +392,12 @@ class SWALR(_TorchSWALR):
         last_epoch: int = -1,
     ) -> None:
         n_groups = len(optimizer.param_groups)
-        self._targets = list(swa_lr) if isinstance(swa_lr, (list, tuple)) else [swa_lr] * n_groups
-        self._starts: list[float | Tensor] = []
+        targets = swa_lr if isinstance(swa_lr, (list, tuple)) else [swa_lr] * n_groups
+        self._targets: list[float | Tensor] = _copies(targets)
+        self._starts: list[float | Tensor | None] = []  # None for those that have not begun
+        # The groups that both lists are about, by the lists of their parameters, which stay the same
+        # ones when the optimizer loads a state.
+        self._groups: list[Any] = [group["params"] for group in optimizer.param_groups]
         super().__init__(optimizer, swa_lr, anneal_epochs, anneal_strategy, last_epoch)  # type: ignore[arg-type] # torch takes a list too
 
     def get_lr(self) -> list[float | Tensor]:
@@ -401,21 +405,32 @@ class SWALR(_TorchSWALR):
         step = self._step_count - 1
         if self.anneal_epochs == 0:
             step = max(1, step)
+        self._follow_groups()
         if step <= 1:
-            self._starts = []  # not begun: the current rate is where it will start
+            self._starts = [None] * len(
+                self._groups
+            )  # not begun: the current rate is where it will start
         starts = self._starting_rates(step)
         alpha = self._alpha(step)
         return [
             target * alpha + start * (1 - alpha)
-            for target, start in zip(self._all_targets(), starts, strict=True)
+            for target, start in zip(self._targets, starts, strict=True)
         ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the targets and where each group's annealing started; all copies."""
+        state = super().state_dict()
+        del state["_groups"]
+        return {name: _copies(v) if isinstance(v, list) else v for name, v in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of torch's, which does not store where it started."""
         self._starts = []
-        super().load_state_dict(state_dict)
+        own = {n: _copies(v) if isinstance(v, list) else v for n, v in state_dict.items()}
+        super().load_state_dict(own)
+        self._groups = [group["params"] for group in self.optimizer.param_groups]
         if "_targets" not in state_dict:
-            self._targets = [group["swa_lr"] for group in self.optimizer.param_groups]
+            self._targets = _copies([group["swa_lr"] for group in self.optimizer.param_groups])
 
     def _alpha(self, step: int) -> float:
         anneal: Any = self.anneal_func
@@ -424,21 +439,31 @@ class SWALR(_TorchSWALR):
 
     def _starting_rates(self, step: int) -> list[float | Tensor]:
         """Where each group's annealing started; computed as in torch if it was not stored."""
-        n_stored = len(self._starts)
-        starts = list(self._starts)
-        for group, target in zip(
-            self.optimizer.param_groups[n_stored:], self._all_targets()[n_stored:], strict=True
-        ):
-            rate = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-            came_later = n_stored > 0
-            alpha = 0.0 if came_later else self._alpha(step - 1)
-            starts.append(target if alpha == 1 else (rate - alpha * target) / (1 - alpha))
+        have_begun = any(start is not None for start in self._starts)
+        starts: list[float | Tensor] = []
+        groups = self.optimizer.param_groups
+        for group, target, start in zip(groups, self._targets, self._starts, strict=True):
+            if start is None:
+                rate = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+                alpha = 0.0 if have_begun else self._alpha(step - 1)  # 0: a group that came later
+                start = target if alpha == 1 else (rate - alpha * target) / (1 - alpha)  # noqa: PLW2901
+            starts.append(start)
         if step >= 1:
-            self._starts = starts
+            self._starts = list(starts)
         return starts
 
-    def _all_targets(self) -> list[float]:
-        n_groups = len(self.optimizer.param_groups)
-        while len(self._targets) < n_groups:
-            self._targets.append(self._targets[-1])
-        return self._targets
+    def _follow_groups(self) -> None:
+        """Forget groups that were removed, and give those that came later the last target."""
+        now = [group["params"] for group in self.optimizer.param_groups]
+        known = {id(group): index for index, group in enumerate(self._groups)}
+        order = [known.get(id(group)) for group in now]
+        if all(index is None for index in order):  # a copy, with an optimizer of its own
+            order = [index if index < len(self._targets) else None for index in range(len(now))]
+        targets, starts = self._targets, [*self._starts, *[None] * len(known)]
+        self._targets = [targets[-1 if i is None or i >= len(targets) else i] for i in order]
+        self._starts = [None if i is None else starts[i] for i in order]
+        self._groups = now
+
+
+def _copies(values: Iterable[Any]) -> list[Any]:
+    return [value.clone() if isinstance(value, Tensor) else value for value in values]

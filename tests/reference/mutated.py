@@ -5,6 +5,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from reference.old_torch import real_tar_members, tar_of
+
 from polyak.checkpoints.reading.dcp import read_dcp
 from polyak.checkpoints.reading.opening import read_file
 from polyak.checkpoints.reading.stored import ByteFile
@@ -47,6 +49,12 @@ def real_files() -> dict[str, bytes]:
         buffer = io.BytesIO()
         torch.save(value, buffer, pickle_protocol=protocol)
         files[name] = buffer.getvalue()
+    for name, protocol in (("torch before 1.6", 2), ("torch before 1.6, protocol 1", 1)):
+        buffer = io.BytesIO()
+        options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": False}
+        torch.save(nested, buffer, **options)
+        files[name] = buffer.getvalue()
+    files["tar of torch 0.1"] = tar_of(real_tar_members()).rstrip(b"\0")
     buffer = io.BytesIO()
     np.savez(
         buffer, w=np.ones((2, 3), "f4"), f=np.asfortranarray(np.ones((2, 3))), b=np.ones(2, ">i2")

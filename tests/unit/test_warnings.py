@@ -19,6 +19,7 @@ from torch import nn
 
 import polyak
 import polyak.swa_utils
+from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
 
 SOURCE = Path(polyak.__file__).parent
@@ -52,6 +53,10 @@ def updated(norm=None):
     average = polyak.Average(network(norm), polyak.SWA())
     average.update()
     return average
+
+
+def first_only(model, x):
+    return model[0](x)
 
 
 def attached():
@@ -135,6 +140,27 @@ def measured_with_a_norm_of_its_own(folder):
 
 
 @case(StaleStatistics)
+def applied_with_stale_statistics(folder):
+    average = updated()
+    with average.applied():  # the line that is to be named
+        pass
+
+
+@case(StaleStatistics)
+def lent_with_stale_statistics(folder):
+    average = updated()
+    loan = average.lend()
+    loan.give_back()  # the line that is to be named
+
+
+@case(StaleStatistics)
+def update_bn_that_misses_a_layer(folder):
+    model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)])
+    data = [torch.randn(4, 3)]
+    polyak.update_bn(model, data, forward=first_only)  # the line that is to be named
+
+
+@case(StaleStatistics)
 def update_bn(folder):
     model = network(OwnNorm())
     polyak.update_bn(model, [torch.randn(4, 3)])  # the line that is to be named
@@ -153,6 +179,14 @@ def average_checkpoints(folder):
     polyak.average_checkpoints(paths, outputs)  # the line that is to be named
 
 
+@case(PolyakWarning)
+def select_checkpoints_beside_a_copy(folder):
+    model = network().state_dict()
+    for name in ("step-1", "best"):
+        torch.save(model, folder / f"{name}.pt")
+    select_checkpoints([folder])  # the line that is to be named
+
+
 @case(StaleStatistics)
 def iter_averaged_tensors(folder):
     tensors = polyak.iter_averaged_tensors(checkpoints(folder), "swa")
@@ -161,11 +195,84 @@ def iter_averaged_tensors(folder):
 
 
 @case(PolyakWarning)
+def average_checkpoints_of_lightning(folder):
+    state, told = nn.Linear(3, 3).state_dict(), {"pytorch-lightning_version": "2.6.6"}
+    for step in (1, 2):
+        told["hyper_parameters"] = {"path": Path("data")}
+        torch.save({**told, "state_dict": state}, folder / f"step-{step}.ckpt")
+    paths, target = [*folder.iterdir()], folder / "merged.ckpt"
+    polyak.average_checkpoints(paths, target)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def written_to_in_place(folder):
+    average = polyak.Average(nn.Linear(3, 3), polyak.SWA())
+    average.update()
+    loan = average.lend(in_place=True)
+    nn.init.zeros_(average.model.weight)
+    loan.give_back()  # the line that is to be named
+
+
+@case(PolyakWarning)
 def loaded_from_narrower_values(folder):
     average = polyak.Average(nn.Linear(3, 3).bfloat16(), polyak.SWA())
     average.update()
     average.save(folder / "average.pt")
     average.load(folder / "average.pt")  # the line that is to be named
+
+
+class WithState(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"step": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@case(PolyakWarning)
+def saved_without_extra_state(folder):
+    average = polyak.Average(WithState(3, 3), polyak.SWA())
+    average.update()
+    average.save(folder / "average.safetensors")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def merged_without_extra_state(folder):
+    torch.save(WithState(3, 3).state_dict(), folder / "a.pt")
+    polyak.average_checkpoints([folder / "a.pt"], folder / "out")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def attached_to_one_of_two_optimizers(folder):
+    model = network()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    polyak.Average(model, polyak.SWA()).attach(first)  # the line that is to be named
+
+
+class TwoHalves(torch.optim.SGD):
+    def first_step(self):
+        pass
+
+    def second_step(self):
+        pass
+
+
+@case(PolyakWarning)
+def attached_to_steps_that_no_hook_sees(folder):
+    model = network()
+    optimizer = TwoHalves(model.parameters(), lr=0.1)
+    polyak.Average(model, polyak.SWA()).attach(optimizer)  # the line that is to be named
+
+
+@case(PolyakWarning)
+def attached_in_evaluation_mode(folder):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.train, optimizer.eval, optimizer.train_mode = print, print, False
+    optimizer.state[model[0].weight]["z"] = torch.zeros(3, 3)
+    polyak.Average(model, polyak.SWA()).attach(optimizer)  # the line that is to be named
 
 
 @case(PolyakWarning)

@@ -1,4 +1,4 @@
-"""`Average`, one running average of a model's weights; `Averages`, several for about the price of one."""
+"""`Average`: one running average of a model's weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.optim.lr_scheduler import LRScheduler
 
 from polyak.averaging import diagnostics, interop, saving, state, values
 from polyak.averaging.hook import Attachment, Members
-from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
 from polyak.batchnorm.update import update_bn, warn_unsupported
 from polyak.errors import (
-    ArgumentError,
     EmptyAverage,
     StaleStatistics,
     UsageError,
@@ -132,16 +131,19 @@ class Average:
     @property
     def time(self) -> float:
         """Time since the start of averaging, in `unit`."""
+        self._tracker.take_due()
         return float(self._member.clock.time)
 
     @property
     def count(self) -> int:
         """How many weights have been averaged."""
+        self._tracker.take_due()
         return int(self._member.clock.count)
 
     @property
     def empty(self) -> bool:
         """Whether nothing has been averaged yet."""
+        self._tracker.take_due()
         return self._member.is_empty()
 
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
@@ -163,34 +165,54 @@ class Average:
             raise UsageError(
                 "update() is not available on a member of Averages; call it on the Averages."
             )
+        self._tracker.take_due()
         self._tracker.update(dt, real)
 
     def attach(
-        self, optimizer: Any, *, every: int | None = None, at: LRSchedule | None = None
+        self,
+        optimizer: Any,
+        *,
+        every: int | None = None,
+        at: LRScheduler | None = None,
+        before_next_step: bool = False,
     ) -> Attachment:
         """Update automatically: after every k-th real step of an optimizer, or at a schedule's points.
 
         Args:
-            optimizer: the optimizer that trains the model, or a list of several: then a step is
-                complete whenever each of them has stepped at least once since the last one, so that
-                five critic steps and one generator step make one.
+            optimizer: the optimizer that your loop calls `step()` on, wrapped as it is: weights are
+                taken when the outermost `step()` is over, if one of the optimizers inside has
+                stepped. Or a list of several: then a step is complete whenever each of them has
+                stepped at least once since the last one, so that five critic steps and one generator
+                step make one.
             every: k; counts steps that really happened (a step that a `GradScaler` skips does not
                 count), and each update moves the time by k. 1 by default.
-            at: a schedule. Weights are taken whenever `at.step()` completes a step after which it
+            at: a schedule, or a SequentialLR or other scheduler that holds one. Weights are taken whenever `at.step()` completes a step after which it
                 averages, be that once per optimizer step or once per epoch; the unit is then
                 "captures", each counted as 1. An empty average also takes the weights it is
                 attached at if the schedule averages there.
+            before_next_step: for loops that change the weights after `optimizer.step()`, by clipping or
+                normalising them: take them as late as possible, when the next step begins or the
+                average is read, whichever comes first.
+
+        Warns (PolyakWarning) if parameters that train and are averaged are not among those of the
+        optimizer, or if it has steps besides `step()` that no hook can see.
 
         Returns an `Attachment`, with `remove()`. On a member of `Averages` this sets that member's own
         timing; the `attach` of the Averages then updates the others.
 
         Raises:
-            ArgumentError: an optimizer that steps none of this model's parameters, or a unit that
-                does not fit.
+            ArgumentError: an optimizer that steps none of this model's parameters, a unit that does
+                not fit, a schedule that never averages, a sharded model.
             UsageError: attached already.
 
         """
-        return Attachment(Members(self._tracker, self._member), optimizer, every=every, at=at)
+        return Attachment(
+            Members(self._tracker, self._member),
+            optimizer,
+            every=every,
+            at=at,
+            before_next_step=before_next_step,
+        )
 
     def detach(self) -> None:
         """Remove the attachment that updates this average; nothing if there is none."""
@@ -281,7 +303,9 @@ class Average:
         """
         self._tracker.ready_to_read()
         if self.empty:
-            raise UsageError("There are no averaged tensors: nothing has been averaged yet.")
+            raise UsageError(
+                f"There are no averaged tensors: nothing has been averaged yet.{self._unused()}"
+            )
         return values.copied_values(self._member)
 
     def save(
@@ -345,8 +369,8 @@ class Average:
         """Continue from the average that another library has taken of the same model.
 
         The states of torch's `AveragedModel`, timm's `ModelEma`, ema-pytorch's `EMA`, diffusers'
-        `EMAModel` and torch-ema are recognised, and plain state dicts of the averaged model. The
-        average keeps its own profile: only the weights and the number of updates come over.
+        `EMAModel` and torch-ema are recognised, checkpoints of Lightning's `WeightAveraging`, and plain
+        state dicts of the averaged model. The average keeps its own profile: only the weights and the number of updates come over.
 
         Args:
             state_dict: the other library's state dict, or a plain one.
@@ -415,108 +439,12 @@ class Average:
         if not self._member.warned_empty:
             self._member.warned_empty = True
             warn(
-                f"{self!r} is empty: nothing has been averaged yet, so {consequence}.", EmptyAverage
+                f"{self!r} is empty: nothing has been averaged yet, so {consequence}."
+                f"{self._unused()}",
+                EmptyAverage,
             )
         return True
 
-
-class Averages(Mapping[str, Average]):
-    """Several averages that are updated in one pass over the weights, each an `Average` by name.
-
-    Each piece of the weights is read once and enters every average while it is in the cache, so K
-    of them cost about (2K + 1) / 3 of one. The options are those of `Average`, for all of them.
-
-    Raises ArgumentError if there is no profile, or one that cannot be averaged during training.
-
-    >>> import torch, polyak
-    >>> model = torch.nn.Linear(2, 1)
-    >>> averages = polyak.Averages(model, {"swa": polyak.SWA(), "ema": polyak.EMA(decay=0.9)})
-    >>> averages.update()
-    >>> with averages["ema"].applied():
-    ...     _ = model(torch.zeros(1, 2))
-    """
-
-    def __init__(  # noqa: PLR0913 - as Average
-        self,
-        model: Module,
-        profiles: Mapping[str, Profile | str],
-        *,
-        unit: str | None = None,
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        nonfinite: Literal["skip", "raise"] | None = None,
-        average_buffers: str | Iterable[str] | None = None,
-        capturable: bool = False,
-    ) -> None:
-        if not hasattr(profiles, "items") or not profiles:
-            raise ArgumentError(
-                "Averages needs profiles by name, such as {'swa': polyak.SWA()}; found "
-                f"{profiles!r}."
-            )
-        self._tracker = Tracker(
-            model,
-            unit=unit,
-            include=include,
-            exclude=exclude,
-            dtype=dtype,
-            device=device,
-            nonfinite=nonfinite,
-            average_buffers=average_buffers,
-            capturable=capturable,
-        )
-        self._averages = {
-            name: Average._of(self._tracker.join(profile), name)
-            for name, profile in profiles.items()
-        }
-
-    def __getitem__(self, name: str) -> Average:
-        return self._averages[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._averages)
-
-    def __len__(self) -> int:
-        return len(self._averages)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing has been averaged yet in any of them."""
-        return all(average.empty for average in self.values())
-
-    def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
-        """Update every average with the model's current weights; see `Average.update`."""
-        self._tracker.update(dt, real)
-
-    def attach(
-        self, optimizer: Any, *, every: int | None = None, at: LRSchedule | None = None
-    ) -> Attachment:
-        """Update automatically all members without a timing of their own; see `Average.attach`.
-
-        A member gets its own by `averages["swa"].attach(optimizer, at=lr)`, before or after this.
-        """
-        return Attachment(Members(self._tracker), optimizer, every=every, at=at)
-
-    def detach(self) -> None:
-        """Remove every attachment, those of single members included."""
-        for average in self.values():
-            average.detach()
-        if self._tracker.attachment is not None:
-            self._tracker.attachment.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each average, by name."""
-        return {name: average.state_dict() for name, average in self.items()}
-
-    def load_state_dict(self, state_dicts: Mapping[str, Any]) -> None:
-        """Continue from a state; all are checked before the first is changed."""
-        self._tracker.refuse_during_loan("load_state_dict()")
-        state.check_names(state_dicts, self.keys())
-        for name, average in self.items():
-            state.check_state(average._member, state_dicts[name])
-        for name, average in self.items():
-            state.load_state(average._member, state_dicts[name])
-
-    def __repr__(self) -> str:
-        return f"Averages({', '.join(f'{n}: {a!r}' for n, a in self.items())})"
+    def _unused(self) -> str:
+        attachment = self._member.attachment or self._tracker.attachment
+        return attachment.unused() if attachment else ""

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from polyak.averaging.lr_schedule import LRSchedule
+from polyak.averaging.lr_schedule import LRSchedule, averaging_schedule
+from polyak.averaging.optimizer_steps import (
+    StepWatch,
+    either,
+    fires_hooks,
+    guard_modes,
+    has_own_step,
+    in_evaluation_mode,
+    partial_steps,
+)
 from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member, Tracker
 from polyak.errors import ArgumentError, UsageError, warn
@@ -34,7 +44,18 @@ class Customer(ABC):
         self.unit = unit
 
     def before_step(self) -> None:  # noqa: B027 - optional
-        """An optimizer is about to overwrite the weights."""
+        """An attached optimizer is about to overwrite the weights."""
+
+    def before_foreign_step(self) -> None:  # noqa: B027 - optional
+        """Another optimizer is about to step, this model or another one."""
+
+    def trained_parameters(self) -> Mapping[str, Tensor]:
+        """The parameters that the attached optimizers are expected to step, by name."""
+        return {}
+
+    def is_lent(self) -> bool:
+        """Whether the model holds other weights than those that train: nothing can be taken now."""
+        return False
 
     def is_empty(self) -> bool:
         """Whether nothing was ever taken: then a schedule may take the weights it begins with."""
@@ -57,28 +78,39 @@ class Attachment:
         optimizers: Any,
         *,
         every: int | None = None,
-        at: LRSchedule | None = None,
+        at: LRScheduler | None = None,
+        before_next_step: bool = False,
     ) -> None:
         self._customer = customer
-        self._optimizers = _unwrapped(optimizers)
-        _refuse_foreign(customer.model, self._optimizers)
+        several = isinstance(optimizers, (list, tuple))
+        self._optimizers = list(optimizers) if several else [optimizers]
         self._every = _checked_every(every, at)
-        customer.begin("captures" if at is not None or customer.unit == "captures" else "steps")
-        self._at = at
+        self._at = None if at is None else averaging_schedule(at)
+        self._before_next_step = before_next_step
+        self._due: tuple[float, bool | Tensor] | None = None  # to be taken before the next step
         self._takes_entering_weights = at is not None
+        self._has_stepped = False
+        self._warned_mode = False
         self._steps = 0  # since the last update, skipped ones included,
         self._real: float | Tensor = 0.0  # and those of them that were not skipped
         self._stepped: dict[int, float | Tensor] = {}  # since the last step of all: which, how real
-        self._handles = self._register()
-        if (pending := customer.attached(self)) is not None:
-            self.resume(pending)
+        self._handles: list[Any] = []
+        self._connect(customer)
 
     def remove(self) -> None:
         """Take the hooks away; the average keeps what it has. A second call does nothing."""
         if self._handles:
-            self._customer.detached(self)
-        while self._handles:
-            self._handles.pop().remove()
+            try:
+                self.take_due()
+            finally:
+                self._customer.detached(self)
+                self._remove_hooks()
+
+    def take_due(self) -> None:
+        """Take the weights that wait for the next step, as the loop has left them."""
+        if self._due is not None and not self._customer.is_lent():
+            due, self._due = self._due, None
+            self._customer.update(*due)
 
     def pending(self) -> list[Any]:
         """Steps counted since the last update: all, the real ones, and which optimizers began one."""
@@ -86,58 +118,101 @@ class Attachment:
 
     def resume(self, pending: Sequence[Any]) -> None:
         """Continue counting from what `pending` returned."""
+        self._due = None
         self._steps, self._real = pending[0], pending[1]
         self._stepped = dict.fromkeys(pending[2], 1.0)
+
+    def unused(self) -> str:
+        """What to say of an average that is empty because no step was ever seen; often nothing."""
+        if self._has_stepped:
+            return ""
+        names = " and ".join(type(optimizer).__name__ for optimizer in self._optimizers)
+        return (
+            f" step() of {names}, to which it is attached, has not been called: attach what your loop "
+            "calls step() on, or call update()."
+        )
 
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            self._due = None
         self.remove()
 
-    def _register(self) -> list[Any]:
-        handles: list[Any] = []
-        for index, optimizer in enumerate(self._optimizers):
-            handles.append(optimizer.register_step_pre_hook(self._before_step))
-            if self._at is None:
-                after = partial(self._after_step, index)
-                handles.append(optimizer.register_step_post_hook(after))
-            handles.append(_CopyWatch(optimizer))
-        if self._at is not None:
-            handles.append(self._at.register_step_post_hook(self._after_schedule))
-        return handles
+    def _connect(self, customer: Customer) -> None:
+        captures = self._at is not None or customer.unit == "captures"
+        try:
+            self._watches = self._register()
+            _check_optimizers(customer, self._optimizers, self._watches)
+            customer.begin("captures" if captures else "steps")
+            self._warn_evaluation_mode()
+        except BaseException:
+            self._remove_hooks()
+            raise
+        if (pending := customer.attached(self)) is not None:
+            self.resume(pending)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _register(self) -> list[StepWatch]:
+        watches: list[StepWatch] = []
+        for index, optimizer in enumerate(self._optimizers):
+            watch = StepWatch(optimizer, self._before_step, partial(self._after_step, index))
+            watches.append(watch)
+            self._handles.append(watch)
+            for layer in watch.layers:
+                self._handles.extend(guard_modes(layer, self._customer.is_lent))
+            if hooked := next(filter(fires_hooks, watch.layers), None):
+                self._handles.append(_CopyWatch(hooked))
+        self._handles.append(register_optimizer_step_pre_hook(self._before_any_step))
+        if self._at is not None:
+            self._handles.append(self._at.register_step_post_hook(self._after_schedule))
+        return watches
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before_step(self) -> None:
         self._customer.before_step()
+        self._has_stepped = True
+        self.take_due()
         if self._takes_entering_weights:
             self._take_entering_weights()
+
+    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(optimizer is layer for watch in self._watches for layer in watch.layers):
+            self._customer.before_foreign_step()
 
     def _take_entering_weights(self) -> None:
         """Where the schedule averages at the very step it is attached at: for an empty average.
 
         A resumed one is not empty, so nothing counts twice. This waits for the first step, because
-        a state may be loaded, into the schedule and into the average, after attaching.
+        a state may be loaded, into the schedule and into the average, after attaching, and because
+        the schedule may be put into a SequentialLR, where it waits for its turn at step -1.
         """
         self._takes_entering_weights = False
         lr = self._at
-        begins = lr is not None and lr.schedule.averages_after(lr.last_epoch)
+        begins = lr is not None and lr.last_epoch >= 0 and lr.schedule.averages_after(lr.last_epoch)
         if begins and self._customer.is_empty():
             self._customer.update(1.0)
 
     def _after_schedule(self, lr: LRSchedule) -> None:
         self._takes_entering_weights = False
         if lr.schedule.averages_after(lr.last_epoch):
-            self._customer.update(1.0)
+            self._warn_evaluation_mode()
+            self._take(1.0)
 
-    def _after_step(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, index: int, real: float | Tensor) -> None:
         # Of several optimizers one may step more often (five critics to one generator): a step of
         # all is over once each has stepped, and it is real if one of its steps was.
-        self._stepped[index] = _either(self._stepped.get(index, 0.0), _was_real(optimizer))
+        if self._at is not None:
+            return
+        self._stepped[index] = either(self._stepped.get(index, 0.0), real)
         if len(self._stepped) < len(self._optimizers):
             return
-        real: float | Tensor = 0.0
+        real = 0.0
         for one in self._stepped.values():
-            real = _either(real, one)
+            real = either(real, one)
         self._stepped = {}
         self._steps += 1
         self._real = self._real + real
@@ -150,9 +225,26 @@ class Attachment:
         one_capture = self._customer.unit == "captures"
         dt = 1.0 if one_capture else float(self._every)
         if isinstance(done, Tensor):
-            self._customer.update(dt, (done > 0).to(done.dtype) if one_capture else done / dt)
+            self._take(dt, (done > 0).to(done.dtype) if one_capture else done / dt)
         else:
-            self._customer.update(dt)
+            self._take(dt)
+
+    def _take(self, dt: float, real: bool | Tensor = True) -> None:
+        if self._before_next_step:
+            self.take_due()
+            self._due = (dt, real)
+        else:
+            self._customer.update(dt, real)
+
+    def _warn_evaluation_mode(self) -> None:
+        layers = [layer for watch in self._watches for layer in watch.layers]
+        found = next(filter(in_evaluation_mode, layers), None)
+        if found is not None and not self._warned_mode:
+            self._warned_mode = True
+            warn(
+                f"{type(found).__name__} is in its evaluation mode: the model holds that optimizer's "
+                "own average, not the weights that train. Call its train() before weights are taken."
+            )
 
 
 class Members(Customer):
@@ -193,8 +285,22 @@ class Members(Customer):
 
     def before_step(self) -> None:
         """Wait for what is still being read; average what is about to train for the first time."""
-        self._tracker.wait_before_step()
-        self._tracker.add_unfrozen()
+        self._tracker.refuse_during_loan("step()")
+        self.before_foreign_step()
+
+    def before_foreign_step(self) -> None:
+        """The same: what is unfrozen may be stepped by an optimizer of its own first."""
+        if not self.is_lent():
+            self._tracker.wait_before_step()
+            self._tracker.add_unfrozen()
+
+    def trained_parameters(self) -> Mapping[str, Tensor]:
+        """What is averaged and takes gradients."""
+        return self._tracker.tensors.trained_parameters()
+
+    def is_lent(self) -> bool:
+        """Whether an average is swapped in."""
+        return self._tracker.owner_of_loan() is not None
 
     def is_empty(self) -> bool:
         """Whether none of them has averaged anything."""
@@ -219,51 +325,73 @@ class Members(Customer):
             self._member.attachment = None
 
 
-def _unwrapped(optimizers: Any) -> list[Optimizer]:
-    several = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
-    found = [_innermost(optimizer) for optimizer in several]
-    if not found or len({id(optimizer) for optimizer in found}) < len(found):
+def _check_optimizers(
+    customer: Customer, optimizers: Sequence[Any], watches: Sequence[StepWatch]
+) -> None:
+    counted = [layer for watch in watches for layer in watch.layers]
+    if not watches or len({id(layer) for layer in counted}) < len(counted):
         raise ArgumentError(
-            f"attach() needs one optimizer, or several different ones; found a list of {len(found)}."
+            "attach() needs one optimizer, or several different ones; found a list of "
+            f"{len(optimizers)}."
         )
-    return found
-
-
-def _innermost(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside the wrappers that frameworks put around it."""
-    inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
-        inner = inner.optimizer
-    if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
-        raise ArgumentError(
-            f"attach() needs a torch optimizer; found {type(optimizer).__name__}. Without one, call "
-            "update() after each step."
-        )
-    return inner
-
-
-def _refuse_foreign(model: Module, optimizers: Sequence[Optimizer]) -> None:
-    own = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(id(p) in own for p in stepped):
-            names = list(own.values())
-            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    for layer in counted:
+        if isinstance(layer, Optimizer) and not has_own_step(layer):
             raise ArgumentError(
-                f"None of the {len(stepped)} parameters of this {type(optimizer).__name__} is one of "
-                f"the {len(own)} of this {type(model).__name__} ({shown}). Attach after the model is in "
-                "its final form (moved, copied, wrapped), to an optimizer made from its parameters."
+                f"{type(layer).__name__} has no step() of its own, so no hook can tell when it has "
+                "stepped. Call update() after each step instead of attach()."
             )
+    for optimizer, watch in zip(optimizers, watches, strict=True):
+        _refuse_foreign(customer.model, optimizer, watch)
+        _warn_partial_steps(optimizer)
+    _warn_unstepped(customer, optimizers, watches)
+
+
+def _refuse_foreign(model: Module, optimizer: Any, watch: StepWatch) -> None:
+    own = {id(p): name for name, p in model.named_parameters()}
+    stepped = list(watch.parameters())
+    if not any(id(p) in own for p in stepped):
+        raise ArgumentError(
+            f"None of the {len(stepped)} parameters of this {type(optimizer).__name__} is one of "
+            f"the {len(own)} of this {type(model).__name__} ({_some(own.values())}). Attach after the "
+            "model is in its final form (moved, copied, wrapped), to an optimizer made from its "
+            "parameters. If a framework steps copies of them (float32 master weights, DeepSpeed "
+            "ZeRO), call update() after each step that it has taken."
+        )
+
+
+def _warn_partial_steps(optimizer: Any) -> None:
+    if parts := partial_steps(optimizer):
+        calls = " and ".join(f"{name}()" for name in parts)
+        warn(
+            f"{type(optimizer).__name__} has {calls} besides step(), and attach() sees only step(). If "
+            "your loop calls those instead, detach() and call update() after the last of them."
+        )
+
+
+def _warn_unstepped(
+    customer: Customer, optimizers: Sequence[Any], watches: Sequence[StepWatch]
+) -> None:
+    stepped = {id(p) for watch in watches for p in watch.parameters()}
+    trained = customer.trained_parameters()
+    left = [name for name, parameter in trained.items() if id(parameter) not in stepped]
+    if left:
+        names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
+        warn(
+            f"{names} steps {len(trained) - len(left)} of the {len(trained)} parameters that train and "
+            f"are averaged, not {_some(left)}. These enter the average as they are whenever the others "
+            "have stepped. Pass all optimizers in a list, attach([first, second]). If nothing trains "
+            "them, freeze them, requires_grad_(False), or leave them out with exclude=."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    several = list(names)
+    return ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
 
 
 def _checked_every(every: Any, at: Any) -> int:
     if every is not None and at is not None:
         raise ArgumentError("attach() takes every= or at=, not both.")
-    if at is not None and not isinstance(at, LRSchedule):
-        raise ArgumentError(
-            f"at= takes a polyak.LRSchedule, which knows its averaging points; found "
-            f"{type(at).__name__}. For other schedulers call update() at the right moments."
-        )
     steps = 1 if every is None else every
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"every is {every!r}; expected a number of steps, 1 or more.")
@@ -283,21 +411,6 @@ def _check_unit(known: str | None, unit: str, members: Sequence[Member]) -> None
             f"in {known or 'no unit yet'}. Pass unit='captures' if its lengths count captures, or "
             "attach(every=...) to count steps."
         )
-
-
-def _was_real(optimizer: Optimizer) -> float | Tensor:
-    """1, or 0 on the device for a step that a fused optimizer skipped: nothing waits for it."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if not isinstance(found_inf, torch.Tensor):
-        return 1.0
-    return (found_inf.detach().reshape(()) == 0).to(torch.float64)
-
-
-def _either(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    """The larger of two numbers that are 0 or 1, of which one or both may be on a device."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a + b - a * b
-    return max(a, b)
 
 
 class _CopyWatch:

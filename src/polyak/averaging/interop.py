@@ -16,6 +16,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,11 +27,12 @@ from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
 from polyak.files import as_path
 from polyak.maths.arguments import number
+from polyak.maths.profiles import Profile
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
 
-_MOST_UPDATES = 100_000_000
+_EXACT, _PIECES = 2**20, 2**16
 _ADVICE = "Nothing was imported. Is it the state of another model?"
 _SAVED = {"profile", "unit", "time", "count", "sum_squared_shares", "batchnorm"}
 
@@ -63,7 +65,7 @@ def read_state(
 def translated_state(
     member: Member, state: Mapping[str, Any], updates: int | None = None
 ) -> dict[str, Any]:
-    """The state that this average would have after so many updates to another library's weights."""
+    """The state that this average would have after `updates` updates to another library's weights."""
     profile, tracker = member.profile, member.tracker
     _refuse_snapshots(member)
     foreign = read_foreign(state, tracker.tensors.model)
@@ -73,16 +75,12 @@ def translated_state(
             "The state does not record how many updates it stands for: pass updates= (for example "
             "the number of optimizer steps so far)."
         )
-    if not 1 <= number("updates", updates) <= _MOST_UPDATES or updates % 1:
-        raise ArgumentError(
-            f"updates is {updates!r}; expected a whole number from 1 to {_MOST_UPDATES}: an empty average has no state."
-        )
+    count = _checked_count(updates)
     first = 0 if profile.initial_mass(0.0) == 1 else 1
-    times = [float(first + i) for i in range(int(updates))]
     numbers = {
-        "time": times[-1],
-        "count": int(updates),
-        "sum_squared_shares": 1 / profile.effective_samples(times),
+        "time": float(first + count - 1),
+        "count": count,
+        "sum_squared_shares": _sum_squared_shares(profile, first, count),
     }
     return _state(member, foreign.tensors, numbers, member.unit, fresh_layers=())
 
@@ -94,6 +92,9 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
     if "shadow_params" in state:
         count = state.get("optimization_step", state.get("num_updates"))
         return Foreign(_by_position(state["shadow_params"], model), _whole(count))
+    if isinstance(state.get("averaging_state"), Mapping) and "state_dict" in state:  # Lightning
+        wrapped = {f"module.{name}": tensor for name, tensor in state["state_dict"].items()}
+        return read_foreign({**wrapped, **state["averaging_state"]}, model)
     if "state_dict_ema" in state:
         return read_foreign(state["state_dict_ema"], model)
     names = named_tensors(model).slots.keys()
@@ -107,10 +108,29 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
     if not tensors:
         raise FormatError(
             "There are no tensors in this state. Expected the state dict of torch's AveragedModel,"
-            " timm's ModelEma, ema-pytorch's EMA, diffusers' EMAModel or torch-ema, or a plain"
+            " timm's ModelEma, ema-pytorch's EMA, diffusers' EMAModel, torch-ema, Lightning's"
+            " WeightAveraging, or a plain"
             f" one; found the entries {sorted(map(str, state))[:10]}."
         )
     return Foreign(tensors, count)
+
+
+def _checked_count(updates: Any) -> int:
+    if not 1 <= number("updates", updates) <= 2**53 or updates % 1:
+        raise ArgumentError(
+            f"updates is {updates!r}; expected a whole number from 1: an empty average has no state."
+        )
+    return int(updates)
+
+
+def _sum_squared_shares(profile: Profile, first: int, count: int) -> float:
+    """Of `count` updates one unit of time apart: exact for the newest million, in pieces before."""
+    last = first + count - 1
+    newest = np.arange(max(first, last - _EXACT + 1), last + 1, dtype=np.float64)
+    edges = np.linspace(first, newest[0] - 1, _PIECES) if newest[0] > first else newest[:0]
+    times = np.concatenate([np.unique(edges.round()), newest])
+    each = np.diff(times, prepend=first - 1)  # how many updates a piece stands for
+    return float((profile.weights(times.tolist()) ** 2 / each).sum())
 
 
 def _saved_state(

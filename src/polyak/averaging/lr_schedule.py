@@ -23,7 +23,7 @@ class LRSchedule(LRScheduler):
     The rate is absolute, whatever `initial_lr` or the rate so far say. Call `step()` after each
     `optimizer.step()`, as with torch's schedulers; `last_epoch` counts the completed steps.
 
-    `scales` holds one factor per group, 1 unless given; change the list to change the factors. A
+    `scales` holds one factor per group, by default 1; change the list to change the factors. A
     group that `add_param_group` brings later gets 1. Rates that are tensors are written in place,
     without waiting for their device.
 
@@ -61,6 +61,8 @@ class LRSchedule(LRScheduler):
         # Where `step()` of torch's class ends, and what SequentialLR calls in its place when it
         # hands over to the next of its schedulers.
         super()._update_lr(epoch)
+        if self._is_initial:  # constructed, alone or in a SequentialLR: nothing was stepped
+            return
         for hook in list(self._step_post_hooks.values()):
             hook(self)
 
@@ -97,6 +99,62 @@ class LRSchedule(LRScheduler):
         # -1 is a scheduler that waits for its turn in a SequentialLR: the rates are another's.
         if step >= 0:
             super()._update_lr(step)  # nothing was stepped, so no hook is called
+
+
+def averaging_schedule(at: Any) -> LRSchedule:
+    """The LRSchedule that says when to average: `at` itself, or the one inside a wrapper of it.
+
+    Wrappers are recognised by what they hold: SequentialLR, ChainedScheduler, Accelerate's.
+    Raises ArgumentError if none is there, if it never averages, or if several do.
+    """
+    found = _schedules_in(at)
+    averaging = [lr for lr in found if _averages(lr.schedule)]
+    if len(averaging) == 1:
+        return averaging[0]
+    if not found:
+        raise ArgumentError(
+            f"at= takes a polyak.LRSchedule, which knows its averaging points; found "
+            f"{type(at).__name__}. For other schedulers call update() at the right moments."
+        )
+    said = " and ".join(str(lr.schedule) for lr in averaging or found)
+    if averaging:
+        raise ArgumentError(
+            f"at= is a {type(at).__name__} of {len(averaging)} schedules that average, {said}. Pass "
+            "the LRSchedule whose points count, or one LRSchedule of their chain()."
+        )
+    raise ArgumentError(
+        f"at= never averages: {said} has no averaging points. Add a piece that has, such as "
+        "CyclicLinear, Sawtooth or Triangular, or use attach(optimizer, every=...)."
+    )
+
+
+def _schedules_in(scheduler: Any, depth: int = 3) -> list[LRSchedule]:
+    if isinstance(scheduler, LRSchedule):
+        return [scheduler]
+    if depth == 0 or not callable(getattr(scheduler, "step", None)):
+        return []
+    held = [
+        value
+        for one in getattr(scheduler, "__dict__", {}).values()
+        for value in (one if isinstance(one, (list, tuple)) else [one])
+    ]
+    found = {id(lr): lr for value in held for lr in _schedules_in(value, depth - 1)}
+    return list(found.values())
+
+
+def _averages(schedule: Schedule) -> bool:
+    """Whether it has averaging points in its own length; endless ones have."""
+    try:
+        return bool(schedule.averaging_points()) or _says_only_where(schedule)
+    except ArgumentError:
+        return True
+
+
+def _says_only_where(schedule: Schedule) -> bool:
+    # A schedule of the user's may override the one method of which the hook needs the answer.
+    kind = type(schedule)
+    lists, says = kind.averaging_points, kind.averages_after
+    return lists is Schedule.averaging_points and says is not Schedule.averages_after
 
 
 def _checked(scales: Sequence[float] | None, optimizer: Optimizer) -> list[float]:

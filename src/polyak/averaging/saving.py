@@ -44,9 +44,13 @@ def save(
     if metadata["batchnorm"] == "stale":
         warn(f"{STALE.format('saving')} The file says that they are stale.", StaleStatistics)
     tensors, ties = _state_dict(member)
+    extra = _extra_state(member.tracker.tensors.model)
     if layout == "averaged_model":
         tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
-    write_checkpoint(path, tensors, ties=ties, metadata=metadata, overwrite=overwrite)
+        extra = {f"module.{name}": value for name, value in extra.items()}
+    tensors |= {name: value for name, value in extra.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in extra.items() if name not in tensors}
+    write_checkpoint(path, tensors, ties=ties, metadata=metadata, extra=others, overwrite=overwrite)
 
 
 def provenance(member: Member) -> dict[str, str]:
@@ -77,6 +81,15 @@ def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str
     tensors = OrderedDict((name, tensor) for name, tensor in values.items() if name not in ties)
     tensors._metadata = _versions(model)  # type: ignore[attr-defined]
     return tensors, {alias: name for alias, name in ties.items() if name in tensors}
+
+
+def _extra_state(model: Module) -> dict[str, Any]:
+    """What `get_extra_state` of the modules that have it returns now, as `Module.state_dict` names it."""
+    return {
+        f"{prefix}_extra_state": module.get_extra_state()
+        for prefix, module in named_modules(model)
+        if type(module).get_extra_state is not Module.get_extra_state
+    }
 
 
 def _versions(model: Module) -> OrderedDict[str, dict[str, Any]]:

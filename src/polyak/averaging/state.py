@@ -35,7 +35,7 @@ from polyak.maths.text import format_profile
 from polyak.tensors.policy import Kind
 from polyak.version import __version__
 
-VERSION = 3
+VERSION = 2
 _NUMBERS = ("time", "count", "sum_squared_shares", "time_if_none_skipped")
 _NEEDED = {*_NUMBERS, "version", "profile", "unit", "tensors", "statistics", "pending"}
 _NEEDED |= {"fresh_layers", "measured_buffers", "layer_modes"}
@@ -59,6 +59,7 @@ def profile_text(profile: Profile) -> str:
 def state_dict(member: Member) -> dict[str, Any]:
     """The state of one average. Its tensors are the average's own, as in torch's state dicts."""
     tracker = member.tracker
+    tracker.take_due()
     tracker.finish()
     clock = member.clock.on_host()
     held, statistics = _held(member)

@@ -125,6 +125,7 @@ class Tracker:
         moments = [member.clock.advance(dt, part) for member in members]
         if not self._may_average():
             return
+        self.tensors.note_frozen()
         if any(now.on_device or now.share for now in moments):
             with torch.no_grad():
                 self.prepare()
@@ -147,8 +148,16 @@ class Tracker:
         if self._grouped_at != self.tensors.generation:
             self._group()
 
+    def take_due(self) -> None:
+        """Take weights that an attachment has left for later."""
+        attachments = [self.attachment, *(member.attachment for member in self.members)]
+        for attachment in attachments:
+            if attachment is not None:
+                attachment.take_due()
+
     def ready_to_read(self) -> None:
         """Complete what is under way, and check that the model has not changed."""
+        self.take_due()
         self.finish()
         if not self.tensors.bound or self.owner_of_loan() is not None:
             return

@@ -12,9 +12,9 @@ from torch.nn import Module
 
 from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
-from polyak.errors import check_match
+from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
-from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of, shares_lazily
+from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
@@ -85,18 +85,17 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
 
     Whatever the block does to the weights is undone when they go back: the average is shared
     copy-on-write, and so are the tensors that it does not hold (a frozen weight into which a layer
-    folds itself), unless they are large integers. Statistics that were measured in the block are
-    the average's own from then on.
+    folds itself), unless they are large integers or in memory that is not torch's: on those only
+    what the modes did is undone. Statistics that were measured in the block are the average's own
+    from then on.
     """
     tensors = member.tracker.tensors
     stay = {id(tensor) for tensor in tensors.everything()} if in_place else tensors.shares_memory()
     acting = ActingModules(tensors.model)
     acting.neutralise()
-    written = False
+    live, values = _to_swap(member, stay)
+    writes = _Writes(live, values, stay)
     try:
-        live, values = _to_swap(member, stay)
-        shared = list(map(address, values))  # whoever writes to one of them moves it
-        exchanged = [tensor for tensor in live if id(tensor) in stay]
         with (
             swapped(live, values, owner=owner, in_place=stay),
             _track_swapped(member, live, values, stay),
@@ -104,17 +103,15 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
             _statistics_taken(member),
         ):
             acting.resume()
-            versions = [tensor._version for tensor in exchanged]
+            writes.begin()
             try:
                 yield
             finally:
-                if versions != [tensor._version for tensor in exchanged]:
-                    written = True
-                elif not exchanged:
-                    written = list(map(address, live)) != shared
-                acting.leave(in_place=in_place)
+                writes.end()
+                acting.leave()
     finally:
-        acting.restore(written=written)
+        acting.restore(written=bool(writes.shared or writes.exchanged))
+    _warn_of_writes(member, writes.exchanged)
 
 
 @torch.no_grad()
@@ -167,6 +164,37 @@ def _value(member: Member, targets: Sequence[Tensor], index: int, live: Tensor) 
         return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
 
 
+class _Writes:
+    """Which tensors a block has written to: shared ones have moved, exchanged ones have a new version."""
+
+    def __init__(self, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]) -> None:
+        pairs = zip(live, values, strict=True)
+        self._addresses = [(t, address(value)) for t, value in pairs if id(t) not in stay]
+        self._exchanged = [tensor for tensor in live if id(tensor) in stay]
+        self._versions: list[int] = []
+        self.shared: list[Tensor] = []
+        self.exchanged: list[Tensor] = []
+
+    def begin(self) -> None:
+        self._versions = [tensor._version for tensor in self._exchanged]
+
+    def end(self) -> None:
+        self.shared = [tensor for tensor, before in self._addresses if address(tensor) != before]
+        exchanged = zip(self._exchanged, self._versions, strict=True)
+        self.exchanged = [tensor for tensor, before in exchanged if tensor._version != before]
+
+
+def _warn_of_writes(member: Member, written: Sequence[Tensor]) -> None:
+    ids, tensors = set(map(id, written)), member.tracker.tensors
+    names = [n for n, t in zip(tensors.names, tensors.live, strict=True) if id(t) in ids]
+    if names:
+        warn(
+            f"{', '.join(names)}: written to while their contents were exchanged with the average's "
+            "(in_place=True, or shared memory), which leaves nothing to restore the average from: it "
+            "holds what was written. Load a state of it, or evaluate a copy of the model."
+        )
+
+
 def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]]:
     """The live tensors and what they hold in the block, copies only where contents are exchanged."""
     tensors = member.tracker.tensors
@@ -176,21 +204,30 @@ def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]
     for weight, value in zip(tensors.live, as_model_dtype(member), strict=True):
         live.append(weight)
         shares = id(value) in own and id(weight) not in stay
-        values.append(copy_on_write(value) if shares else value)
+        values.append(_protected(value) if shares else value)
     for buffer, value in zip(tensors.statistics, member.statistics, strict=True):
         live.append(buffer)
-        values.append(value.clone() if id(buffer) in stay else copy_on_write(value))
+        values.append(value.clone() if id(buffer) in stay else _protected(value))
     for other in tensors.others:
-        if id(other) not in stay and _may_be_written(other):
+        if id(other) in stay or not _may_be_written(other):
+            continue
+        if (shared := copy_on_write(other)) is not None:
             live.append(other)
-            values.append(copy_on_write(other))
+            values.append(shared)
     return live, values
+
+
+def _protected(value: Tensor) -> Tensor:
+    shared = copy_on_write(value)
+    return value.clone() if shared is None else shared
 
 
 def _may_be_written(tensor: Tensor) -> bool:
     # Kernels of quantised layers take pointers to their integers as if to write, which would copy
     # them all; nothing folds itself into integers.
-    return shares_lazily(tensor) and (tensor.is_floating_point() or tensor.numel() <= _SMALL)
+    if odd_form(tensor):
+        return False
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.numel() <= _SMALL
 
 
 def _swap_targets(member: Member) -> list[Tensor]:

@@ -13,7 +13,12 @@ from torch.nn import Module
 from polyak.batchnorm.layers import norm_layers
 from polyak.batchnorm.update import update_bn
 from polyak.checkpoints.merging.average import iter_averaged_tensors
+from polyak.checkpoints.reading.extra_state import tensors_in
+from polyak.checkpoints.reading.lightning import lightning_entries
 from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.reading.stored import Checkpoint
+from polyak.checkpoints.writing.extra_state import built, writable
+from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, check_match
 from polyak.files import as_path, writing_errors
@@ -59,9 +64,10 @@ def update_bn_file(
             "The model has no layers with running statistics, so there is nothing to update."
         )
     with open_checkpoint(source) as opened:
-        ties, metadata = dict(opened.ties), dict(opened.metadata)
+        ties, metadata, extra = dict(opened.ties), dict(opened.metadata), opened.extra
+        around = _around(opened, target)
         state = dict(iter_averaged_tensors([opened], "swa"))
-    _load(model, state, ties, source)
+    _load(model, state, ties, extra, source)
     update_bn(model, batches, limit=limit, layers=layers.values())
     found = model.state_dict()
     for layer in layers:
@@ -70,8 +76,22 @@ def update_bn_file(
             if name in state:
                 state[name] = found[name].detach().cpu().to(state[name].dtype)
     metadata["batchnorm"] = "refreshed"
-    write_checkpoint(target, state, ties=ties, metadata=metadata, overwrite=True)
+    write_checkpoint(
+        target,
+        state,
+        ties=ties,
+        metadata=metadata,
+        extra=extra,
+        around=around,
+        overwrite=True,
+    )
     return tuple(layers)
+
+
+def _around(opened: Checkpoint, target: Path) -> Around:
+    """What the file holds beside its tensors, Lightning's entries where it stays a `.ckpt`."""
+    found = lightning_entries(opened) if target.suffix.lower() == ".ckpt" else None
+    return Around(opened.order, opened.versions, found and found[0])
 
 
 def _refuse(source: Path, target: Path, *, overwrite: bool) -> None:
@@ -83,13 +103,20 @@ def _refuse(source: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def _load(
-    model: Module, state: Mapping[str, Tensor], ties: Mapping[str, str], source: Path
+    model: Module,
+    state: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    extra: Mapping[str, Any],
+    source: Path,
 ) -> None:
     whole = {**state, **{alias: state[name] for alias, name in ties.items()}}
+    others = built(writable(extra), whole.__getitem__)
+    tensors = {name: whole[name] for name in whole.keys() - tensors_in(extra)}
+    expected = model.state_dict()
     check_match(
-        {name: list(tensor.shape) for name, tensor in whole.items()},
-        {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        {name: list(tensor.shape) for name, tensor in tensors.items()},
+        {n: list(value.shape) for n, value in expected.items() if isinstance(value, Tensor)},
         f"{source} does not hold the weights of this model.",
         "Build the model in the way in which it was trained.",
     )
-    model.load_state_dict(whole)
+    model.load_state_dict({**expected, **tensors, **others})

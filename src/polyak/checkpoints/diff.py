@@ -70,7 +70,8 @@ class CheckpointDiff:
     """The differences of two checkpoints.
 
     only_a, only_b: names that the other lacks. shapes, dtypes: name -> the two of them, if they differ.
-    distances: name -> distance, for all tensors of equal shape.
+    distances: name -> distance, for all tensors of equal shape. extra: names of state that is no tensor
+    and differs.
     """
 
     only_a: tuple[str, ...]
@@ -78,11 +79,12 @@ class CheckpointDiff:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     dtypes: dict[str, tuple[str, str]]
     distances: dict[str, Distance]
+    extra: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
-        """Whether names, shapes, dtypes and values are all equal."""
-        described = self.only_a or self.only_b or self.shapes or self.dtypes
+        """Whether names, shapes, dtypes, values and all other state are equal."""
+        described = self.only_a or self.only_b or self.shapes or self.dtypes or self.extra
         return not described and not any(entry.unequal for entry in self.distances.values())
 
     @property
@@ -145,6 +147,7 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> Distance:
 def _compare(first: Checkpoint, second: Checkpoint) -> CheckpointDiff:
     names_a = first.tensors.keys() | first.ties.keys()
     names_b = second.tensors.keys() | second.ties.keys()
+    everything_a, everything_b = names_a | first.extra.keys(), names_b | second.extra.keys()
     shapes, dtypes, distances = {}, {}, {}
     compared: set[tuple[str, str]] = set()
     for name in sorted(names_a & names_b):
@@ -159,12 +162,23 @@ def _compare(first: Checkpoint, second: Checkpoint) -> CheckpointDiff:
         elif _comparable(a, b):
             distances[name] = distance(a, b)
     return CheckpointDiff(
-        only_a=tuple(sorted(names_a - names_b)),
-        only_b=tuple(sorted(names_b - names_a)),
+        only_a=tuple(sorted(everything_a - everything_b)),
+        only_b=tuple(sorted(everything_b - everything_a)),
         shapes=shapes,
         dtypes=dtypes,
         distances=distances,
+        extra=tuple(
+            name
+            for name in sorted((everything_a & everything_b) - (names_a & names_b))
+            if not _same_state(name, first, second)
+        ),
     )
+
+
+def _same_state(name: str, first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether state that is no tensor is equal; compared as text, in which NaN is equal to NaN."""
+    in_both = name in first.extra and name in second.extra
+    return in_both and repr(first.extra[name]) == repr(second.extra[name])
 
 
 def _find(checkpoint: Checkpoint, name: str) -> StoredTensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polyak.checkpoints.reading.extra_state import kind_of
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, iter_values
 
@@ -36,7 +37,8 @@ class TensorEntry:
 class Inspection:
     """What a checkpoint holds.
 
-    ties: alias -> stored name. refused: name -> why it cannot be read. metadata: as stored.
+    ties: alias -> stored name. refused: name -> why it cannot be read. metadata: as stored. extra: name ->
+    type, of the state that is no tensor.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Inspection:
     ties: dict[str, str]
     refused: dict[str, str]
     metadata: dict[str, str]
+    extra: dict[str, str]
 
     @property
     def count(self) -> int:
@@ -101,6 +104,7 @@ def inspect_checkpoint(
             ties=checkpoint.ties,
             refused=checkpoint.refused,
             metadata=checkpoint.metadata,
+            extra={name: kind_of(value) for name, value in checkpoint.extra.items()},
         )
 
 

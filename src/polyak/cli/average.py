@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from polyak.checkpoints.merging.average import MergeResult
+    from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.prepare import Merge, PathLike
-    from polyak.checkpoints.merging.selection import Selection
+    from polyak.checkpoints.merging.selection import Found, Selection
     from polyak.checkpoints.merging.weights import Method
-    from polyak.checkpoints.reading.stored import Checkpoint
 
+_WIDE = 10_000
 _Flag = Parameter(negative="")
 _Many = Parameter(negative="", consume_multiple=False)
 
@@ -196,24 +197,32 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.merging.average import average_checkpoints
-    from polyak.checkpoints.merging.selection import select_checkpoints
+    from polyak.checkpoints.merging.average import run_merge
+    from polyak.checkpoints.merging.options import MergeOptions
+    from polyak.checkpoints.merging.selection import find_checkpoints
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE  # a path in a file or a pipe stays in one piece
     methods = outputs.methods()
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
-    options = _options(outputs, tensors, work)
+    options = MergeOptions(**_options(outputs, tensors, work))
     with ExitStack() as opened, _notices(console):
-        selected = select_checkpoints(inputs, which.selection(), key=tensors.key)
-        _note_fewer(console, which, len(selected))
-        for checkpoint in selected:
+        found = find_checkpoints(inputs, which.selection(), key=tensors.key)
+        _note_fewer(console, which, len(found.kept))
+        for checkpoint in found.kept:
             opened.enter_context(checkpoint)
         if work.dry_run:
-            _dry_run(console, selected, methods, options)
+            _dry_run(console, found, methods, options)
             return
         with _continuable(methods), _progress(console) as progress:
-            done = average_checkpoints(selected, methods, progress=progress, **options)
+            done = run_merge(
+                found.kept,
+                methods,
+                replace(options, progress=progress),
+                announce=lambda merge: _print_inputs(console, merge, found.left_out),
+            )
     _print_done(console, done)
 
 
@@ -236,37 +245,45 @@ def _options(*groups: Any) -> dict[str, Any]:
 
 
 def _dry_run(
-    console: Console,
-    selected: list[Checkpoint],
-    methods: dict[PathLike, Method],
-    options: dict[str, Any],
+    console: Console, found: Found, methods: dict[PathLike, Method], options: MergeOptions
 ) -> None:
     from polyak.checkpoints.merging.execute import check_outputs
-    from polyak.checkpoints.merging.options import MergeOptions
-    from polyak.checkpoints.merging.prepare import prepared, warn_of_stale
+    from polyak.checkpoints.merging.prepare import prepared, warn_of_lost_state, warn_of_stale
 
-    with prepared(selected, methods, MergeOptions(**options)) as merge:
+    with prepared(found.kept, methods, options) as merge:
         warn_of_stale(merge)
+        warn_of_lost_state(merge)
+        _print_inputs(console, merge, found.left_out)
         _print_plan(console, merge)
         if not merge.options.resume:
             check_outputs(merge)
 
 
-def _print_plan(console: Console, merge: Merge) -> None:
+def _print_inputs(console: Console, merge: Merge, left_out: dict[str, str]) -> None:
+    """Every input with its step and its weights, and what does not count."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("input", box=box.SIMPLE_HEAD)
+    console.print(f"Inputs: {len(merge.inputs)} taken, {len(left_out)} left out")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("input", overflow="fold")
     table.add_column("step", justify="right")
     for one in merge.blueprints:
-        table.add_column(one.target.name, justify="right")
+        table.add_column(Text(one.target.name), justify="right")
     for index, given in enumerate(merge.inputs):
         shares = [f"{one.coefficients[index]:.4g}" for one in merge.weights]
-        table.add_row(given.path, "?" if given.step is None else str(given.step), *shares)
+        step = "?" if given.step is None else str(given.step)
+        table.add_row(Text(given.path), step, *shares)
     table.add_row(
         "effective samples", "", *[f"{one.effective_samples:.3g}" for one in merge.weights]
     )
     console.print(table)
+    for path, why in left_out.items():
+        console.print(f"Left out: {path}: {why}", markup=False, soft_wrap=True)
+
+
+def _print_plan(console: Console, merge: Merge) -> None:
     means = sum(tensor.mean for tensor in merge.alignment.tensors)
     console.print(
         f"{means} tensors averaged, {len(merge.alignment.tensors) - means} taken from the newest; "

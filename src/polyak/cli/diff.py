@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -55,7 +56,12 @@ def diff(
     if any(entry.unequal or full for entry in found.distances.values()):
         console.print(_table(found, full=full))
     unequal = sum(bool(entry.unequal) for entry in found.distances.values())
-    console.print(f"{unequal} of {len(found.distances)} compared tensors differ in their values.")
+    if found.distances:
+        console.print(
+            f"{unequal} of {len(found.distances)} compared tensors differ in their values."
+        )
+    else:
+        console.print("No values were compared: no tensor has one name and one shape in both.")
     return 0 if found.same else 1
 
 
@@ -65,6 +71,7 @@ def _described(found: CheckpointDiff, a: str, b: str) -> list[str]:
     lines += [f"only in {b}: {name}" for name in found.only_b]
     lines += [f"{name}: shape {list(x)} against {list(y)}" for name, (x, y) in found.shapes.items()]
     lines += [f"{name}: dtype {x} against {y}" for name, (x, y) in found.dtypes.items()]
+    lines += [f"{name}: state that is no tensor differs" for name in found.extra]
     return lines
 
 
@@ -88,6 +95,6 @@ def _row(entry: Distance) -> list[str]:
         f"{entry.unequal:,}",
         f"{entry.l2:.6g}",
         f"{entry.relative:.3g}",
-        f"{entry.degrees:.3g}°",
+        "-" if math.isnan(entry.degrees) else f"{entry.degrees:.3g}°",
         f"{entry.largest:.3g}",
     ]

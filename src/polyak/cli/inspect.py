@@ -21,7 +21,7 @@ def inspect(
     """Print what is in checkpoints: tensors, shapes, dtypes, sizes, ties and metadata.
 
     Args:
-        files: Files or folders: safetensors, torch archives, npz, Transformers, DCP; also s3://, https://.
+        files: Files or folders: safetensors, torch files, npz, Transformers, DCP; also s3://, https://.
         key: Where the tensors are inside nested dicts, with dots.
         values: Also read every value: count NaNs and infinities, and compute norms.
 
@@ -55,6 +55,7 @@ def _shown(found: Inspection, *, values: bool) -> list[RenderableType]:
     )
     parts: list[RenderableType] = [summary, _table(found, values=values)]
     parts += [f"  {alias} is tied to {name}" for alias, name in found.ties.items()]
+    parts += [f"  {name} is state that is no tensor ({kind})" for name, kind in found.extra.items()]
     parts += [f"  {name} cannot be read: {why}" for name, why in found.refused.items()]
     parts += [f"  {key}: {text}" for key, text in sorted(found.metadata.items())]
     if values:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
+from polyak.checkpoints.writing.save import write_checkpoint
 from polyak.errors import FormatError, NonFiniteError, UsageError, require
 from polyak.files import replacing, writing_errors
 from polyak.reference_run.arm import Arm, final_record, validation_record
@@ -275,14 +275,16 @@ def read_checkpoint(path: Path) -> RunCheckpoint | None:
 def keep_averaged(folder: Path, arm: Arm, epoch: int) -> None:
     """Keep the weights that were averaged after `epoch` epochs."""
     if arm.seed == _KEPT_SEED:
-        _keep_iterate(weights_path(folder, arm.seed, arm.name, f"epoch-{epoch:03d}"), arm.model)
+        path = weights_path(folder, arm.seed, arm.name, f"epoch-{epoch:03d}")
+        _keep_iterate(path, arm.model)
 
 
 def keep_arm(folder: Path, arm: Arm) -> None:
     """Keep an arm's last iterate and averages; the first SWA is the run's `swa.safetensors`."""
     if arm.seed != _KEPT_SEED:
         return
-    _keep_iterate(weights_path(folder, arm.seed, arm.name, "iterate"), arm.model)
+    iterate = weights_path(folder, arm.seed, arm.name, "iterate")
+    _keep_iterate(iterate, arm.model)
     for kind, average in arm.averages.items():
         average.save(weights_path(folder, arm.seed, arm.name, kind), overwrite=True)
     if arm.name == next((name for name in arm.recipe.arms if name != "sgd"), None):
@@ -292,10 +294,4 @@ def keep_arm(folder: Path, arm: Arm) -> None:
 def _keep_iterate(path: Path, model: nn.Module) -> None:
     with writing_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, overwrite=True) as part:
-        part.write_bytes(save(_plain(model.state_dict())))
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors takes no channels-last tensor, and none that shares memory with another.
-    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    write_checkpoint(path, model.state_dict(), overwrite=True)

@@ -18,6 +18,7 @@ from polyak.errors import ArgumentError, MismatchError, UsageError
 from polyak.tensors.memory import META, in_shared_memory, odd_form
 from polyak.tensors.names import Named, Slot, named_modules, named_tensors
 from polyak.tensors.policy import FROZEN, Decision, Kind, Policy, decisions
+from polyak.tensors.sharding import refuse_sharded_modules, refuse_sharded_tensor
 
 _requires_grad = attrgetter("requires_grad")
 _shape = attrgetter("shape")
@@ -33,6 +34,7 @@ class BoundTensors:
     """
 
     def __init__(self, model: Module, policy: Policy) -> None:
+        refuse_sharded_modules(model)
         self.model = model
         self.policy = policy
         self.generation = 0  # grows whenever `live` holds other tensors or memory than before
@@ -47,13 +49,16 @@ class BoundTensors:
         self.statistics: list[Tensor] = []
         self.norms: dict[str, Module] = {}  # what holds the statistics, by name
         self.others: list[Tensor] = []  # neither averaged nor statistics
+        self._frozen: list[Tensor] = []
+        self._noted: dict[int, int] | None = None  # of frozen tensors at a capture: their versions
         self._shared_at = -1
 
     def inspect(self) -> tuple[Named, dict[str, Decision]]:
         """The model's tensors as they are now; bound ones keep what was decided for them."""
+        refuse_sharded_modules(self.model)
         named = named_tensors(self.model)
         for name, slot in named.slots.items():
-            _refuse_sharded(name, slot.tensor)
+            refuse_sharded_tensor(name, slot.tensor)
         kinds = {**decisions(named, self.policy), **self.kinds}
         _refuse_odd_forms(named, kinds)
         return named, kinds
@@ -94,6 +99,22 @@ class BoundTensors:
         self.kinds = kinds
         self._take(named)
 
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """The parameters that are averaged and take gradients, as the model is now."""
+        refuse_sharded_modules(self.model)
+        slots = [slot for slot in named_tensors(self.model).slots.values() if slot.is_parameter]
+        return {
+            slot.name: slot.tensor
+            for slot in slots
+            if slot.tensor.requires_grad
+            and (self.kinds.get(slot.name) or self.policy.decide(slot)).kind is Kind.AVERAGED
+        }
+
+    def note_frozen(self) -> None:
+        """Weights are about to be taken: note in what state frozen parameters are, as constants."""
+        if self._noted is None:
+            self._noted = {id(tensor): _version(tensor) for tensor in self._frozen}
+
     def unfrozen(self) -> list[str]:
         """Names of parameters that were frozen when they were bound and require gradients now."""
         if not any(map(_requires_grad, self._frozen)):
@@ -102,9 +123,13 @@ class BoundTensors:
         return [n for n, s in slots.items() if self._is_unfrozen(n, s)]
 
     def add(self, names: Iterable[str]) -> list[Tensor]:
-        """Average these from now on; return their tensors, which have not changed since they were bound."""
+        """Average these from now on; return their tensors, which have been constant so far.
+
+        Raises MismatchError if one has been written to since weights were first taken.
+        """
         named, _ = self.inspect()
         taken = [name for name in names if name in named.slots]
+        self._refuse_written({name: named.slots[name].tensor for name in taken})
         for name in taken:
             self.kinds[name] = Decision(
                 Kind.AVERAGED, "a parameter that trains since it was unfrozen"
@@ -148,6 +173,7 @@ class BoundTensors:
             for name, slot in named.slots.items()
             if self.kinds[name].reason == FROZEN  # an update must not find them training
         ]
+        self._noted = None
         self._signatures = {n: _signature(named.slots[n].tensor) for n in self._tracked_names()}
         self._structure = _Structure.of(self.model)
         # For 1-D tensors numel() determines the shape and is cheaper to query: the check runs before
@@ -192,6 +218,18 @@ class BoundTensors:
                 advice="Nothing was updated. Make a new Average for the changed model, or undo the change.",
             )
 
+    def _refuse_written(self, tensors: dict[str, Tensor]) -> None:
+        noted = self._noted
+        if noted is None:
+            return
+        written = [n for n, t in tensors.items() if noted.get(id(t)) != _version(t)]
+        if written:
+            raise MismatchError.of(
+                f"Frozen parameters of this {type(self.model).__name__} train now.",
+                changed=dict.fromkeys(written, _WRITTEN),
+                advice="Nothing was averaged; freeze them again to read the average.",
+            )
+
     def _change(self, slot: Slot) -> str:
         was, now = self._signatures[slot.name], _signature(slot.tensor)
         return "" if was == now else f"{now}, was {was}"
@@ -201,6 +239,13 @@ _UNFROZEN = (
     "was frozen when averaging began and trains now, and its value from before its first step is "
     "gone. Attach the average to the optimizer (its hook adds it in time), or name it in "
     "include= from the start"
+)
+
+
+_WRITTEN = (
+    "was frozen when weights were first taken and has been changed since, before the attached "
+    "optimizer stepped it: its earlier values are gone. Attach every optimizer, attach([first, "
+    "second]), or name it in include= from the start"
 )
 
 
@@ -230,6 +275,10 @@ class _Structure:
 def _signature(tensor: Tensor) -> str:
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _storage(tensor: Tensor) -> int:
@@ -266,14 +315,3 @@ def _odd_forms(named: Named, kinds: dict[str, Decision]) -> dict[str, str]:
 def _expanded(tensor: Tensor) -> str:
     repeats = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     return "expanded: several of its values are one" if repeats else ""
-
-
-def _refuse_sharded(name: str, tensor: Tensor) -> None:
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            raise ArgumentError(
-                f"{name} is sharded (a DTensor); Average works on the tensors of one device. "
-                "Average the model before it is sharded, or the checkpoints that it writes."
-            )

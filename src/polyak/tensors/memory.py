@@ -32,22 +32,23 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 META = "on the meta device, without values"
 
 
-def copy_on_write(tensor: Tensor) -> Tensor:
-    """A tensor of the same values that shares their memory until either of the two is written to."""
+def copy_on_write(tensor: Tensor) -> Tensor | None:
+    """A tensor of the same values that shares their memory until either of the two is written to.
+
+    None where that cannot be: memory that torch did not allocate (mapped files, NumPy arrays), that
+    other processes see, or that holds anything but plain dense values.
+    """
+    own = tensor.detach()
     # torch keeps this private: the only way to share memory whose writers need not know of it.
     lazy = getattr(torch, "_lazy_clone", None)
-    own = tensor.detach()
-    clone: Tensor = lazy(own) if lazy is not None and shares_lazily(own) else own.clone()
+    plain = type(own) is Tensor and not odd_form(own)
+    if lazy is None or not plain or own.is_conj() or own.is_neg() or in_shared_memory(own):
+        return None
+    try:
+        clone: Tensor = lazy(own)
+    except RuntimeError:  # its memory is not torch's
+        return None
     return clone
-
-
-def shares_lazily(tensor: Tensor) -> bool:
-    """Whether `copy_on_write` copies nothing: plain dense memory of this process."""
-    return (
-        type(tensor.detach()) is Tensor
-        and not (odd_form(tensor) or tensor.is_conj() or tensor.is_neg())
-        and not in_shared_memory(tensor)
-    )
 
 
 def address(tensor: Tensor) -> int:

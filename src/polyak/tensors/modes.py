@@ -61,11 +61,10 @@ class ActingModules:
         """The other weights are in the model: do to them what its modes do."""
         self._switch(self._entry)
 
-    def leave(self, *, in_place: bool) -> None:
-        """The block is over. Where contents are exchanged, undo on them what modes have done."""
+    def leave(self) -> None:
+        """The block is over: undo on the other weights what modes have done to them."""
         self._exit = _modes(self._model)
-        if in_place:
-            self._switch(self._neutral)
+        self._switch(self._neutral)
 
     def restore(self, *, written: bool) -> None:
         """The model's own weights are back: undo what was noted of the others, keep the user's modes."""

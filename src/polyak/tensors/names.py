@@ -13,8 +13,8 @@ from polyak.errors import require
 from polyak.tensors.memory import odd_form
 
 # What wrappers insert into the names of a model's tensors. The underscored ones belong to nobody
-# else; `module` is taken off only below classes that are known to put it there, because a model of
-# one's own may well have an attribute of that name.
+# else; `module` is taken off only below classes that are known to put it there, because a user's
+# model may well have an attribute of that name.
 _PREFIXES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _WRAPPERS = {
     "DataParallel": ("module",),

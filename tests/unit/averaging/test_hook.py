@@ -312,7 +312,8 @@ def test_the_named_primary_of_several_optimizers_counts():
     slow = torch.optim.SGD(generator.parameters(), lr=0.1)
     fast = torch.optim.SGD(critic.parameters(), lr=0.1)
     average = Average(both, SWA())
-    average.attach(slow)
+    with pytest.warns(PolyakWarning, match=r"not critic\.weight, critic\.bias"):
+        average.attach(slow)
     for _ in range(3):
         for _ in range(5):
             critic(generator(torch.randn(4, 2)).detach()).mean().backward()

@@ -123,6 +123,49 @@ def test_from_ema_pytorch(include_online_model: bool) -> None:
     _agree(average, dict(theirs.ema_model.named_parameters()))
 
 
+@pytest.mark.parametrize("loaded_from_file", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_from_a_checkpoint_of_lightning(tmp_path: Path, loaded_from_file: bool) -> None:
+    """Its averaging layout: the average in `state_dict`, the count in `averaging_state`."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _model()
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = torch.utils.data.TensorDataset(torch.randn(40, 3))
+    trainer = lightning.Trainer(
+        max_steps=5,
+        callbacks=[callbacks.EMAWeightAveraging(decay=0.9)],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
+    (path,) = tmp_path.rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    module = Module()
+    average = Average(module, EMA(decay=0.9, keep_initial=True))
+    if loaded_from_file:
+        average.load(path)
+    else:
+        average.import_state(checkpoint)
+    assert average.count == int(checkpoint["averaging_state"]["n_averaged"]) == 5
+    _agree(average, {n: checkpoint["state_dict"][n] for n, _ in module.named_parameters()})
+    with open_checkpoint(path) as opened:
+        assert opened.tensors["net.0.weight"].load().equal(checkpoint["state_dict"]["net.0.weight"])
+
+
 def test_from_diffusers() -> None:
     from diffusers.training_utils import EMAModel
 
@@ -425,3 +468,24 @@ def test_states_in_pieces_are_refused_by_what_is_wrong(
 ) -> None:
     with pytest.raises((polyak.errors.ArgumentError, polyak.errors.FormatError), match=message):
         Average(nn.Linear(2, 1), SWA()).import_state(state, updates=updates)
+
+
+@pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.9, keep_initial=True), EMA(decay=0.999)])
+def test_any_number_of_updates(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a million are added up in pieces, near enough and in bounded memory."""
+    from polyak.averaging import interop
+
+    state = nn.Linear(2, 1).state_dict()
+    exact = Average(nn.Linear(2, 1), profile)
+    exact.import_state(state, updates=20_000)
+    monkeypatch.setattr(interop, "_EXACT", 1000)
+    monkeypatch.setattr(interop, "_PIECES", 500)
+    pieces = Average(nn.Linear(2, 1), profile)
+    pieces.import_state(state, updates=20_000)
+    found, expected = (a.metrics()["effective_samples"] for a in (pieces, exact))
+    assert found == pytest.approx(expected, rel=0.01)
+    pieces.import_state(state, updates=10**15)
+    assert pieces.count == 10**15
+    for updates in (True, "3", float("inf"), float("nan"), 2**60):
+        with pytest.raises(polyak.errors.ArgumentError, match="updates is"):
+            pieces.import_state(state, updates=updates)

@@ -538,7 +538,7 @@ class TestStatisticsThatNobodyCanMeasure:
         average.update_bn([torch.randn(4, 3)])
         average.save(tmp_path / "a.safetensors")
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
     def test_a_scripted_model(self):
         model = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
         average = Average(model, SWA())

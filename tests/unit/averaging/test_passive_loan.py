@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import swa_utils as torchs
 
 import polyak
 from polyak import EMA, SWA, Average, Window
-from polyak.errors import StaleStatistics, UsageError
+from polyak.errors import PolyakWarning, StaleStatistics, UsageError
 from polyak.tensors.memory import address
 
 
@@ -69,6 +70,25 @@ def trained(model, profile=None, **options):
                     parameter.add_(torch.randn(parameter.shape))
         average.update()
     return average
+
+
+@pytest.mark.parametrize("memory", ["torch", "numpy", "safetensors"])
+def test_a_frozen_weight_in_memory_that_is_not_torchs(tmp_path, memory):
+    model = nn.Sequential(Folding(), nn.Linear(4, 1))
+    frozen = model[0].weight.detach().clone()
+    if memory == "numpy":
+        model[0].weight.data = torch.from_numpy(frozen.numpy().copy())
+    elif memory == "safetensors":
+        save_file({"w": frozen}, tmp_path / "base.safetensors")
+        model[0].weight.data = load_file(tmp_path / "base.safetensors")["w"]
+    average, x = trained(model), torch.randn(5, 4)
+    expected = plain(x, average)
+    for _ in range(3):
+        with average.applied():
+            model.eval()
+            torch.testing.assert_close(model(x), expected)
+        model.train()
+        torch.testing.assert_close(model[0].weight, frozen, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.9999, keep_initial=True), Window(length=2)])
@@ -141,6 +161,19 @@ def test_layers_that_rescale_their_weights_in_the_forward_pass():
         for name, tensor in average.averaged_tensors().items():
             assert torch.equal(tensor, own[name])
         model.train()
+
+
+def test_in_place_there_is_nothing_to_restore_the_average_from():
+    model = Rescaling()
+    average = trained(model)
+    live = copy.deepcopy(model.state_dict())
+    said = pytest.warns(PolyakWarning, match=r"body\.weight: written to")
+    with said, average.applied(in_place=True):
+        model.eval()
+        model(torch.randn(5, 4))
+    assert not model.rescaled
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, live[name])
 
 
 def test_what_the_average_does_not_hold_leaves_the_block_as_it_came():

@@ -86,6 +86,29 @@ def test_batchnorm_statistics_are_the_newest_and_stale(tmp_path):
     assert metadata(tmp_path / "out.safetensors")["batchnorm"] == "refreshed"
 
 
+@pytest.mark.parametrize(
+    "names", [("running_mean", "running_var"), ("moving_mean", "moving_variance")]
+)
+def test_batchnorm_statistics_without_a_counter(tmp_path, names):
+    """They are statistics where they differ, and where they are equal the constants of a frozen layer."""
+    states = [
+        {"bn.weight": torch.ones(3) * i, **{f"bn.{n}": torch.ones(3) * i for n in names}}
+        for i in (1, 2)
+    ]
+    states[0]["frozen.running_mean"] = states[1]["frozen.running_mean"] = torch.ones(3)
+    paths = stored_checkpoints(tmp_path, states)
+    with pytest.warns(StaleStatistics):
+        found = merged(paths, tmp_path)
+    assert all(torch.equal(found[f"bn.{n}"], states[1][f"bn.{n}"]) for n in names)
+    assert metadata(tmp_path / "out.safetensors")["batchnorm"] == "stale"
+    average_checkpoints([tmp_path / "out.safetensors"], tmp_path / "copy.safetensors")
+    assert metadata(tmp_path / "copy.safetensors")["batchnorm"] == "stale"
+    for state in states:
+        state.update({f"bn.{n}": torch.ones(3) for n in names})
+    merged(stored_checkpoints(tmp_path, states), tmp_path)
+    assert metadata(tmp_path / "out.safetensors")["batchnorm"] == "none"
+
+
 def batch_norm(i):
     return {
         "bn.weight": torch.full((3,), float(i)),

@@ -111,3 +111,21 @@ def test_command_exits_like_diff(tmp_path, capsys):
     assert "1 of 2 compared tensors differ" in shown
     assert run(["diff", str(a), str(tmp_path / "none")]) == 2
     assert "no file or folder" in capsys.readouterr().err
+
+
+def test_files_with_nothing_in_common_are_said_to_be_so(tmp_path, capsys):
+    a = saved(tmp_path / "a.pt", w=torch.ones(2))
+    for other in ({"v": torch.ones(2)}, {"w": torch.ones(3)}, {"w": torch.ones(2).cfloat()}):
+        assert run(["diff", str(a), str(saved(tmp_path / "b.pt", **other)), "--all"]) == 1
+        shown = capsys.readouterr().out
+        assert "No values were compared" in shown
+        assert "compared tensors" not in shown
+        assert "nan" not in shown
+
+
+def test_an_angle_that_is_not_there_is_not_shown_as_a_number(tmp_path, capsys):
+    a = saved(tmp_path / "a.pt", w=torch.zeros(2))
+    assert run(["diff", str(a), str(saved(tmp_path / "b.pt", w=torch.ones(2)))]) == 1
+    shown = capsys.readouterr().out
+    assert "nan" not in shown
+    assert " - " in shown

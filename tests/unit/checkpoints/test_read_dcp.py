@@ -11,6 +11,7 @@ from reference.sharded_save import build_model, save_sharded
 from reference.stored import assert_reads, read_all
 
 from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.reading.extra_state import TensorAt
 from polyak.errors import FormatError, PolyakError
 
 # torch's own DCP code warns about running without a process group, and from its own internals.
@@ -155,8 +156,10 @@ def test_safetensors_written_by_dcp(tmp_path):
     with open_checkpoint(whole) as checkpoint:
         assert_reads(checkpoint, state)
     dcp.save(state, storage_writer=writer(str(parts), save_distributed=True), no_dist=True)
-    for path in (parts, *parts.iterdir()):
-        with pytest.raises(FormatError, match="does not say how many ranks"):
+    with open_checkpoint(parts) as checkpoint:
+        assert_reads(checkpoint, state)
+    for path in parts.iterdir():
+        with pytest.raises(FormatError, match="that one rank saved"):
             open_checkpoint(path)
 
 
@@ -182,3 +185,22 @@ def test_a_chunk_larger_than_its_item_is_refused(single, tmp_path):
 
     with pytest.raises(FormatError, match=r"the chunk of 'rows' at .* does not fit"):
         open_checkpoint(edited(single, tmp_path, enlarge))
+
+
+def test_state_that_is_no_tensor(tmp_path):
+    extra = {"scale": torch.ones(3), "n": [4, None], "both": [torch.zeros(1), ("a", 2.5)]}
+    state = {"a.weight": torch.ones(2), "a._extra_state": extra}
+    tensors = {
+        "a.weight": torch.ones(2),
+        "a._extra_state.scale": torch.ones(3),
+        "a._extra_state.both.0": torch.zeros(1),
+    }
+    for number, saved in enumerate((state, {"model": state, "step": 1})):
+        dcp.save(saved, checkpoint_id=tmp_path / str(number), no_dist=True)
+        with open_checkpoint(tmp_path / str(number)) as checkpoint:
+            assert_reads(checkpoint, tensors)
+            assert checkpoint.extra["a._extra_state"] == {
+                "scale": TensorAt("a._extra_state.scale"),
+                "n": [4, None],
+                "both": [TensorAt("a._extra_state.both.0"), ("a", 2.5)],
+            }

@@ -8,6 +8,7 @@ import torch
 from reference.stored import assert_reads
 from safetensors.torch import load_file, save_file
 
+from polyak import average_checkpoints
 from polyak.checkpoints import open_checkpoint
 from polyak.checkpoints.reading.folders import step_in_name
 from polyak.errors import ArgumentError, FormatError, MismatchError
@@ -305,3 +306,56 @@ def test_the_folder_that_accelerate_writes_under_fsdp(tmp_path):
     with open_checkpoint(folder) as checkpoint:
         assert_reads(checkpoint, state)
         assert checkpoint.step == 9
+
+
+@pytest.mark.parametrize(
+    ("shards", "index", "averaged"),
+    [
+        (
+            "model.fp16-{:05}-of-00002.safetensors",
+            "model.safetensors.index.fp16.json",
+            "model.fp16.safetensors",
+        ),
+        (
+            "diffusion_pytorch_model-{:05}-of-00002.bf16.safetensors",
+            "diffusion_pytorch_model.safetensors.index.bf16.json",
+            "diffusion_pytorch_model.bf16.safetensors",
+        ),
+        (
+            "pytorch_model.my-own-{:05}-of-00002.bin",
+            "pytorch_model.bin.index.my-own.json",
+            "model.my-own.safetensors",
+        ),
+    ],
+)
+def test_shards_of_a_variant(tmp_path, shards, index, averaged):
+    names = [shards.format(number) for number in (1, 2)]
+    state = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for (key, tensor), name in zip(state.items(), names, strict=True):
+        write = torch.save if name.endswith(".bin") else save_file
+        write({key: tensor}, tmp_path / name)
+    weight_map = dict(zip(state, names, strict=True))
+    (tmp_path / index).write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path, tmp_path / index):
+        assert_reads(open_checkpoint(path), state)
+    (tmp_path / "config.json").write_text("{}")
+    average_checkpoints([tmp_path], tmp_path / "out")  # an index of what it lacks does not go along
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", averaged}
+
+
+@libraries
+def test_variants_that_transformers_and_diffusers_write(tmp_path):
+    from diffusers import UNet2DModel
+
+    model = tiny_llama()
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    for one, size in ((model, "8KB"), (unet, "100KB")):
+        folder = tmp_path / type(one).__name__
+        one.save_pretrained(folder, variant="fp16", max_shard_size=size)
+        assert len(list(folder.glob("*.safetensors.index.fp16.json"))) == 1
+        assert_reads(open_checkpoint(folder), dict(one.state_dict()))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.stored import assert_reads
-from safetensors.torch import save_file, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file, save_model
 
 from polyak.checkpoints import open_checkpoint
 from polyak.errors import FormatError
@@ -108,6 +109,22 @@ def entry(begin, end, shape=(1,), dtype="F32"):
 def test_damaged_headers(tmp_path, header, data, reason):
     with pytest.raises(FormatError, match=reason):
         open_checkpoint(written(tmp_path, header, data))
+
+
+@pytest.mark.parametrize(
+    "space", [b" ", b"\n", b"\r\n", b"\t  ", b" " * 600, b"\x0b", b"\0", b"\xc2\xa0"]
+)
+def test_white_space_before_the_header_is_taken_as_safetensors_takes_it(tmp_path, space):
+    raw = json.dumps({"w": entry(0, 4)}).encode()
+    for header in (space + raw, raw + space, space + raw + space):
+        path = written(tmp_path, header, b"abcd")
+        try:
+            expected = load_file(path)
+        except SafetensorError:
+            with pytest.raises(FormatError):
+                open_checkpoint(path)
+        else:
+            assert_reads(open_checkpoint(path), expected)
 
 
 def test_wrong_header_lengths(tmp_path):

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from reference.stored import assert_reads, read_all, row_major_bytes
+from safetensors.torch import save_file
 
 from polyak.checkpoints import open_checkpoint
-from polyak.checkpoints.reading import gather, pickled_tensors
+from polyak.checkpoints.reading import find_tensors, gather
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -198,28 +199,70 @@ def test_a_parameter_with_attributes_is_a_tensor(tmp_path):
     assert_reads(open_checkpoint(tmp_path / "x.pt"), {"w": parameter})
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_old_and_unsupported_files_are_named(tmp_path):
-    path = tmp_path / "old.pt"
-    torch.save({"w": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(FormatError, match=r"before 1\.6.*torch\.load.*weights_only=True"):
-        open_checkpoint(path)
-    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    with pytest.raises(FormatError, match="__torch__"):
-        open_checkpoint(path)
-    for content, reason in (
-        (b"", "is empty"),
-        (b"<html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"\x89HDF\r\n", "HDF5"),
-        (b"\x80\x04.", "bare pickle"),
-        (b"PK\x03\x04" + b"\0" * 100, "cut short"),
-        (b"hello, this is text", "a header of"),
-        (b"abc", "cut short"),
+COPIES = {
+    "timm": ("state_dict", "state_dict_ema", lambda state: state),
+    "of torch": (
+        "model",
+        "swa_model",
+        lambda state: {"n_averaged": torch.tensor(3)} | below(state),
+    ),
+    "wrapped once more": ("model", "teacher", lambda state: {"state_dict": state}),
+    "without its buffers": ("model", "ema", lambda state: {"a.weight": state["a.weight"]}),
+}
+
+
+def below(state):
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_second_copy_of_the_model_is_asked_about(tmp_path, kind):
+    first, second, copy = COPIES[kind]
+    state = {"a.weight": torch.ones(2, 3), "a.count": torch.tensor(1)}
+    other = {name: 2 * tensor for name, tensor in state.items()}
+    torch.save({first: state, second: copy(other), "epoch": 1}, tmp_path / "x.pt")
+    with pytest.raises(
+        FormatError, match=rf"there twice, under '{first}' and under '{second}'.*key="
     ):
-        path.write_bytes(content)
-        with pytest.raises(FormatError, match=reason):
-            open_checkpoint(path)
+        open_checkpoint(tmp_path / "x.pt")
+    assert_reads(open_checkpoint(tmp_path / "x.pt", key=first), state)
+    assert open_checkpoint(tmp_path / "x.pt", key=second).tensors
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"optimizer": {"a.weight": torch.ones(2, 3)}},
+        {"momentum_buffers": {"a.weight": torch.ones(2, 3)}},
+        {"current_model_state": {"a.weight": torch.ones(2, 3)}},  # Lightning's layout
+        {"discriminator": {"a.weight": torch.ones(4, 3)}},
+        {"average": {"version": 2, "tensors": {"a.weight": torch.ones(2, 3)}}},
+        {"loss": torch.ones(2, 3), "history": [torch.ones(2, 3)]},
+    ],
+)
+def test_what_is_no_second_copy(tmp_path, beside):
+    state = {"a.weight": torch.zeros(2, 3)}
+    torch.save({"state_dict": state, **beside}, tmp_path / "x.pt")
+    assert_reads(open_checkpoint(tmp_path / "x.pt"), state)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_empty_weights_of_zero_3_are_refused_by_name(tmp_path, suffix):
+    state = {"a.weight": torch.empty(0), "b.weight": torch.empty(0).half(), "b.bias": torch.ones(2)}
+    path = tmp_path / f"x.{suffix}"
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    with pytest.raises(
+        FormatError, match=r"2 of its .*\n  a\.weight: It is empty, as DeepSpeed ZeRO-3"
+    ):
+        open_checkpoint(path)
+    assert list(open_checkpoint(path, strict=False).tensors) == ["b.bias"]
+    empty = {
+        "a.weight": torch.empty(0, 2),
+        "a.bias": torch.empty(0),
+        "weight": torch.empty(0).long(),
+    }
+    torch.save(empty, tmp_path / "y.pt")  # a layer without outputs, and an empty list of indices
+    assert_reads(open_checkpoint(tmp_path / "y.pt"), empty)
 
 
 def rezipped(source, target, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
@@ -352,7 +395,7 @@ def test_storages_above_four_gigabytes(tmp_path):
 
 
 def test_few_bytes_do_not_become_many_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickled_tensors, "MAX_TENSORS", 10_000)
+    monkeypatch.setattr(find_tensors, "MAX_TENSORS", 10_000)
     names_of_a_gigabyte = {"k" * 1_000_000: [torch.ones(1)] * 1000}
     ten_million_names = [[[[[[[torch.ones(1)] * 9] * 9] * 9] * 9] * 9] * 9] * 9
     for root in (names_of_a_gigabyte, ten_million_names):

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.checkpoints.reading.pickle_reader import MAX_STACK, Global, Stub, read_pickle
+from polyak.checkpoints.reading.inert import Global, Stub
+from polyak.checkpoints.reading.pickle_machine import MAX_STACK
+from polyak.checkpoints.reading.pickle_reader import read_pickle
 from polyak.errors import FormatError
 
 PLAIN = st.recursive(
@@ -33,7 +35,7 @@ PLAIN = st.recursive(
 )
 
 
-@given(PLAIN, st.sampled_from([3, 4, 5]))
+@given(PLAIN, st.sampled_from([0, 1, 2, 3, 4, 5]))
 def test_plain_values_come_back(value, protocol):
     assert read_pickle(pickle.dumps(value, protocol), "test") == value
 
@@ -61,12 +63,47 @@ def test_containers_of_the_standard_library():
         assert sorted(read_pickle(pickle.dumps(frozenset({1, 2}), protocol), "test")) == [1, 2]
 
 
+def test_an_ordered_dict_as_python_2_writes_it():
+    data = b"ccollections\nOrderedDict\n((l(lU\x01aaI1\naa(lU\x01baI2\naatR."
+    assert read_pickle(data, "test") == {"a": 1, "b": 2}
+    for odd in (b"I1\n", b"(lI1\na", b"(l(lI1\naa", b"(l(l(taI2\naa"):
+        found = read_pickle(b"ccollections\nOrderedDict\n(" + odd + b"tR.", "test")
+        assert isinstance(found, Stub), odd
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_objects_become_stubs(protocol):
     found = read_pickle(pickle.dumps(argparse.Namespace(rate=0.1), protocol), "test")
     assert isinstance(found, Stub)
     assert found.name == "argparse.Namespace"
     assert found.state == {"rate": 0.1}
+
+
+def test_lines_of_protocol_0_and_objects_of_python_2():
+    lines = b"(I01\nI-7\nL12L\nF2.5\nS'a\\x41\\n\\\\'\nV\\u00e9 \ng0\n(S'k'\nNdl."
+    assert read_pickle(b"Np0\n0" + lines, "test") == [
+        True, -7, 12, 2.5, "aA\n\\", "\u00e9 ", None, {"k": None}
+    ]  # fmt: skip
+    old = read_pickle(b"(cmodule\nName\nI1\no}S'x'\nI2\nsb.", "test")
+    assert (old.name, old.args, old.state) == ("module.Name", (1,), {"x": 2})
+    instance = read_pickle(b"(I1\nimodule\nName\n.", "test")
+    assert (instance.name, instance.args) == ("module.Name", (1,))
+    assert read_pickle(b"U\x02\xc3\xa9.", "test") == "\u00e9"
+    assert read_pickle(b"U\x01\xe9.", "test") == "\u00e9"
+    assert read_pickle(b"P12\n.", "test", persistent=lambda text: [text]) == ["12"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"I1_0\n.", b"I 1\n.", b"I" + b"1" * 40 + b"\n.", b"L1", b"Lx\n.", b"F1x\n.", b"S'a\n.",
+        b"Sa\n.", b"S\n.", b"V\\ud800\n.", b"V\\u12\n.", b"gx\n.", b"g7\n.", b"Np-x\n.", b"(o.",
+        b"(I1\no.", b"(I1\nd.", b"P1\n.", b"i", b"(imodule\n", b"d.",
+    ],
+)  # fmt: skip
+def test_lines_that_nobody_writes(data):
+    with pytest.raises(FormatError, match="test, byte"):
+        read_pickle(data, "test")
 
 
 class Runs:
@@ -152,6 +189,7 @@ def test_hostile_pickles_end_in_a_value_or_an_error(name):
             "billion laughs",
             "a tuple of laughs as key",
             "a call of a number",
+            "an instance, the old way",
         )
         del found
 

@@ -121,6 +121,40 @@ def test_a_plan_writes_nothing(folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_the_plan_is_printed_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name, step in {"step-9": 9, "step-10": 10, "step-11": 11, "best": 10}.items():
+        torch.save({"w": torch.full((3,), float(step))}, f"run/{name}.pt")
+    assert run(["average", "run/step-1*.pt", "-o", "run/mean.pt"]) == 0
+    capsys.readouterr()
+    assert run(["average", "run", "--weights", "0.2,0.3,0.5", "-o", "out.safetensors"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    expected = (
+        ["run/step-9.pt", "9", "0.2"],
+        ["run/step-10.pt", "10", "0.3"],
+        ["run/step-11.pt", "11", "0.5"],
+    )
+    assert [row for row in rows if row in expected] == [*expected]
+    assert "Left out: run/best.pt: its tensors are those of run/step-10.pt" in out
+    assert "Left out: run/mean.pt: it is an average that polyak wrote" in out
+    assert value("out.safetensors") == pytest.approx(10.3)
+    name = "long" * 40  # a path stays in one piece
+    torch.save({"w": torch.ones(3)}, f"run/{name}-1.pt")
+    assert run(["average", f"run/{name}-1.pt", "-o", "copy.safetensors"]) == 0
+    assert f"run/{name}-1.pt" in capsys.readouterr().out
+
+
+def test_what_is_refused_has_no_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, step in {"epoch_1": 1, "epoch_2": 2, "init": 0}.items():
+        torch.save({"w": torch.full((3,), float(step))}, f"{name}.pt")
+    assert run(["average", ".", "-o", "out.safetensors"]) == 2
+    assert "init.pt: this has no training step of its own" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_plan_says_that_the_merge_would_be_refused(folder, capsys):
     save_file({"w": torch.ones(1)}, folder / "out.safetensors")
     assert run(["average", "run", "-o", "out.safetensors", "--dry-run"]) == 1

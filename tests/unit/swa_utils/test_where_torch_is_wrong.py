@@ -238,6 +238,83 @@ def test_groups_that_come_later_and_states_of_the_optimizer() -> None:
     assert _rates(scheduler, optimizer, 2, False)[-1] == pytest.approx(0.1)  # not 0.9
 
 
+def _three_groups(lr: float = 1.0) -> torch.optim.SGD:
+    groups = [
+        {"params": [torch.zeros(1, requires_grad=True)], "lr": lr * (i + 1)} for i in range(3)
+    ]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("removed", [[0], [1], [2], [0, 1], [2, 0]])
+def test_groups_that_are_removed_as_in_torch(removed: list[int], after: int) -> None:
+    curves = []
+    for module in (torchs, ours):
+        optimizer = _three_groups()
+        scheduler = module.SWALR(optimizer, [0.1, 0.2, 0.3], 4, "linear")
+        for step in range(8):
+            if step == after:
+                for index in sorted(removed, reverse=True):
+                    del optimizer.param_groups[index]
+            optimizer.step()
+            scheduler.step()
+            curves.append([float(g["lr"]) for g in optimizer.param_groups])
+    for theirs, own in zip(curves[:8], curves[8:], strict=True):
+        assert own == pytest.approx(theirs)
+
+
+def test_groups_that_move_or_come_back() -> None:
+    optimizer = _three_groups()
+    scheduler = ours.SWALR(optimizer, [0.1, 0.2, 0.3], 2, "linear")
+    _rates(scheduler, optimizer, 1, False)
+    optimizer.param_groups.reverse()
+    optimizer.load_state_dict(optimizer.state_dict())  # makes new groups around the old parameters
+    optimizer.param_groups.insert(1, {**optimizer.param_groups[0], "params": [], "lr": 9.0})
+    _rates(scheduler, optimizer, 1, False)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.3, 0.3, 0.2, 0.1])
+    del optimizer.param_groups[:3]
+    twin = copy.deepcopy(scheduler)
+    twin.step()
+    assert [g["lr"] for g in twin.optimizer.param_groups] == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("module", [torchs, ours])
+def test_a_caller_s_tensors_and_states_are_copies(module) -> None:
+    """As in torch: what goes in and out may be changed without changing the scheduler."""
+    target = torch.tensor(0.1, dtype=torch.float64)
+    several = [torch.tensor(0.1, dtype=torch.float64), 0.2, 0.3]
+    for given in (target, several):
+        optimizer = _three_groups()
+        scheduler = module.SWALR(optimizer, given, 2, "linear")
+        (target if given is target else several[0]).fill_(7.0)
+        _rates(scheduler, optimizer, 1, False)
+        state = scheduler.state_dict()
+        loaded = module.SWALR(_three_groups(), 0.5, 2, "linear")
+        loaded.load_state_dict(state)
+        if module is ours:
+            for name in ("_targets", "_starts", "base_lrs", "_last_lr"):
+                for held in (scheduler, loaded):
+                    assert getattr(held, name) is not state[name]
+                state[name][:] = [99.0] * 3
+        _rates(scheduler, optimizer, 3, False)
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+        target.fill_(0.1)
+
+
+def test_a_state_of_ours_loads_in_torch() -> None:
+    optimizer = _three_groups()
+    scheduler = ours.SWALR(optimizer, [0.1, 0.2, 0.3], 4, "linear")
+    _rates(scheduler, optimizer, 2, False)
+    other = _three_groups()
+    again = torchs.SWALR(other, [0.1, 0.2, 0.3], 4, "linear")
+    again.load_state_dict(scheduler.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for one, steps in ((scheduler, 3), (again, 3)):
+        _rates(one, one.optimizer, steps, False)
+    rates = [[g["lr"] for g in o.param_groups] for o in (optimizer, other)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
 def test_inside_sequential_and_with_tensor_rates() -> None:
     for lr in (1.0, torch.tensor(1.0)):
         curves = []

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import polyak
 from polyak.errors import ArgumentError, MismatchError, PolyakError, UsageError
-from polyak.tensors.memory import odd_form, shares_lazily
+from polyak.tensors.memory import copy_on_write, odd_form
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning"
@@ -244,8 +244,8 @@ class TestAveragedModel:
 
 def test_nothing_odd_is_lent():
     for make in FORMS.values():
-        assert not shares_lazily(make())
-    assert shares_lazily(torch.ones(3))
+        assert copy_on_write(make()) is None
+    assert copy_on_write(torch.ones(3)) is not None
     assert not odd_form(nn.Parameter(torch.ones(3)))
 
 

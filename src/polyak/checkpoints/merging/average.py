@@ -13,7 +13,14 @@ from polyak.checkpoints.merging.engine import Job, Sink, Worker
 from polyak.checkpoints.merging.execute import execute
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.plan import ByteRuns, MergePlan
-from polyak.checkpoints.merging.prepare import Input, Merge, PathLike, prepared, warn_of_stale
+from polyak.checkpoints.merging.prepare import (
+    Input,
+    Merge,
+    PathLike,
+    prepared,
+    warn_of_lost_state,
+    warn_of_stale,
+)
 from polyak.checkpoints.merging.weights import Method, OutputWeights
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
@@ -66,12 +73,15 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
     output plus $N\, 2^{-24} \sum |c_i x_i|$ of the exact one, for $N$ inputs.
 
     Floating tensors are averaged. Integers, booleans and BatchNorm statistics are the newest's; the
-    latter are recorded as stale, with a `StaleStatistics` warning. Ties stay ties. Quantised tensors
-    are refused, and so are LoRA adapters of separate runs.
+    latter are recorded as stale, with a `StaleStatistics` warning. Ties stay ties. State that is no tensor
+    (`get_extra_state`) is the newest's in torch files, and is named in a warning where an output cannot
+    hold it. Quantised tensors are refused, and so are adapters (LoRA and its kin) of separate runs. Every
+    input that is given counts, but an average is refused beside its own inputs.
 
     Args:
         inputs: Checkpoints of one model: paths in any format `open_checkpoint` reads, or opened ones.
-            They are put in the order of their training steps, where each is known.
+            They are put in the order of their training steps; those of unknown step go first.
+            `polyak.checkpoints.select_checkpoints` finds them in folders and leaves copies out.
         outputs: One path, or a mapping of path -> method; all are written in one pass over the inputs.
             The suffix decides the format: `.safetensors`, a torch archive (`.pt .pth .bin .ckpt`), or
             none for a folder of shards with the newest input's configuration.
@@ -130,9 +140,23 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         overwrite=overwrite,
         progress=progress,
     )
+    return run_merge(inputs, outputs, options, method)
+
+
+def run_merge(
+    inputs: Iterable[Input],
+    outputs: PathLike | Mapping[PathLike, Method],
+    options: MergeOptions,
+    method: Method | None = None,
+    *,
+    announce: Callable[[Merge], None] = lambda merge: None,
+) -> MergeResult:
+    """As `average_checkpoints`; `announce` is called with the merge when it is laid out and checked."""
     begin = time.perf_counter()
     with prepared(inputs, outputs, options, method) as merge:
         warn_of_stale(merge)
+        warn_of_lost_state(merge)
+        announce(merge)
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -18,6 +18,7 @@ from polyak.checkpoints.merging.outputs import (
     check_space,
     leftovers,
     refuse_foreign,
+    refuse_parts_in_one_file,
     staging_errors,
 )
 from polyak.checkpoints.merging.plan import ByteRuns, share_of_chunks
@@ -41,6 +42,7 @@ def execute(merge: Merge) -> bool:
     the publishing. The mark is in the first staging folder, which is removed last, so that it is there
     as long as anything is left to publish.
     """
+    refuse_parts_in_one_file(merge.blueprints, merge.inputs[-1])
     staged = [Staged(one, merge.identity) for one in merge.blueprints]
     if _is_published(merge):
         return True
@@ -64,6 +66,7 @@ def execute(merge: Merge) -> bool:
 
 def check_outputs(merge: Merge) -> None:
     """Raise OutputError where a merge from the start could not be written; nothing is touched."""
+    refuse_parts_in_one_file(merge.blueprints, merge.inputs[-1])
     for one in merge.blueprints:
         refuse_existing(one.target, overwrite=merge.options.overwrite)
         refuse_foreign(one)
@@ -210,11 +213,14 @@ def _is_published(merge: Merge) -> bool:
 def _holds(target: Path, tensors: dict[str, object], metadata: dict[str, str]) -> bool:
     with suppress(PolyakError), open_checkpoint(target) as written:
         found = {name: (t.dtype, t.shape) for name, t in written.tensors.items()}
-        return found == tensors and _without_hashes(dict(written.metadata)) == metadata
+        said = _comparable(written.metadata)  # and more, where torch files hold scalars of the run
+        return found == tensors and _comparable(metadata).items() <= said.items()
     return False
 
 
-def _without_hashes(metadata: dict[str, str]) -> dict[str, str]:
+def _comparable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without hashes, and without ties: each file of a folder lists its own."""
+    metadata = {name: text for name, text in metadata.items() if name != "ties"}
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         inputs = json.loads(metadata["inputs"])
         for one in inputs:

@@ -9,29 +9,34 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from polyak.checkpoints.merging.align import MergedTensor
 from polyak.checkpoints.merging.engine import Sink
 from polyak.checkpoints.merging.plan import ByteRuns, MergePlan
+from polyak.checkpoints.reading.lightning import lightning_entries
+from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.hf_folder import (
     SIDECAR_SUFFIXES,
+    WeightsName,
     index_of,
-    shard_names,
     sidecar_files,
     split,
 )
 from polyak.checkpoints.writing.layouts import (
     TORCH_SUFFIXES,
+    Around,
     Layout,
     OutputFile,
     SafetensorsLayout,
+    TensorSpec,
     layout_for,
 )
-from polyak.errors import ArgumentError, OutputError
+from polyak.errors import ArgumentError, OutputError, PolyakError, warn
 from polyak.files import sync, writing_errors
 
 _RETRY = "pass resume=True to continue this merge"
@@ -70,13 +75,37 @@ class Contents:
     ties: Mapping[str, str]
     newest: Checkpoint
     shard_size: int
+    dtype: str | None = None
+
+    def of_component(self, prefix: str) -> list[TensorSpec]:
+        """The tensors of one model, with the names that they have in its files."""
+        return [
+            TensorSpec(tensor.name.removeprefix(prefix), tensor.dtype, tensor.shape)
+            for tensor in self.tensors
+            if component_of(tensor.name, self.newest) == prefix
+        ]
+
+
+def component_of(name: str, newest: Checkpoint) -> str:
+    """The prefix of the model that a tensor belongs to: the longest that fits."""
+    fitting = [prefix for prefix in newest.components if name.startswith(prefix)]
+    return max(fitting, key=len, default="")
+
+
+def by_component(tensors: Sequence[MergedTensor], newest: Checkpoint) -> list[MergedTensor]:
+    """The tensors, those of one model after those of another: each model has files of its own."""
+    if len(newest.components) < 2:
+        return list(tensors)
+    place = {prefix: index for index, prefix in enumerate(newest.components)}
+    return sorted(tensors, key=lambda tensor: place[component_of(tensor.name, newest)])
 
 
 def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Blueprint:
     """How `target` will be written: `.safetensors`, a torch archive, or a folder (no suffix)."""
     if target.name in ("", ".."):
         raise ArgumentError(f"The output {target} names no file; write its name out.")
-    single = layout_for(target, contents.tensors, contents.ties, metadata)
+    around = _around(target, contents.newest)
+    single = layout_for(target, contents.tensors, contents.ties, metadata, around)
     if single is not None:
         return Blueprint(target, metadata, {"": (single, len(contents.tensors))})
     suffix = target.suffix
@@ -88,18 +117,38 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
     return _folder(target, contents, metadata)
 
 
+def _around(target: Path, newest: Checkpoint) -> Around:
+    """What the newest file holds beside its tensors, as far as the output is of the same kind."""
+    entries = None
+    if target.suffix.lower() == ".ckpt" and (found := lightning_entries(newest)) is not None:
+        entries, dropped = found
+        if dropped:
+            listed = ", ".join(f"{name} ({what})" for name, what in islice(dropped.items(), 8))
+            warn(
+                f"{target} leaves out what only the code of its classes could rebuild: {listed}"
+                f"{', ...' if len(dropped) > 8 else ''}. load_from_checkpoint takes the "
+                "hyper-parameters among it as keywords."
+            )
+    return Around(newest.order, newest.versions, entries, newest.extra)
+
+
 def _folder(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Blueprint:
-    sidecars = sidecar_files(contents.newest.path)
-    stem = "adapter_model" if "adapter_config.json" in sidecars else "model"
-    shards = split(contents.tensors, contents.shard_size)
-    names = shard_names(stem, len(shards))
-    layouts: dict[str, tuple[Layout, int]] = {
-        name: (SafetensorsLayout(shard, metadata), len(shard))
-        for name, shard in zip(names, shards, strict=True)
-    }
-    if len(shards) > 1:
-        index = index_of(dict(zip(names, shards, strict=True)))
-        sidecars = {**sidecars, f"{stem}.safetensors.index.json": index}
+    """Every model of the newest's folder under the name that it has there."""
+    layouts: dict[str, tuple[Layout, int]] = {}
+    sidecars = sidecar_files(contents.newest, contents.dtype)
+    for prefix, found in (contents.newest.components or {"": ""}).items():
+        name, tensors = WeightsName.like(found), contents.of_component(prefix)
+        ties = {
+            alias.removeprefix(prefix): stored.removeprefix(prefix)
+            for alias, stored in contents.ties.items()
+            if component_of(stored, contents.newest) == prefix
+        }
+        shards = split(tensors, contents.shard_size) if name.may_be_sharded else [tensors]
+        files = dict(zip(name.files(len(shards)), shards, strict=True))
+        for file, shard in files.items():
+            layouts[file] = (SafetensorsLayout(shard, metadata, ties), len(shard))
+        if len(files) > 1:
+            sidecars[name.index] = index_of(files)
     return Blueprint(target, metadata, layouts, sidecars)
 
 
@@ -125,10 +174,10 @@ class Staged:
 
     def open(self) -> None:
         """Make the files at their full size, and write what goes before the values."""
-        with staging_errors(self.folder):
-            (self.data if self._is_folder else self.folder).mkdir(parents=True, exist_ok=True)
         for name, (layout, _) in self.blueprint.layouts.items():
             path = self.data / name if self._is_folder else self.data
+            with staging_errors(self.folder):
+                path.parent.mkdir(parents=True, exist_ok=True)
             self.files.append(OutputFile(path, layout.size, retry=_RETRY))
             layout.begin(self.files[-1])
 
@@ -151,10 +200,12 @@ class Staged:
             file.sync()
         with staging_errors(self.data):
             for name, content in self.blueprint.sidecars.items():
+                (self.data / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.data / name).write_bytes(content)
                 sync(self.data / name)
             if self._is_folder:
-                sync(self.data)
+                for folder in (self.data, *filter(Path.is_dir, self.data.rglob("*"))):
+                    sync(folder)
 
     def publish(self) -> None:
         """Move it into place, and what was there out of the way; nothing if another part did so.
@@ -237,8 +288,10 @@ def refuse_foreign(output: Blueprint) -> None:
         raise OutputError(
             f"{target} is a {found}, and the output is a {wanted}. Choose another name."
         )
-    entries = sorted(target.iterdir()) if target.is_dir() else []
-    foreign = [path.name for path in entries if not _is_written_by_merges(path)]
+    entries = sorted(target.rglob("*")) if target.is_dir() else []
+    foreign = [str(path.relative_to(target)) for path in entries if not _is_written_by_merges(path)]
+    if entries and not foreign and not _was_merged(target):
+        foreign = ["what no merge wrote"]
     if foreign:
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise OutputError(
@@ -248,8 +301,24 @@ def refuse_foreign(output: Blueprint) -> None:
 
 
 def _is_written_by_merges(path: Path) -> bool:
-    weights = path.suffix == ".safetensors" and path.stem.startswith(("model", "adapter_model"))
-    return path.is_file() and (weights or path.suffix in SIDECAR_SUFFIXES)
+    return path.is_dir() or path.suffix in (".safetensors", *SIDECAR_SUFFIXES)
+
+
+def _was_merged(folder: Path) -> bool:
+    with suppress(PolyakError), open_checkpoint(folder, strict=False) as opened:
+        return opened.is_merged
+    return False
+
+
+def refuse_parts_in_one_file(outputs: Sequence[Blueprint], newest: Checkpoint) -> None:
+    """Raise ArgumentError if several models would be in one file, which none of their libraries reads."""
+    for one in outputs:
+        if len(newest.components) > 1 and not one.is_folder:
+            parts = ", ".join(newest.components.values())
+            raise ArgumentError(
+                f"{newest.path} holds several models ({parts}), and the output {one.target} is one "
+                "file. Write a folder (a name without a suffix), or name the files of one model."
+            )
 
 
 def _blocks_under(folder: Path) -> int:

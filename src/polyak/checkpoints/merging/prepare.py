@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from polyak.checkpoints.merging.align import Alignment, align, check_adapters
+from polyak.checkpoints.merging.adapters import check_adapters
+from polyak.checkpoints.merging.align import Alignment, align
+from polyak.checkpoints.merging.counted import inputs_of
 from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import MergeOptions
-from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint
+from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
 from polyak.checkpoints.merging.plan import ByteRuns, MergePlan, bytes_to_read, in_writing_order
 from polyak.checkpoints.merging.weights import (
     Method,
@@ -32,6 +34,8 @@ from polyak.checkpoints.merging.weights import (
 )
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
+from polyak.checkpoints.writing.extra_state import warn_of_lost
+from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
 from polyak.errors import ArgumentError, StaleStatistics, require, warn
 from polyak.files import as_path
 from polyak.maths.profiles import Profile
@@ -90,6 +94,19 @@ def refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, Method]) -> No
     targets = [_resolved(path) for path in outputs]
     if len(set(targets)) < len(targets):
         raise ArgumentError(f"Two outputs have the same path: {targets}.")
+
+
+def refuse_own_average(inputs: Sequence[Checkpoint]) -> None:
+    """ArgumentError where an earlier average is beside its own inputs, which would count twice."""
+    paths = {_resolved(one.path): one.path for one in inputs}
+    for one in inputs:
+        recorded = [str(given.get("path", "")) for given in inputs_of(one) if one.is_merged]
+        again = [paths[path] for path in map(_resolved, recorded) if path in paths]
+        if again:
+            raise ArgumentError(
+                f"{one.path} is an average that polyak made of {', '.join(again)}, among others or alone, "
+                "and these are inputs too: they would count twice. Leave it out, or give a weight per input."
+            )
 
 
 def refuse_replacing(outputs: Iterable[PathLike], inputs: Iterable[Checkpoint]) -> None:
@@ -255,14 +272,17 @@ def _laid_out(
     order = in_natural_order(given)
     inputs = tuple(given[index] for index in order)
     weights = tuple(weights_for(one, inputs, order, options) for one in outputs.values())
+    if any(isinstance(one, str | Profile) for one in outputs.values()):
+        refuse_own_average(inputs)
     check_adapters(inputs)
     everything = inputs if base is None else (base, *inputs)
     averages = len(everything) > 1 or any(one.coefficients != (1.0,) for one in weights)
     alignment = align(everything, options, averages=averages)
     _refuse_idle_options(options, alignment, outputs.values())
-    tensors = in_writing_order(alignment.tensors)
-    contents = Contents(tensors, alignment.ties, inputs[-1], options.shard_bytes)
-    batchnorm = _batchnorm(inputs[-1], alignment)
+    newest = inputs[-1]
+    tensors = by_component(in_writing_order(alignment.tensors), newest)
+    contents = Contents(tensors, alignment.ties, newest, options.shard_bytes, options.written_dtype)
+    batchnorm = _batchnorm(newest, alignment)
     marks = {"batchnorm": batchnorm, "ties": json.dumps(alignment.ties)}
     blueprints = [
         blueprint(Path(path), contents, metadata_of(one, inputs, options, marks))
@@ -288,6 +308,13 @@ def _refuse_idle_options(
         "There is no list of weights to normalise; those of a method sum to 1 already. Leave out "
         "normalize=True.",
     )
+
+
+def warn_of_lost_state(merge: Merge) -> None:
+    """Warn of outputs that cannot hold the newest input's state that is no tensor."""
+    for one in merge.blueprints:
+        is_torch = one.target.suffix.lower() in TORCH_SUFFIXES
+        warn_of_lost(one.target, merge.inputs[-1].extra, is_torch=is_torch)
 
 
 def warn_of_stale(merge: Merge, file: str | None = None) -> None:

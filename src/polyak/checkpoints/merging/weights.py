@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from polyak.checkpoints.merging.counted import average_rank
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
@@ -24,7 +25,8 @@ SUM_TOLERANCE = 1e-6
 """How far from 1 the sum of weights may be that are meant to sum to 1."""
 
 _OUR_KEYS = {
-    "polyak", "profile", "unit", "time", "count", "inputs", "base", "step", "batchnorm", "ties",
+    "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
+    "batchnorm", "ties",
 }  # fmt: skip
 
 
@@ -61,11 +63,9 @@ Method = Profile | str | Sequence[float] | OutputWeights
 
 
 def in_natural_order(inputs: Sequence[Checkpoint]) -> list[int]:
-    """The inputs' indices by training step if each is known, else as they were given."""
-    steps = [one.step for one in inputs]
-    if any(step is None for step in steps):
-        return list(range(len(inputs)))
-    return sorted(range(len(inputs)), key=lambda index: steps[index] or 0)
+    """The inputs' indices by training step; those of unknown step first, as they were given."""
+    steps = [-1 if one.step is None else one.step for one in inputs]
+    return sorted(range(len(inputs)), key=steps.__getitem__)
 
 
 def weights_for(
@@ -175,6 +175,8 @@ def _described(one: Checkpoint, weight: float, options: MergeOptions) -> dict[st
     if one.step is not None:
         described["step"] = one.step
     described["weight"] = weight
+    if average_rank(one):
+        described["average"] = True
     if options.verify:
         described["sha256"] = {file.path: UNHASHED for file in one.files}
     return described
@@ -192,7 +194,7 @@ def _times(profile: Profile, inputs: Sequence[Checkpoint]) -> tuple[str, list[fl
                 f"{profile!r} needs files of different training steps; found {steps}. If these are "
                 "several runs, give a weight per input, or use swa, which counts files equally."
             )
-    elif profile.has_horizon:
+    elif profile.has_horizon or (len(unknown) < len(inputs) and not isinstance(profile, SWA)):
         raise ArgumentError(
             f"{profile!r} is measured in training steps, but the step of {', '.join(unknown)} is "
             "unknown. Put it in the name (checkpoint-500, step_000500.pt), use swa, or give a weight "

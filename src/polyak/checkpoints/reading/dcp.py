@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from polyak.checkpoints.reading.extra_state import is_extra
+from polyak.checkpoints.reading.find_tensors import find_tensors, holds_tensor
 from polyak.checkpoints.reading.gather import (
     Box,
     ChunkedTensor,
@@ -21,14 +23,10 @@ from polyak.checkpoints.reading.gather import (
     SwappedTensor,
     row_major,
 )
-from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, Global, Stub, read_pickle
-from polyak.checkpoints.reading.pickled_tensors import (
-    DTYPES,
-    StorageRef,
-    TensorRef,
-    call_torch,
-    find_tensors,
-)
+from polyak.checkpoints.reading.inert import Global, Stub
+from polyak.checkpoints.reading.pickle_machine import MAX_PICKLE_BYTES
+from polyak.checkpoints.reading.pickle_reader import read_pickle
+from polyak.checkpoints.reading.pickled_tensors import DTYPES, StorageRef, TensorRef, call_torch
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
@@ -94,7 +92,7 @@ def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
         described.close()
         raise
     files = (described.file, *described.files.values())
-    return Checkpoint(folder.path, "dcp", tensors, files, refused=found.refused)
+    return Checkpoint(folder.path, "dcp", tensors, files, refused=found.refused, extra=found.extra)
 
 
 class _Folder:
@@ -113,8 +111,12 @@ class _Folder:
             raise _damaged(self.where, "it describes no state_dict")
         self.entries = entries
         self.items = _items(described.get("storage_data"), self.where)
-        self.tree = _tree(entries, paths if isinstance(paths, dict) else {}, self.where)
         self.count = 0
+        try:
+            self.tree = self._tree(paths if isinstance(paths, dict) else {})
+        except BaseException:
+            self.close()
+            raise
 
     def chunks(self, name: str, ref: TensorRef) -> list[StoredChunk]:
         """The chunks of a tensor; their files are opened, and checked to be long enough."""
@@ -134,13 +136,44 @@ class _Folder:
             )
         return _ArchivedChunk(name, ref.dtype, box, part)
 
+    def _tree(self, paths: dict[Any, Any]) -> dict[Any, Any]:
+        """The saved containers, with a `TensorRef` (whose storage key is the flat name) for every tensor.
+
+        Of all that is no tensor, only what `get_extra_state` returned is read.
+        """
+        root: dict[Any, Any] = {}
+        for fqn, entry in self.entries.items():
+            path = paths.get(fqn, (fqn,))
+            if not isinstance(path, tuple) or not path or len(path) > 50:
+                raise _damaged(self.where, f"{fqn!r} has no path")
+            in_extra = any(isinstance(part, str) and is_extra(part) for part in path)
+            if not isinstance(entry, Stub) or not entry.name.endswith(".BytesStorageMetadata"):
+                fields = _fields(entry, "metadata.TensorStorageMetadata", self.where)
+                leaf: Any = _ref(fqn, fields, self.where)
+            elif in_extra:
+                leaf = self._object(fqn)
+            else:
+                continue
+            inner: Any = root
+            for part in path[:-1]:
+                inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
+            if not isinstance(inner, dict) or path[-1] in inner:
+                raise _damaged(self.where, f"two entries at the path of {fqn!r}")
+            inner[path[-1]] = leaf
+        return {key: _with_lists(value, str(key)) for key, value in root.items()}
+
+    def _object(self, fqn: Any) -> Any:
+        """A value that is no tensor; one that holds tensors stays an object that is not built."""
+        value = TorchArchive(self._part(fqn, None)).root
+        return Stub("an object with tensors") if holds_tensor(value, self.where) else value
+
     def close(self) -> None:
         """Close what was opened."""
         for file in (self.file, *self.files.values()):
             file.close()
 
-    def _part(self, fqn: str, first: tuple[int, ...]) -> PartFile:
-        """The part of a file that holds the chunk at `first`."""
+    def _part(self, fqn: str, first: tuple[int, ...] | None) -> PartFile:
+        """The part of a file that holds the chunk at `first`, or an object."""
         item = self.items.get((fqn, first)) or self.items.get((fqn, None))
         if item is None:
             raise _damaged(self.where, f"it does not say where the chunk of {fqn!r} at {first} is")
@@ -188,23 +221,14 @@ def _items(storage_data: Any, where: str) -> dict[tuple[str, Any], _Item]:
     return items
 
 
-def _tree(entries: dict[Any, Any], paths: dict[Any, Any], where: str) -> dict[Any, Any]:
-    """The saved containers, with a `TensorRef` (whose storage key is the flat name) for every tensor."""
-    root: dict[Any, Any] = {}
-    for fqn, entry in entries.items():
-        if isinstance(entry, Stub) and entry.name.endswith(".BytesStorageMetadata"):
-            continue
-        ref = _ref(fqn, _fields(entry, "metadata.TensorStorageMetadata", where), where)
-        path = paths.get(fqn, (fqn,))
-        if not isinstance(path, tuple) or not path or len(path) > 50:
-            raise _damaged(where, f"{fqn!r} has no path")
-        inner: Any = root
-        for part in path[:-1]:
-            inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict) or path[-1] in inner:
-            raise _damaged(where, f"two entries at the path of {fqn!r}")
-        inner[path[-1]] = ref
-    return root
+def _with_lists(value: Any, name: str, *, within: bool = False) -> Any:
+    """Extra state with its lists, which are saved as their items, and here are dicts of the positions."""
+    within = within or is_extra(name)
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _with_lists(item, str(key), within=within) for key, item in value.items()}
+    is_list = within and bool(inner) and inner.keys() == set(range(len(inner)))
+    return [inner[at] for at in range(len(inner))] if is_list else inner
 
 
 def _ref(fqn: Any, fields: dict[Any, Any], where: str) -> TensorRef:

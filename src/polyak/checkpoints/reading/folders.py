@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from contextlib import closing
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from polyak.checkpoints.reading.safetensors_reader import RANK_SHARD
+from polyak.checkpoints.reading.rank_shards import is_rank_shard
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.reading.untrusted_json import read_json
@@ -25,6 +26,18 @@ _INDEX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
+_VARIANT = re.compile(r".*\.(?:safetensors|bin)\.index(?:\.[\w-]+)?\.json")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is an index of shards, of a variant (`.index.fp16.json`) or without.
+
+    >>> is_index("model.safetensors.index.fp16.json"), is_index("model_index.json")
+    (True, False)
+    """
+    return name.endswith(_INDEX) or bool(_VARIANT.fullmatch(name))
+
+
 def weights_in(place: Place) -> Place:
     """The file with the weights (or the index of shards, or `.metadata` of DCP) in a folder.
 
@@ -33,9 +46,8 @@ def weights_in(place: Place) -> Place:
     names = place.names
     if ".metadata" in names:
         return place.inside(".metadata")
-    candidates = [name + _INDEX for name in _SINGLE if name + _INDEX in names] or [
-        name for name in _SINGLE if name in names
-    ]
+    # As Transformers reads it: the single file before the index, safetensors before torch's format.
+    candidates = [found for name in _SINGLE for found in (name, name + _INDEX) if found in names]
     if candidates:
         return place.inside(candidates[0])
     if "pytorch_model_fsdp_0" in names:  # accelerate and Transformers, FSDP with sharded state
@@ -43,18 +55,19 @@ def weights_in(place: Place) -> Place:
     return place.inside(_only_one(place))
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a library looks for the weights of a folder under this very name."""
+    return name in (*_SINGLE, ".metadata") or name.endswith(_INDEX)
+
+
 def _only_one(place: Place) -> str:
     """The only file of weights, whatever its name."""
-    indices = [
-        name
-        for name in place.names
-        if name.endswith((".safetensors.index.json", ".bin.index.json"))
-    ]
+    indices = [name for name in place.names if is_index(name)]
     weights = [name for name in place.names if name.endswith(".safetensors")]
     if len(indices) == 1:
         return indices[0]
-    if any(name.startswith("shard-") for name in weights):
-        raise FormatError(RANK_SHARD.format(path=place.path))
+    if weights and all(map(is_rank_shard, weights)):
+        return weights[0]
     if any(_SHARD.search(name) for name in weights):
         raise FormatError(
             f"{place.path} holds shards ({weights[0]}, ...) but no index, or more than one. Copy the "
@@ -107,15 +120,18 @@ def join_shards(
     path: str, shards: dict[str, list[str]], opened: dict[str, Checkpoint]
 ) -> Checkpoint:
     """One checkpoint of all shards, checked against the index: nothing missing, nothing twice."""
+    listed = {name for names in shards.values() for name in names}
     stored = Counter(
-        name for shard in opened.values() for name in (*shard.tensors, *shard.ties, *shard.refused)
+        name
+        for shard in opened.values()
+        for name in (*shard.tensors, *shard.refused, *(listed & shard.ties.keys()))
     )
     check_match(
         {
             name: f"in {count} shards" if count > 1 else "in one shard"
             for name, count in stored.items()
         },
-        {name: "in one shard" for names in shards.values() for name in names},
+        dict.fromkeys(listed, "in one shard"),
         f"The shards of {path} do not hold what their index says.",
         "Shards of different saves may be mixed in this folder. Save or fetch it again.",
     )
@@ -128,59 +144,125 @@ def join_shards(
         ties={alias: name for part in parts for alias, name in part.ties.items()},
         metadata=parts[0].metadata,
         refused={name: why for part in parts for name, why in part.refused.items()},
+        order=tuple(name for part in parts for name in part.order),
+        versions=parts[0].versions,
     )
 
 
+_SUFFIX = re.compile(r"\.(safetensors|pt|pth|bin|ckpt|npz|tar|index\.json)$")
+_SHARD_NUMBER = re.compile(r"[-_.]\d+[-_]of[-_]\d+")
+_DATE = re.compile(
+    r"(?<!\d)(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])"
+    r"(?:[T_-]?\d\d[-_.:h]?\d\d(?:[-_.:m]?\d\d)?)?(?!\d)"
+)
+_END = r"(?=$|[-_=]|\.(?!\d))"  # the 3 of `loss_3.21` is no step
 _STEP = re.compile(
-    r"(?<![a-z])(?:(?:global_?)?step|checkpoint|ckpt|iter|iteration|update|snapshot)s?[-_=.]?0*(\d{1,15})(?=$|[-_.=])",
+    r"(?<![a-z])(?:(?:global_?)?step|iter|iteration|update)s?[-_=.]?(\d{1,15}(?:\.\d+)?[km]|\d{1,15})"
+    + _END,
     re.IGNORECASE,
 )
-_OTHER = re.compile(
-    r"(?:^|(?<![a-z])(?:epoch|ep|model|weights|net)[-_=.]?)0*(\d{1,15})(?=$|[-_.=])", re.IGNORECASE
+_CHECKPOINT = re.compile(
+    r"(?<![a-z])(?:checkpoint|ckpt|snapshot)s?[-_=.]?(\d{1,15})" + _END, re.IGNORECASE
 )
+_EPOCH_AND_STEP = re.compile(
+    r"(?:^|[-_.])(?:checkpoint|ckpt|epoch)[-_]?(\d{1,9})[-_](\d{1,15})$", re.IGNORECASE
+)
+_OTHER = re.compile(
+    r"(?:^|(?<![a-z])(?:epoch|ep|model|weights|net)[-_=.]?)(\d{1,15})" + _END, re.IGNORECASE
+)
+_EPOCHS = re.compile(r"(?<![a-z\d])(\d{1,15})(?:epoch|ep)s?" + _END, re.IGNORECASE)
+_COUNTERS = ("global_step", "step", "iteration", "num_updates")
+_FACTORS = {"k": 1000, "m": 1_000_000}
 
 
 def training_step(place: Place, metadata: dict[str, str]) -> int | None:
-    """The training step: from what the checkpoint itself says, else from its name or its folder's.
+    """The training step: from what the checkpoint itself says, else from its path.
 
-    In this order: `trainer_state.json` of Transformers, `global_step` or `step` in the file
-    (Lightning and most loops; `time` in polyak's files whose unit is steps), the name. A file such as
-    `checkpoint-500/model.safetensors` has the step of its folder.
+    In this order: `trainer_state.json` of Transformers, a counter in the file (`global_step`, `step`,
+    `iteration`, fairseq's `num_updates`; `time` in polyak's files whose unit is steps), `step_in_path`.
     """
-    is_part = not place.is_folder and _is_part(place.name)
+    is_part = not place.is_folder and is_part_of_folder(place.name)
     folder = place if place.is_folder else place.parent
     steps = [
         _trainer_step(folder) if place.is_folder or is_part else None,
-        *(_whole(metadata.get(key, "")) for key in ("global_step", "step")),
+        *(_whole(metadata.get(key, "")) for key in _COUNTERS),
         _whole(metadata.get("time", "")) if metadata.get("unit") == "steps" else None,
-        step_in_name(place.name),
-        step_in_name(folder.name) if is_part else None,
     ]
-    return next((step for step in steps if step is not None), None)
+    known = next((step for step in steps if step is not None), None)
+    return step_in_path(place.path) if known is None else known
+
+
+def step_in_path(path: str) -> int | None:
+    """The step in the name, or in that of the folder of one checkpoint that the path leads into.
+
+    A file called `model.safetensors` or a folder such as `unet` or `huggingface` is part of one.
+
+    >>> step_in_path("run/checkpoint-500/unet/diffusion_pytorch_model.safetensors")
+    500
+    >>> step_in_path("run/checkpoint-500/swa.safetensors") is None
+    True
+    """
+    label = name_with_step(path)
+    return None if label is None else step_in_name(label)
+
+
+def name_with_step(path: str) -> str | None:
+    """The part of the path that `step_in_path` takes the step from; None if it finds none."""
+    *folders, name = (PurePosixPath(path) if "://" in path else Path(path).absolute()).parts
+    if step_in_name(name) is not None:
+        return name
+    if _SUFFIX.search(name) or name == ".metadata":
+        if not is_part_of_folder(name):
+            return None
+        if folders and step_in_name(folders[-1]) is not None:
+            return folders[-1]
+        folders = folders[:-1]
+    for folder in folders[-1:-3:-1]:
+        if (_STEP.search(folder) or _CHECKPOINT.search(folder)) and step_in_name(
+            folder
+        ) is not None:
+            return folder
+    return None
 
 
 def step_in_name(name: str) -> int | None:
-    """The step in the name of a file or folder: the last number after step, checkpoint, iter, ...
+    """The step in the name of a file or folder: the last number after step, iter, update, checkpoint, ...
 
-    Without such a word the only number after epoch, model, weights or net, or at the very beginning,
-    counts. Other numbers (`resnet-50.pt`, `llama-3-8B`) are not steps.
+    Without such a word the only number beside epoch, after model, weights or net, or at the very
+    beginning counts. Other numbers (`resnet-50.pt`, `llama-3-8B`, dates, scores) are not steps.
 
     >>> [step_in_name(name) for name in ("checkpoint-500", "epoch=3-step=500.ckpt", "resnet-50.pt")]
     [500, 500, None]
+    >>> [step_in_name(name) for name in ("checkpoint_2_8000.pt", "12epoch.pth", "step-10k.pt")]
+    [8000, 12, 10000]
     """
-    stem = re.sub(r"\.(safetensors|pt|pth|bin|ckpt|npz|tar|index\.json)$", "", name)
-    stem = re.sub(r"-\d{5}-of-\d{5}", "", stem)
+    stem = _SHARD_NUMBER.sub("", _SUFFIX.sub("", _SUFFIX.sub("", name)))
     if steps := _STEP.findall(stem):
+        return _scaled(steps[-1])
+    stem = _DATE.sub("", stem)
+    both = _EPOCH_AND_STEP.search(stem)  # fairseq: checkpoint_EPOCH_UPDATES, and no epoch has none
+    if both and int(both[1]) <= int(both[2]):
+        return int(both[2])
+    if steps := _CHECKPOINT.findall(stem):
         return int(steps[-1])
-    others = _OTHER.findall(stem)
+    others = [*_EPOCHS.findall(stem), *_OTHER.findall(stem)]
     return int(others[0]) if len(others) == 1 else None
 
 
-def _is_part(name: str) -> bool:
+def _scaled(text: str) -> int | None:
+    """`500`, `10k` or `1.5M` as a number."""
+    factor = _FACTORS.get(text[-1].lower(), 1)
+    return round(float(text.rstrip("kmKM")) * factor)
+
+
+def is_part_of_folder(name: str) -> bool:
     """Whether every checkpoint folder has a file of this name, so that only the folder's name tells."""
     return name == ".metadata" or name.startswith(
-        ("model.", "model-0", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
-    )
+        (
+            "model.", "model-0", "pytorch_model", "adapter_model", "diffusion_pytorch_model",
+            "pytorch_lora_weights", "consolidated", "lit_model", "model_optim_rng", "mp_rank_", "weights.",
+        )
+    )  # fmt: skip
 
 
 def _trainer_step(folder: Place) -> int | None:

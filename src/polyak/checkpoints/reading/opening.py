@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
+from polyak.checkpoints.reading.components import components_in, join_components
 from polyak.checkpoints.reading.dcp import read_dcp
-from polyak.checkpoints.reading.folders import join_shards, shards_of, training_step, weights_in
+from polyak.checkpoints.reading.folders import (
+    is_index,
+    is_part_of_folder,
+    join_shards,
+    shards_of,
+    training_step,
+)
+from polyak.checkpoints.reading.foreign import refuse_archive, refuse_foreign, refuse_tar
+from polyak.checkpoints.reading.legacy_tar import MEMBERS, LegacyTar
+from polyak.checkpoints.reading.legacy_torch import LegacyTorch, is_legacy
 from polyak.checkpoints.reading.npz import read_npz
-from polyak.checkpoints.reading.safetensors_reader import read_safetensors
+from polyak.checkpoints.reading.rank_shards import is_rank_shard, read_rank_shards
+from polyak.checkpoints.reading.safetensors_reader import is_safetensors, read_safetensors
 from polyak.checkpoints.reading.storage import Place
-from polyak.checkpoints.reading.stored import ByteFile, Checkpoint
-from polyak.checkpoints.reading.torch_archive import read_torch
+from polyak.checkpoints.reading.stored import FLOATS, ByteFile, Checkpoint
+from polyak.checkpoints.reading.tars import is_tar, tar_members
+from polyak.checkpoints.reading.torch_archive import TorchArchive
+from polyak.checkpoints.reading.torch_file import read_torch
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import ArgumentError, FormatError
 from polyak.files import as_path
-
-_UNSUPPORTED = {
-    b"\x89HDF": "an HDF5 file (Keras)",
-    b"GGUF": "a GGUF file (llama.cpp), whose weights are quantised in blocks",
-    b"version https://git-lfs": "a git-lfs pointer, not the weights: run `git lfs pull`",
-    b"<": "a web page or XML, perhaps a failed download",
-    b"\x1f\x8b": "compressed with gzip: unpack it first",
-    b"(\xb5/\xfd": "compressed with zstd: unpack it first",
-}
 
 
 def open_checkpoint(
@@ -34,18 +38,18 @@ def open_checkpoint(
     The format is detected from the contents, not the name. Nothing but headers is held in memory.
 
     Args:
-        path: A safetensors file, a torch archive (`.pt`, `.pth`, `.bin`, `.ckpt`), an `.npz` file, an
-            index of shards (`*.index.json`), or a folder of Transformers, diffusers, PEFT or
-            `torch.distributed.checkpoint`. Local, or an address that fsspec understands (`s3://`,
-            `gs://`, `https://`, `memory://`).
+        path: A safetensors file, a file of `torch.save` (`.pt`, `.pth`, `.bin`, `.ckpt`), an `.npz` file, an
+            index of shards (`*.index.json`), or a folder of Transformers, diffusers (a model or a
+            pipeline), sentence-transformers, PEFT or `torch.distributed.checkpoint`. Local, or an
+            address that fsspec understands (`s3://`, `gs://`, `https://`, `memory://`).
         key: Where the tensors are inside nested dicts, with dots (`"ema.state_dict"`). By default
             under `state_dict`, `model_state_dict`, `model` or `module`, or at the root; `""` takes
-            all tensors there are.
-        strict: Refuse a checkpoint with a tensor that cannot be read (sparse, quantised, expanded, of
-            an unknown class). If False, such tensors are listed in `refused` instead.
+            all tensors there are. A file that holds the model's tensors twice must be given one.
+        strict: Refuse a checkpoint with a tensor that cannot be read (sparse, quantised, expanded,
+            partitioned, of an unknown class). If False, such tensors are listed in `refused` instead.
 
     Returns:
-        A `Checkpoint`: `tensors`, `ties`, `metadata`, `step`.
+        A `Checkpoint`: `tensors`, `ties`, `metadata`, `step`, `extra`.
 
     Raises:
         ArgumentError: There is no such file, or no such key in it.
@@ -65,6 +69,7 @@ def open_checkpoint(
     with ExitStack() as undo:
         opened = _open(place, key)
         undo.callback(opened.close)
+        _refuse_partitioned(opened)
         if strict and opened.refused:
             listed = "\n".join(f"  {name}: {why}" for name, why in opened.refused.items())
             raise FormatError(
@@ -76,12 +81,64 @@ def open_checkpoint(
     return opened
 
 
+def _refuse_partitioned(opened: Checkpoint) -> None:
+    """Weights of shape (0,): what DeepSpeed ZeRO-3 leaves in a model whose parameters are partitioned.
+
+    No layer has a weight of that shape; an empty one has two dimensions.
+    """
+    tensors = opened.tensors
+    empty = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.shape == (0,) and tensor.dtype in FLOATS and name.rpartition(".")[2] == "weight"
+    ]
+    for name in empty:
+        opened.refused[name] = _PARTITIONED
+        del tensors[name]
+    for alias in [alias for alias, name in opened.ties.items() if name in opened.refused]:
+        opened.refused[alias] = _PARTITIONED
+        del opened.ties[alias]
+
+
+_PARTITIONED = (
+    "It is empty, as DeepSpeed ZeRO-3 leaves the parameters of a model: its values are in the shards of "
+    "the ranks. Run the zero_to_fp32.py of the DeepSpeed checkpoint, and pass its output."
+)
+
+
 def _open(place: Place, key: str | None) -> Checkpoint:
     if place.is_folder:
-        place = weights_in(place)
+        return _open_folder(place, key)
+    opened = _open_weights(place, key)
+    if is_part_of_folder(place.name) and not place.remote:
+        opened.components = {"": place.name}
+    return opened
+
+
+def _open_folder(folder: Place, key: str | None) -> Checkpoint:
+    """All models of a folder as one checkpoint; mostly there is one."""
+    with ExitStack() as undo:
+        opened: dict[str, Checkpoint] = {}
+        found = components_in(folder)
+        for prefix, weights in found.items():
+            opened[prefix] = _open_part(weights, key)
+            undo.callback(opened[prefix].close)
+        joined = opened[""] if [*opened] == [""] else join_components(folder.path, opened)
+        joined.components = {prefix: folder.path_of(weights) for prefix, weights in found.items()}
+        undo.pop_all()
+    return joined
+
+
+def _open_part(weights: Place, key: str | None) -> Checkpoint:
+    if is_rank_shard(weights.name):
+        return _without_key(read_rank_shards(weights.parent), key)
+    return _open_weights(weights, key)
+
+
+def _open_weights(place: Place, key: str | None) -> Checkpoint:
     if place.name == ".metadata":
         return read_dcp(place.parent, key)
-    if place.name.endswith(".index.json"):
+    if is_index(place.name):
         return _open_shards(place, key)
     return _open_file(place, key)
 
@@ -110,15 +167,27 @@ def _open_file(place: Place, key: str | None) -> Checkpoint:
 def read_file(file: ByteFile, key: str | None = None) -> Checkpoint:
     """Open a file, whose format its first bytes tell; see `open_checkpoint`, which finds the file."""
     start = file.read(0, min(file.size, 512))
-    if start[5:9] == b"\0\0\0{":  # safetensors first: the length before it can look like any format
+    if is_safetensors(start):  # first: the length before the header can look like any format
         return _without_key(read_safetensors(file), key)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         archive = ZipArchive(file)
+        refuse_archive(file, archive.entries)
         if any(name.endswith("data.pkl") for name in archive.entries):
-            return read_torch(file, key, archive)
+            return read_torch(TorchArchive(file, archive), key)
         return _without_key(read_npz(file, archive), key)
-    _refuse_unsupported(file, start)
+    if is_legacy(start):
+        return read_torch(LegacyTorch(file), key)
+    if is_tar(start):
+        return read_torch(_opened_tar(file), key)
+    refuse_foreign(file, start)
     return _without_key(read_safetensors(file), key)
+
+
+def _opened_tar(file: ByteFile) -> LegacyTar:
+    members = tar_members(file)
+    if not members.keys() >= MEMBERS:
+        refuse_tar(file, members)
+    return LegacyTar(file, members)
 
 
 def _without_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
@@ -127,23 +196,3 @@ def _without_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
             f"{checkpoint.path} is flat ({checkpoint.format}), so it has no key {key!r}. Leave key out."
         )
     return checkpoint
-
-
-def _refuse_unsupported(file: ByteFile, start: bytes) -> None:
-    """Raise FormatError, with advice, for formats that are recognised but not supported."""
-    if not start:
-        raise FormatError(f"{file.path} is empty. Copy it again.")
-    if start[257:262] == b"ustar" or start.startswith((b"\x80\x02\x8a\nl\xfc\x9c", b"\x80\x02.")):
-        raise FormatError(
-            f"{file.path} looks like a file of torch before 1.6. If you trust it, convert it once: "
-            f"python -c \"import torch; torch.save(torch.load('{file.path}', map_location='cpu', "
-            "weights_only=True), 'converted.pt')\""
-        )
-    if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05":
-        raise FormatError(
-            f"{file.path} is a bare pickle, which cannot be read without running it. "
-            "Load it where it was written, and torch.save a dict of its tensors."
-        )
-    for mark, name in _UNSUPPORTED.items():
-        if start.startswith(mark):
-            raise FormatError(f"{file.path} is {name}; expected safetensors, torch.save or npz.")

@@ -5,78 +5,26 @@ gigabyte. This one knows containers, numbers and text. Whatever else a pickle wo
 `Global` (a name), and whatever it would call goes to the `call` that the reader of a format passes, by
 default a `Stub`. Work and memory are bounded by the length of the data, which is bounded too.
 
-Source: the opcodes of protocols 2 to 5, https://docs.python.org/3/library/pickletools.html.
+Source: the opcodes of protocols 0 to 5, https://docs.python.org/3/library/pickletools.html.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
 
+from polyak.checkpoints.reading.inert import Global, SetItems, StateDict, Stub, call_stub
+from polyak.checkpoints.reading.pickle_machine import (
+    MAX_MARKS,
+    MAX_PICKLE_BYTES,
+    EndsTooEarlyError,
+    Operation,
+    PickleMachine,
+)
+from polyak.checkpoints.reading.stored import ByteFile
 from polyak.errors import FormatError
-
-MAX_PICKLE_BYTES = 128 << 20
-"""A pickle of weights holds names and shapes; the values are stored elsewhere."""
-
-MAX_OPCODES = 16_000_000
-"""A few seconds and about a gigabyte in the worst case."""
-
-MAX_STACK = 250_000
-"""Objects that wait for their container."""
-
-MAX_MARKS = 100_000
-"""Containers that are open at once."""
-
-PLAIN = (str, bytes, int, float, bool, type(None))
-"""Values whose hash costs no more than their length."""
-
-
-class Global:
-    """What a pickle would import, `module.name`; it is never imported."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class Stub:
-    """An object that a pickle would build: the name of its builder, its arguments, and its contents."""
-
-    __slots__ = ("args", "contents", "name", "state")
-
-    def __init__(self, name: str, args: tuple[Any, ...] = ()) -> None:
-        self.name = name
-        self.args = args
-        self.state: Any = None
-        self.contents: list[Any] = []
-
-
-class StateDict(dict[Any, Any]):
-    """A mapping that a pickle would build, with the attributes it would set (torch: `_metadata`)."""
-
-    __slots__ = ("state",)
-
-    def __init__(self) -> None:
-        self.state: Any = None
-
-
-def call_stub(function: Any, args: tuple[Any, ...]) -> Any:
-    """Containers of the standard library are built; anything else becomes a `Stub`."""
-    name = function.name if isinstance(function, (Global, Stub)) else type(function).__name__
-    if name in _MAPPINGS and not (args and name == "collections.OrderedDict"):
-        return StateDict()
-    if name in _SETS and len(args) == 1 and isinstance(args[0], list):
-        return args[0]
-    if name in _NEW_OBJECT and args and isinstance(args[0], Global):
-        return Stub(args[0].name, args[1:])
-    return Stub(name, args)
-
-
-_MAPPINGS = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict"}
-_SETS = {"builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"}
-_NEW_OBJECT = {"copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__"}
 
 
 def read_pickle(
@@ -87,7 +35,7 @@ def read_pickle(
 ) -> Any:
     """The object that `data` describes, built without running or importing anything.
 
-    data: of protocol 2 to 5. what: its name in messages. call: gets what a pickle would call (mostly a
+    data: of any protocol. what: its name in messages. call: gets what a pickle would call (mostly a
     `Global`) and the arguments. persistent: gets persistent ids (torch: storages); None refuses them.
     Raises FormatError for anything damaged, unknown, or larger than the limits of this module.
 
@@ -101,116 +49,33 @@ def read_pickle(
         raise FormatError(
             f"{what}: {len(data)} bytes of pickle; at most {MAX_PICKLE_BYTES} are read."
         )
-    machine = PickleMachine(data, what, call, persistent)
-    try:
-        return machine.run()
-    except IndexError:
-        raise machine.error("it takes more from the stack than is there") from None
+    return PickleMachine(data, what, call, persistent).run(OPERATIONS)
 
 
-class PickleMachine:
-    """The stack machine of the pickle protocol."""
+def read_pickle_at(
+    file: ByteFile,
+    start: int,
+    call: Callable[[Any, tuple[Any, ...]], Any] = call_stub,
+    persistent: Callable[[Any], Any] | None = None,
+    *,
+    window: int = 1 << 16,
+) -> tuple[Any, int]:
+    """The object that the pickle at `start` of a file describes, and where the pickle ends.
 
-    __slots__ = ("call", "data", "marks", "memo", "persistent", "position", "stack", "what")
-
-    def __init__(
-        self,
-        data: bytes,
-        what: str,
-        call: Callable[[Any, tuple[Any, ...]], Any],
-        persistent: Callable[[Any], Any] | None,
-    ) -> None:
-        self.data, self.what, self.call, self.persistent = data, what, call, persistent
-        self.position = 0
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self) -> Any:
-        """Everything up to the STOP opcode, and what it leaves."""
-        data, size, operations, stack = self.data, len(self.data), OPERATIONS, self.stack
-        for _ in range(min(MAX_OPCODES, size)):
-            if self.position == size:
-                break
-            code = data[self.position]
-            self.position += 1
-            if code == STOP:
-                return stack.pop()
-            operation = operations.get(code)
-            if operation is None:
-                raise self.error(f"opcode {bytes([code])!r} is not one that checkpoints hold")
-            operation(self)
-            if len(stack) > MAX_STACK:
-                raise self.error(f"more than {MAX_STACK} objects wait on the stack")
-        if self.position < size:
-            raise self.error(f"more than {MAX_OPCODES} opcodes")
-        raise self.error("it ends in the middle")
-
-    def error(self, problem: str) -> FormatError:
-        """What is wrong, and where."""
-        return FormatError(
-            f"{self.what}, byte {self.position}: {problem}. "
-            "The file is damaged, hostile, or not a checkpoint; nothing of it was run."
-        )
-
-    def skip(self, length: int) -> int:
-        """Pass over the next bytes, if there are that many, and return where they begin."""
-        start = self.position
-        if start + length > len(self.data):
-            raise self.error(f"{length} bytes expected, {len(self.data) - start} are left")
-        self.position = start + length
-        return start
-
-    def take(self, length: int) -> bytes:
-        """The next bytes."""
-        start = self.skip(length)
-        return self.data[start : start + length]
-
-    def byte(self) -> int:
-        """The next byte."""
-        position = self.position
-        if position == len(self.data):
-            raise self.error("it ends in the middle")
-        self.position = position + 1
-        return self.data[position]
-
-    def line(self) -> str:
-        """Text up to the end of a line."""
-        end = self.data.find(b"\n", self.position, self.position + 1000)
-        if end < 0:
-            raise self.error("a name without an end")
-        raw = self.take(end + 1 - self.position)[:-1]
-        return self.decode(raw)
-
-    def decode(self, raw: bytes) -> str:
-        """UTF-8 as text."""
+    Its length is not known before: `window` bytes are read at first, and eight times as many (from the
+    start again) until its end is among them. call, persistent: see `read_pickle`; calls may be repeated.
+    """
+    what = f"{file.path} (pickle at byte {start})"
+    while True:
+        length = max(0, min(window, file.size - start, MAX_PICKLE_BYTES))
+        machine = PickleMachine(file.read(start, length), what, call, persistent)
         try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.error("text that is not UTF-8") from None
+            return machine.run(OPERATIONS), start + machine.position
+        except EndsTooEarlyError:
+            if length < window:
+                raise
+            window *= 8
 
-    def since_mark(self) -> list[Any]:
-        """Take everything from the stack that was put there since the last mark."""
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
-        return items
-
-    def key(self, value: Any) -> Any:
-        """The value as a key that hashes in bounded time.
-
-        A tuple's hash visits every element again at every use, so that a few bytes of nested tuples that
-        share their elements would take forever: only short tuples of plain values stay tuples.
-        """
-        if isinstance(value, tuple):
-            plain = len(value) <= 16 and all(isinstance(item, PLAIN) for item in value)
-            return value if plain else Stub("builtins.tuple", value)
-        if isinstance(value, (list, dict)):
-            raise self.error(f"a {type(value).__name__} as the key of a dict")
-        return value
-
-
-Operation = Callable[[PickleMachine], None]
 
 _uint32 = struct.Struct("<I").unpack_from
 
@@ -371,9 +236,13 @@ def _text(machine: PickleMachine, raw: bytes) -> str:
     return machine.decode(raw)
 
 
-def _latin(machine: PickleMachine, raw: bytes) -> str:
+def _old_text(machine: PickleMachine, raw: bytes) -> str:
+    """A string of Python 2, which held bytes: mostly ASCII or UTF-8."""
     del machine
-    return raw.decode("latin-1")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _bytes(machine: PickleMachine, raw: bytes) -> bytes:
@@ -381,7 +250,83 @@ def _bytes(machine: PickleMachine, raw: bytes) -> bytes:
     return raw
 
 
-STOP = ord(".")
+# The opcodes of protocols 0 and 1, which are lines of text, and the objects of Python 2.
+
+_DIGITS = re.compile(r"-?[0-9]{1,39}")
+_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
+_ESCAPED = {b"n": b"\n", b"t": b"\t", b"r": b"\r"}
+
+
+def _text_number(machine: PickleMachine, text: str) -> int:
+    if not _DIGITS.fullmatch(text):
+        raise machine.error(f"{text[:50]!r} is not an integer of at most 39 digits")
+    return int(text)
+
+
+def _text_integer(machine: PickleMachine) -> None:
+    text = machine.line()
+    truth = {"00": False, "01": True}.get(text)
+    value = _text_number(machine, text.removesuffix("L")) if truth is None else truth
+    machine.stack.append(value)
+
+
+def _text_float(machine: PickleMachine) -> None:
+    text = machine.line()
+    try:
+        machine.stack.append(float(text))
+    except ValueError:
+        raise machine.error(f"{text[:50]!r} is not a number") from None
+
+
+def _quoted(machine: PickleMachine) -> None:
+    raw = machine.raw_line(len(machine.data))
+    if len(raw) < 2 or raw[0] != raw[-1] or raw[0] not in b"'\"":
+        raise machine.error("a string without quotes")
+    plain = _ESCAPE.sub(_unescaped, raw[1:-1])
+    machine.stack.append(_old_text(machine, plain))
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    code: bytes = match[1]
+    return bytes([int(code[1:], 16)]) if len(code) == 3 else _ESCAPED.get(code, code)
+
+
+def _raw_unicode(machine: PickleMachine) -> None:
+    try:
+        text = machine.raw_line(len(machine.data)).decode("raw-unicode-escape")
+        text.encode()  # half a surrogate pair cannot be printed or written
+    except UnicodeError:
+        raise machine.error("text that is not Unicode") from None
+    machine.stack.append(text)
+
+
+def _text_put(machine: PickleMachine) -> None:
+    machine.memo[_text_number(machine, machine.line())] = machine.stack[-1]
+
+
+def _text_persistent(machine: PickleMachine) -> None:
+    machine.stack.append(machine.line())
+    _persistent(machine)
+
+
+def _dict(machine: PickleMachine) -> None:
+    items = machine.since_mark()
+    machine.stack.append({})
+    _set_items(machine, items)
+
+
+def _old_object(machine: PickleMachine) -> None:
+    kind, *args = machine.since_mark() or [None]
+    if not isinstance(kind, Global):
+        raise machine.error("an object without a class")
+    machine.stack.append(Stub(kind.name, tuple(args)))
+
+
+def _old_instance(machine: PickleMachine) -> None:
+    module = machine.line()
+    name = f"{module}.{machine.line()}"
+    machine.stack.append(Stub(name, tuple(machine.since_mark())))
+
 
 OPERATIONS: dict[int, Operation] = {
     code[0]: operation
@@ -394,7 +339,7 @@ OPERATIONS: dict[int, Operation] = {
         b"]": lambda machine: machine.stack.append([]),
         b"}": lambda machine: machine.stack.append({}),
         b")": lambda machine: machine.stack.append(()),
-        b"\x8f": lambda machine: machine.stack.append([]),  # a set, as a list
+        b"\x8f": lambda machine: machine.stack.append(SetItems()),
         b"J": _number("<i"),
         b"K": lambda machine: machine.stack.append(machine.byte()),
         b"M": _number("<H"),
@@ -404,8 +349,8 @@ OPERATIONS: dict[int, Operation] = {
         b"X": _blob("<I", _text),
         b"\x8c": _blob("<B", _text),
         b"\x8d": _blob("<Q", _text),
-        b"U": _blob("<B", _latin),
-        b"T": _blob("<I", _latin),
+        b"U": _blob("<B", _old_text),
+        b"T": _blob("<I", _old_text),
         b"B": _blob("<I", _bytes),
         b"C": _blob("<B", _bytes),
         b"\x8e": _blob("<Q", _bytes),
@@ -424,7 +369,7 @@ OPERATIONS: dict[int, Operation] = {
         b"\x87": _tuple(3),
         b"t": lambda machine: machine.stack.append(tuple(machine.since_mark())),
         b"l": lambda machine: machine.stack.append(machine.since_mark()),
-        b"\x91": lambda machine: machine.stack.append(machine.since_mark()),
+        b"\x91": lambda machine: machine.stack.append(SetItems(machine.since_mark())),
         b"a": lambda machine: _extend(machine, [machine.stack.pop()]),
         b"e": lambda machine: _extend(machine, machine.since_mark()),
         b"\x90": lambda machine: _extend(machine, machine.since_mark()),
@@ -437,5 +382,16 @@ OPERATIONS: dict[int, Operation] = {
         b"\x92": _new_with_keywords,
         b"b": _build,
         b"Q": _persistent,
+        b"P": _text_persistent,
+        b"I": _text_integer,
+        b"L": _text_integer,
+        b"F": _text_float,
+        b"S": _quoted,
+        b"V": _raw_unicode,
+        b"p": _text_put,
+        b"g": lambda machine: _push_memo(machine, _text_number(machine, machine.line())),
+        b"d": _dict,
+        b"o": _old_object,
+        b"i": _old_instance,
     }.items()
 }

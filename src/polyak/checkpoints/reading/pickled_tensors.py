@@ -1,14 +1,13 @@
-"""The tensors in a pickle of torch: as views of storages, and found by name in nested containers."""
+"""The tensors in a pickle of torch, as views of storages; and those that cannot be read, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from polyak.checkpoints.reading.pickle_reader import Global, Stub, call_stub
-from polyak.checkpoints.reading.stored import MAX_TENSORS, are_sizes
-from polyak.errors import ArgumentError, FormatError
+from polyak.checkpoints.reading.inert import Global, Stub, call_stub
+from polyak.checkpoints.reading.stored import are_sizes
+from polyak.errors import FormatError
 
 DTYPES = {
     "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16",
@@ -28,29 +27,39 @@ _STORAGES = {
 
 _PLAIN_TENSORS = {
     "torch.Tensor",
+    "torch.tensor.Tensor",
     "torch._tensor.Tensor",
     "torch.nn.parameter.Parameter",
     "torch.nn.parameter.Buffer",
 }
 
 _SPARSE = "It is sparse. Make it dense (tensor.to_dense()) and save again."
+_NESTED = "It is a nested tensor. Pad it and save again."
+_UNINITIALISED = (
+    "It is a lazy parameter without values. Run a batch through the model, and save again."
+)
 _LAYOUTS = {
     "torch._utils._rebuild_qtensor": "It is quantised: its integers mean nothing without their scales. "
     "Dequantise it (tensor.dequantize()) and save again.",
     "torch._utils._rebuild_sparse_tensor": _SPARSE,
     "torch._utils._rebuild_sparse_csr_tensor": _SPARSE,
-    "torch._utils._rebuild_nested_tensor": "It is a nested tensor. Pad it and save again.",
+    "torch._utils._rebuild_nested_tensor": _NESTED,
+    "torch.nested._internal.nested_tensor._rebuild_njt": _NESTED,
     "torch._utils._rebuild_meta_tensor_no_storage": "It is on the meta device and has no values.",
+    "torch.nn.parameter.UninitializedParameter": _UNINITIALISED,
+    "torch.nn.parameter.UninitializedBuffer": _UNINITIALISED,
 }
+_DAMAGED = "It is a tensor described in a way that torch does not write. The file is damaged."
 
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A storage by its key in the archive, with the dtype and the number of its values."""
+    """A storage by its key in the file, or `count` values of it from `start` on."""
 
     key: str
     dtype: str
     count: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +73,37 @@ class TensorRef:
     strides: tuple[int, ...]
     problem: str | None = None
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Equal for tensors that are one: the same values of the same storage, in the same order."""
+        first = self.storage.start + self.offset
+        return (self.storage.key, first, self.dtype, self.shape, self.strides)
+
+
+class RefusedTensor(Stub):
+    """What torch would build a tensor from, and polyak does not. why: a sentence or two."""
+
+    __slots__ = ("why",)
+
+    def __init__(self, name: str, why: str, args: tuple[Any, ...] = ()) -> None:
+        super().__init__(name, args)
+        self.why = why
+
 
 def persistent_storage(identity: Any) -> StorageRef:
     """The storage that a persistent id of torch names: `("storage", type, key, device, count)`."""
     match identity:
         case ("storage", Global(name=kind), str(key), str(), int(count)) if count >= 0:
-            name = kind.rpartition(".")[2].removesuffix("Storage")
-            return StorageRef(key, _STORAGES.get(name, name), count)
+            return StorageRef(key, storage_dtype(kind), count)
     raise FormatError(
         "A storage is described in a way that torch does not write. The file is damaged."
     )
+
+
+def storage_dtype(kind: str) -> str:
+    """The dtype of a storage class, `torch.FloatStorage` or `torch.cuda.FloatStorage`."""
+    name = kind.rpartition(".")[2].removesuffix("Storage")
+    return _STORAGES.get(name, name)
 
 
 def call_torch(function: Any, args: tuple[Any, ...]) -> Any:
@@ -83,26 +113,31 @@ def call_torch(function: Any, args: tuple[Any, ...]) -> Any:
         return args[0]
     if name in _BUILDERS:
         return _BUILDERS[name](name, args)
+    if name in _LAYOUTS or name.startswith(_REBUILD):
+        return RefusedTensor(name, _LAYOUTS.get(name, _not_built(name)), args)
     return call_stub(function, args)
+
+
+_REBUILD = ("torch._utils._rebuild_", "torch._tensor._rebuild_", "torch.tensor._rebuild_")
 
 
 def is_tensor_like(value: Any) -> bool:
     """Whether it is a tensor, or would be one if polyak built it."""
-    return isinstance(value, (TensorRef, StorageRef)) or (
-        isinstance(value, Stub) and value.name in _LAYOUTS
-    )
+    return isinstance(value, (TensorRef, StorageRef, RefusedTensor))
 
 
 def why_refused(stub: Stub | StorageRef) -> str:
     """What is wrong with an object in the place of a tensor."""
     if isinstance(stub, StorageRef):
         return "It is a bare storage without a shape. Save tensors."
-    if stub.name in _LAYOUTS:
-        return _LAYOUTS[stub.name]
-    if stub.name in _BUILDERS:
-        return "It is a tensor described in a way that torch does not write. The file is damaged."
+    if isinstance(stub, RefusedTensor):
+        return stub.why
+    return _not_built(stub.name)
+
+
+def _not_built(name: str) -> str:
     return (
-        f"It is an object of {stub.name}, which polyak does not build. Save plain tensors: the "
+        f"It is an object of {name}, which polyak does not build. Save plain tensors: the "
         "state_dict() of the module that holds it."
     )
 
@@ -114,7 +149,7 @@ def _tensor_v2(name: str, args: tuple[Any, ...]) -> Any:
         ):
             problem = _bits(more[2] if len(more) > 2 else None)
             return TensorRef(storage, storage.dtype, offset, shape, strides, problem)
-    return Stub(name, args)
+    return RefusedTensor(name, _DAMAGED, args)
 
 
 def _tensor_v3(name: str, args: tuple[Any, ...]) -> Any:
@@ -123,33 +158,85 @@ def _tensor_v3(name: str, args: tuple[Any, ...]) -> Any:
         case (StorageRef() as storage, int(offset), tuple(shape), tuple(strides), _, _, Global() as kind, *more) if (
             offset >= 0 and _is_view(shape, strides)
         ):  # fmt: skip
-            dtype = DTYPES.get(kind.name.removeprefix("torch."), kind.name)
+            dtype = _dtype(kind.name)
             problem = _bits(more[0] if more else None)
             return TensorRef(storage, dtype, offset, shape, strides, problem)
-    return Stub(name, args)
+    return RefusedTensor(name, _DAMAGED, args)
 
 
-def _parameter(name: str, args: tuple[Any, ...]) -> Any:
-    return args[0] if args and isinstance(args[0], TensorRef) else Stub(name, args)
+def _dtype(name: str) -> str:
+    return DTYPES.get(name.removeprefix("torch."), name)
+
+
+def _first(name: str, args: tuple[Any, ...]) -> Any:
+    """A parameter, or a tensor of another device, as the tensor that its builder gets first."""
+    if args and isinstance(args[0], (TensorRef, RefusedTensor)):
+        return args[0]
+    return RefusedTensor(name, _not_built(name), args)
+
+
+def _from_host(name: str, args: tuple[Any, ...]) -> Any:
+    """A tensor of a device without storages (XLA), written as that of the host which equals it."""
+    match args:
+        case (TensorRef(dtype=dtype) as ref, Global(name=kind), *_) if _dtype(kind) == dtype:
+            return ref
+    return RefusedTensor(name, _DAMAGED, args)
 
 
 def _from_type(name: str, args: tuple[Any, ...]) -> Any:
     """A tensor with attributes; one of a subclass, whose values may mean something else, is refused."""
     match args:
-        case (Global() as function, Global() as kind, tuple(inner), *_):
-            if kind.name in _PLAIN_TENSORS:
+        case (Global() as function, Global() as kind, tuple(inner), *more):
+            if kind.name in _PLAIN_TENSORS or function.name in _LAYOUTS:
                 return call_torch(function, inner)
-            return Stub(kind.name, inner)
-    return Stub(name, args)
+            if kind.name.startswith("torch.distributed.") and kind.name.endswith(".DTensor"):
+                return _distributed(kind.name, inner, more[0] if more else None)
+            return RefusedTensor(kind.name, _subclass(kind.name), inner)
+    return RefusedTensor(name, _DAMAGED, args)
+
+
+def _subclass(name: str) -> str:
+    return (
+        f"It is an object of {name}, a subclass of Tensor that polyak does not build. Save plain "
+        "tensors: dequantize() or what else the class has to give them."
+    )
+
+
+def _distributed(name: str, inner: tuple[Any, ...], state: Any) -> Any:
+    """The local tensor of a DTensor that holds all of it (on one process, or replicated)."""
+    slots = state[-1] if isinstance(state, tuple) and state else state
+    found = slots if isinstance(slots, dict) else {}
+    local, spec = found.get("_local_tensor"), found.get("_spec")
+    attributes = spec.state if isinstance(spec, Stub) else None
+    placed = attributes.get("placements") if isinstance(attributes, dict) else None
+    whole = inner[2] if len(inner) > 2 else None
+    if isinstance(local, TensorRef) and isinstance(placed, tuple):
+        kinds = [place.name if isinstance(place, Stub) else "" for place in placed]
+        if local.shape == whole and not any("Partial" in kind or not kind for kind in kinds):
+            return local
+    held = f"{list(local.shape)} of " if isinstance(local, TensorRef) else ""
+    why = (
+        f"It is a DTensor, of which this file has the part of one process ({held}{_listed(whole)}). Save "
+        "tensor.full_tensor(), or the folder that torch.distributed.checkpoint writes."
+    )
+    return RefusedTensor(name, why, inner)
+
+
+def _listed(shape: Any) -> str:
+    return str(list(shape)) if are_sizes(shape, tuple) else "an unknown shape"
 
 
 _BUILDERS = {
     "torch._utils._rebuild_tensor": _tensor_v2,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _from_host,
+    "torch.nn.parameter.Parameter": _first,
+    "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.tensor._rebuild_from_type": _from_type,
 }
 
 
@@ -164,197 +251,3 @@ def _bits(metadata: Any) -> str | None:
             "It is lazily conjugated or negated. Call resolve_conj().resolve_neg() and save again."
         )
     return None
-
-
-MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""Where training loops keep the weights, in the order in which they are looked for."""
-
-_CONTAINERS = (dict, list, tuple, Stub)
-_MAX_VISITS = 16_000_000
-_MAX_DEPTH = 100
-
-
-@dataclass
-class FoundTensors:
-    """What a pickle holds. tensors: by name. refused: name -> why it cannot be read."""
-
-    tensors: dict[str, TensorRef] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
-def find_tensors(root: Any, key: str | None, where: str) -> FoundTensors:
-    """The tensors under `key` (or under the usual keys, or at the root), named with dots.
-
-    Raises ArgumentError if there is no such key, FormatError if there are no tensors, or if the model's
-    cannot be told from others; the message lists the keys that hold tensors.
-    """
-    return _Search(root, where).run(key)
-
-
-class _Search:
-    """One search through what a pickle holds; all its walks share one budget of visits."""
-
-    def __init__(self, root: Any, where: str) -> None:
-        self.root, self.where, self.visits = root, where, 0
-
-    def run(self, key: str | None) -> FoundTensors:
-        chosen = self.choose(self.root) if key is None else self.follow(key)
-        if isinstance(chosen, TensorRef):
-            return FoundTensors({key or "tensor": chosen})
-        if isinstance(chosen, Stub) and self.holds_tensor(chosen):
-            raise FormatError(f"{self.where}: {why_refused(chosen)}")
-        found = FoundTensors()
-        for name, value in self.leaves(chosen):
-            if name in found.tensors or name in found.refused:
-                raise FormatError(
-                    f"{self.where}: two tensors are named {name!r}. Pass key= (--key)."
-                )
-            if isinstance(value, TensorRef):
-                found.tensors[name] = value
-                if len(found.tensors) > MAX_TENSORS:
-                    raise FormatError(f"{self.where}: more than {MAX_TENSORS} tensors.")
-            elif _is_array(value) or self.holds_tensor(value):
-                found.refused[name] = why_refused(value)
-        if not found.tensors and not found.refused:
-            raise FormatError(f"{self.where}: There are no tensors here. {self.advice()}")
-        return found
-
-    def visit(self, count: int = 1) -> None:
-        self.visits += count
-        if self.visits > _MAX_VISITS:
-            raise FormatError(f"{self.where}: more than {_MAX_VISITS} values besides the tensors.")
-
-    def holds_tensor(self, value: Any) -> bool:
-        """Whether a tensor is anywhere inside, objects that are not built included."""
-        seen: set[int] = set()
-        waiting = [value]
-        while waiting:
-            current = waiting.pop()
-            if is_tensor_like(current):
-                return True
-            if isinstance(current, _CONTAINERS) and id(current) not in seen:
-                seen.add(id(current))
-                inner = _children(current)
-                self.visit(len(inner))
-                waiting.extend(inner)
-        return False
-
-    def choose(self, root: Any) -> Any:
-        """What holds the model's tensors, if no key was given; FormatError if that is ambiguous.
-
-        The first of the usual keys that holds tensors is taken, and again within it if it only wraps
-        another (`{"model": {"state_dict": ...}}`). Without one, the root itself must be a state dict.
-        """
-        if not isinstance(root, dict):
-            return root
-        for key in MODEL_KEYS:
-            inner = root.get(key)
-            if isinstance(inner, (dict, Stub)) and self.holds_tensor(inner):
-                return self.choose(inner) if _is_wrapper(inner) else inner
-        direct = any(isinstance(value, TensorRef) for value in root.values())
-        inside = [
-            value
-            for value in root.values()
-            if not isinstance(value, TensorRef) and self.holds_tensor(value)
-        ]
-        # Tensors directly in the root are a state dict, in which an object that cannot be built is one
-        # more tensor, refused by name. A dict or list of tensors beside or instead of them could be
-        # anything: an optimizer's state, an average, a second model.
-        if inside and not (direct and all(isinstance(value, Stub) for value in inside)):
-            raise FormatError(
-                f"{self.where}: cannot tell which tensors are the model's. {self.advice()} "
-                'key="" takes all of them.'
-            )
-        return root
-
-    def follow(self, key: str) -> Any:
-        """Follow `key` from the root; keys may contain dots themselves, so the longest that fits is taken."""
-        current, rest = self.root, key
-        while rest:
-            parts = rest.split(".")
-            for count in range(len(parts), 0, -1):
-                found = _item(current, ".".join(parts[:count]))
-                if found is not _NOTHING:
-                    current, rest = found, ".".join(parts[count:])
-                    break
-            else:
-                raise ArgumentError(
-                    f"{self.where} has no key {key!r} ({rest!r} was not found). {self.advice()}"
-                )
-        return current
-
-    def leaves(self, root: Any) -> Iterator[tuple[str, Any]]:
-        """Every value that is not a container, in order, with its dotted name."""
-        waiting: list[tuple[str, Any, int]] = [("", root, 0)]
-        while waiting:
-            prefix, value, depth = waiting.pop()
-            if not isinstance(value, (dict, list, tuple)):
-                yield prefix, value
-                continue
-            if depth == _MAX_DEPTH:
-                raise FormatError(
-                    f"{self.where}: containers are nested more than {_MAX_DEPTH} deep."
-                )
-            self.visit(len(value))
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            dot = f"{prefix}." if prefix else ""
-            inner = [(key, item) for key, item in pairs if _is_name(key) and not _is_plain(item)]
-            for key, item in reversed(inner):
-                name = f"{dot}{key}"
-                self.visit(len(name) // 8)  # names grow with the depth: bound their length in all
-                waiting.append((name, item, depth + 1))
-
-    def advice(self) -> str:
-        """The keys there are to choose from."""
-        if not isinstance(self.root, dict):
-            return "The file should hold a dict of tensors, as model.state_dict() gives."
-        items = self.root.items()
-        keys = [str(key) for key, value in items if _is_name(key) and self.holds_tensor(value)]
-        if not keys:
-            return "It holds no tensor anywhere."
-        shown = ", ".join(repr(key[:100]) for key in keys[:20]) + (", ..." if keys[20:] else "")
-        return f"Pass key= (--key) to say where they are; there are tensors under {shown}."
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, Stub):
-        return [value.args, value.state, value.contents]
-    return list(value.values()) if isinstance(value, dict) else list(value)
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Stub) and value.name.endswith(".multiarray._reconstruct")
-
-
-def _is_wrapper(value: Any) -> bool:
-    """Whether the weights are one level further down, under one of the usual keys."""
-    return (
-        isinstance(value, dict)
-        and any(isinstance(value.get(key), dict) for key in MODEL_KEYS)
-        and not any(isinstance(item, TensorRef) for item in value.values())
-    )
-
-
-_NOTHING = object()
-
-
-def _item(container: Any, name: str) -> Any:
-    if isinstance(container, dict):
-        if name in container:
-            return container[name]
-        return container.get(int(name), _NOTHING) if _is_index(name) else _NOTHING
-    if isinstance(container, (list, tuple)) and _is_index(name) and int(name) < len(container):
-        return container[int(name)]
-    return _NOTHING
-
-
-def _is_index(name: str) -> bool:
-    return name.isascii() and name.isdigit() and len(name) < 10
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, bytes, int, float))
-
-
-def _is_name(key: Any) -> bool:
-    return isinstance(key, (str, int))

@@ -7,6 +7,7 @@ Source: https://huggingface.co/docs/safetensors (format), the rules of its `tens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -21,23 +22,28 @@ from polyak.checkpoints.reading.stored import (
 from polyak.checkpoints.reading.untrusted_json import MAX_JSON_BYTES, parse_json
 from polyak.errors import FormatError
 
-RANK_SHARD = (
-    "{path} holds the parts that single ranks saved (HuggingFaceStorageWriter, save_distributed=True), and "
-    "does not say how many ranks there were. Save with enable_consolidation=True, or join the files with "
-    "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files."
-)
-"""The full shapes are not stored in these files: a missing rank would go unnoticed."""
+SHARDING = "DCP_SHARDING_INFO"
+"""The metadata entry with the offsets of chunks, in files of `HuggingFaceStorageWriter`."""
+
+_WHITE_SPACE = b" \n\r\t"
+"""What JSON allows before the object; so does safetensors 0.8, although its description does not."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def read_safetensors(file: ByteFile) -> Checkpoint:
-    """Open one safetensors file; FormatError if it is not one, or is damaged."""
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file that begins so is of this format: a plausible length, and then an object of JSON."""
+    return start[5:8] == b"\0\0\0" and start[8:].lstrip(_WHITE_SPACE)[:1] == b"{"
+
+
+def read_safetensors(file: ByteFile, *, of_rank: bool = False) -> Checkpoint:
+    """Open one safetensors file; FormatError if it is not one, or is damaged.
+
+    of_rank: read a file that holds one rank's parts of tensors, which is refused otherwise.
+    """
     header, data_start = _header(file)
     metadata = _metadata(file, header.pop("__metadata__", None))
-    if "DCP_SHARDING_INFO" in metadata and PurePath(file.path).name.startswith("shard-"):
-        raise FormatError(RANK_SHARD.format(path=file.path))
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, SpanTensor] = {}
     extents = []
     for name, entry in header.items():
         begin, end = _extent(file, name, entry)
@@ -53,17 +59,48 @@ def read_safetensors(file: ByteFile) -> Checkpoint:
         tensors[name] = tensor
         extents.append((begin, end, name))
     _check_cover(file, extents, file.size - data_start)
+    if not of_rank and SHARDING in metadata:
+        _refuse_rank_shard(file, metadata, tensors)
     return Checkpoint(
         path=file.path,
         format="safetensors",
-        tensors=tensors,
+        tensors=dict(tensors),
         files=(file,),
         ties=ties_in(metadata, tensors),
         metadata=metadata,
     )
 
 
-def ties_in(metadata: dict[str, str], tensors: dict[str, StoredTensor]) -> dict[str, str]:
+def offsets_in(
+    metadata: dict[str, str], tensors: Mapping[str, StoredTensor], path: str
+) -> dict[str, tuple[int, ...]]:
+    """Where in the whole tensors those of one rank's file begin."""
+    written = parse_json(metadata.get(SHARDING, "{}").encode(), f"{path}: the entry {SHARDING}")
+    found = {}
+    for name, tensor in tensors.items():
+        entry = written.get(name)
+        offsets: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
+        if not are_sizes(offsets, list) or len(offsets) != len(tensor.shape):
+            raise FormatError(
+                f"{path} does not say where its part of {name!r} begins ({SHARDING}: {_short(entry)})."
+            )
+        found[name] = tuple(offsets)
+    return found
+
+
+def _refuse_rank_shard(
+    file: ByteFile, metadata: dict[str, str], tensors: Mapping[str, StoredTensor]
+) -> None:
+    """A file of parts: by its name, or because a part does not begin where its tensor does."""
+    named = PurePath(file.path).name.startswith("shard-")
+    if named or any(map(any, offsets_in(metadata, tensors, file.path).values())):
+        raise FormatError(
+            f"{file.path} holds the parts of tensors that one rank saved (HuggingFaceStorageWriter). "
+            "Name its folder, which holds the parts of all ranks."
+        )
+
+
+def ties_in(metadata: dict[str, str], tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Alias -> stored name, as polyak (metadata entry `ties`) and safetensors' `save_model` write them."""
     ties = {alias: name for alias, name in metadata.items() if name in tensors}
     if "polyak" in metadata and "ties" in metadata:
@@ -86,7 +123,7 @@ def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
             "Either this is not a safetensors file, or its first bytes are damaged."
         )
     raw = file.read(8, length)
-    if not raw.startswith(b"{"):
+    if not raw.lstrip(_WHITE_SPACE).startswith(b"{"):
         raise FormatError(
             f"{file.path} is not a safetensors file: its header does not begin with '{{'."
         )

@@ -74,6 +74,12 @@ class Place:
         path = f"{self.path.rstrip('/')}/{name}" if self.remote else Path(self.path) / name
         return Place(path, parent=self)
 
+    def path_of(self, inner: Place) -> str:
+        """The path of a file in this folder, from here: `unet/config.json`."""
+        if self.remote:
+            return inner.path.removeprefix(self.path.rstrip("/")).lstrip("/")
+        return Path(inner.path).relative_to(self.path).as_posix()
+
     def file(self) -> ByteFile:
         """The file, opened."""
         if self.remote:
@@ -330,7 +336,7 @@ class RemoteFile(ByteFile):
 
 
 def _asked(path: str, question: Callable[[], Any]) -> Any:
-    """The answer of a store; errors of any library as one of ours."""
+    """The answer of a store; errors of any library as a PolyakError."""
     try:
         return question()
     except FileNotFoundError:

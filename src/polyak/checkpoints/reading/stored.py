@@ -251,10 +251,17 @@ def read_spans(spans: Iterable[Span], start: int, buffer: memoryview) -> None:
 class Checkpoint:
     """An open checkpoint: its tensors by name, read on request. Also a context manager.
 
-    path: as given. format: `safetensors`, `torch`, `dcp`, `npz`, or one of these followed by `shards`.
-    tensors: stored names only. ties: alias -> stored name. metadata: strings to strings. step: the
-    training step, None if unknown. files: the files that it is read from. refused: name -> why it
-    cannot be read (empty if opened with `strict=True`).
+    path: as given. format: `safetensors`, `torch`, `dcp`, `npz`, one of these followed by `shards`, or
+    `components` (a pipeline of several models). tensors: stored names only. ties: alias -> stored
+    name. metadata: strings to strings. step: the training step, None if unknown. files: the files that
+    it is read from. refused: name -> why it cannot be read (empty if opened with `strict=True`). extra:
+    the state in it that is no tensor, which `get_extra_state` returned: name -> containers and plain
+    values.
+
+    order: all names, aliases too, as a torch file has them; empty for others. versions: what
+    `Module.state_dict` says of each module's layout, if a torch file holds it. components: prefix of
+    names -> path of the weights in the folder (`{"unet/": "unet/diffusion_pytorch_model.safetensors"}`,
+    `""` for a folder of one model); empty for a file that no folder goes with.
     """
 
     path: str
@@ -265,6 +272,10 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     step: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    versions: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    components: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_merged(self) -> bool:
@@ -314,6 +325,20 @@ def iter_values(*tensors: StoredTensor) -> Iterator[tuple[Tensor, ...]]:
             _values(tensor, begin * size, count * size)
             for tensor, size in zip(tensors, sizes, strict=True)
         )
+
+
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether dtype, shape and every byte are equal; reading ends at the first piece that differs."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    for start in range(0, a.nbytes, PIECE_BYTES):
+        length = min(PIECE_BYTES, a.nbytes - start)
+        ours, theirs = bytearray(length), bytearray(length)
+        a.read_into(start, memoryview(ours))
+        b.read_into(start, memoryview(theirs))
+        if ours != theirs:
+            return False
+    return True
 
 
 def _values(tensor: StoredTensor, start: int, length: int) -> Tensor:

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from itertools import islice
-from typing import Any
-
-from polyak.checkpoints.reading.gather import Strided, StridedTensor, SwappedTensor, is_row_major
-from polyak.checkpoints.reading.pickle_reader import MAX_PICKLE_BYTES, StateDict, read_pickle
-from polyak.checkpoints.reading.pickled_tensors import (
-    TensorRef,
-    call_torch,
-    find_tensors,
-    persistent_storage,
-)
-from polyak.checkpoints.reading.stored import (
-    DTYPE_BITS,
-    ByteFile,
-    Checkpoint,
-    Span,
-    SpanTensor,
-    StoredTensor,
-    bytes_of,
-    itemsize,
-)
+from polyak.checkpoints.reading.pickle_machine import MAX_PICKLE_BYTES
+from polyak.checkpoints.reading.pickle_reader import read_pickle
+from polyak.checkpoints.reading.pickled_tensors import StorageRef, call_torch, persistent_storage
+from polyak.checkpoints.reading.stored import ByteFile, Span, bytes_of
+from polyak.checkpoints.reading.torch_file import TorchFile
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import FormatError
 
 
-class TorchArchive:
+class TorchArchive(TorchFile):
     """A torch archive: its root object, and tensors of it as stored tensors."""
 
     def __init__(self, file: ByteFile, archive: ZipArchive | None = None) -> None:
-        self.file = file
+        super().__init__(file)
         self.zip = archive or ZipArchive(file)
         self.prefix = self._find_prefix()
         where = f"{file.path}, {self.prefix}data.pkl"
@@ -41,25 +24,14 @@ class TorchArchive:
         self.swapped = self._is_big_endian()
         self._spans: dict[str, Span] = {}
 
-    def tensor(self, name: str, ref: TensorRef) -> StoredTensor:
-        """The stored tensor that a view describes; FormatError if it is damaged or cannot be read."""
-        if ref.problem:
-            raise FormatError(ref.problem)
-        if DTYPE_BITS.get(ref.dtype, 1) % 8:
-            raise FormatError(f"It has the dtype {ref.dtype}, which polyak does not know.")
-        stored = _view(name, ref, self._storage(ref))
-        return SwappedTensor(stored) if self.swapped and itemsize(ref.dtype) > 1 else stored
-
-    def _storage(self, ref: TensorRef) -> Span:
-        storage = ref.storage
-        if storage.key not in self._spans:
-            self._spans[storage.key] = self.zip.span(f"{self.prefix}data/{storage.key}")
-        span = self._spans[storage.key]
-        if storage.dtype not in DTYPE_BITS:
-            raise FormatError(f"It is in a storage of {storage.dtype}, which polyak does not know.")
-        if bytes_of(storage.dtype, (storage.count,)) != span.length:
+    def storage(self, ref: StorageRef) -> Span:
+        """The entry of a storage, of the length that its count says."""
+        if ref.key not in self._spans:
+            self._spans[ref.key] = self.zip.span(f"{self.prefix}data/{ref.key}")
+        span = self._spans[ref.key]
+        if bytes_of(ref.dtype, (ref.count,)) != span.length:
             raise FormatError(
-                f"It is in a storage of {storage.count} {storage.dtype}, but {span.length} bytes are "
+                f"It is in a storage of {ref.count} {ref.dtype}, but {span.length} bytes are "
                 "stored. The file is damaged."
             )
         return span
@@ -83,87 +55,3 @@ class TorchArchive:
                 f"{self.file.path}: the byte order {order!r} is neither little nor big."
             )
         return order == b"big"
-
-
-def read_torch(
-    file: ByteFile, key: str | None = None, entries: ZipArchive | None = None
-) -> Checkpoint:
-    """Open a torch archive. key: where its tensors are, with dots; None looks in the usual places."""
-    archive = TorchArchive(file, entries)
-    found = find_tensors(archive.root, key, file.path)
-    tensors, refused = {}, found.refused
-    names: dict[tuple[Any, ...], list[str]] = {}
-    for name, ref in found.tensors.items():
-        try:
-            tensors[name] = archive.tensor(name, ref)
-        except FormatError as error:
-            refused[name] = str(error)
-            continue
-        if math.prod(ref.shape):
-            names.setdefault((ref.storage.key, ref.offset, ref.shape, ref.strides), []).append(name)
-    ties = _ties(list(names.values()))
-    return Checkpoint(
-        path=file.path,
-        format="torch",
-        tensors={name: tensor for name, tensor in tensors.items() if name not in ties},
-        files=(file,),
-        ties=ties,
-        metadata=scalars(archive.root) | attached_metadata(archive.root),
-        refused=refused,
-    )
-
-
-def _ties(groups: list[list[str]]) -> dict[str, str]:
-    """Alias -> stored name: the first in alphabetical order, as in safetensors."""
-    return {alias: min(group) for group in groups for alias in sorted(group)[1:]}
-
-
-def scalars(root: Any) -> dict[str, str]:
-    """The numbers and short texts beside the weights: epoch, global_step, versions."""
-    if not isinstance(root, dict):
-        return {}
-    return {
-        str(key): str(value)
-        for key, value in islice(root.items(), 1000)
-        if isinstance(key, str) and isinstance(value, (str, int, float)) and len(str(value)) <= 200
-    }
-
-
-def attached_metadata(root: Any) -> dict[str, str]:
-    """The metadata that polyak writes into its own archives, as `_metadata["polyak"]` of a state dict."""
-    attributes = root.state if isinstance(root, StateDict) else None
-    versions = attributes.get("_metadata") if isinstance(attributes, dict) else None
-    found = versions.get("polyak") if isinstance(versions, dict) else None
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
-
-
-def _view(name: str, ref: TensorRef, span: Span) -> StoredTensor:
-    """A span if the values are in row-major order, else a strided view."""
-    size, count = itemsize(ref.dtype), math.prod(ref.shape)
-    if not count:
-        return SpanTensor(name, ref.dtype, ref.shape, span.file, span.offset)
-    dense = is_row_major(ref.shape, ref.strides)
-    pairs = zip(ref.shape, ref.strides, strict=True)
-    extent = count if dense else 1 + sum((length - 1) * stride for length, stride in pairs)
-    start = ref.offset * size
-    if start + extent * size > span.length:
-        raise FormatError("It reaches beyond the end of its storage. The file is damaged.")
-    if dense:
-        return SpanTensor(name, ref.dtype, ref.shape, span.file, span.offset + start)
-    _check_apart(ref)
-    source = Strided(span.file, span.offset + start, ref.strides, size)
-    return StridedTensor(name, ref.dtype, ref.shape, source)
-
-
-def _check_apart(ref: TensorRef) -> None:
-    """Every index must have its own value: expanded tensors store fewer values than they show."""
-    extent = 1
-    pairs = zip(ref.strides, ref.shape, strict=True)
-    for stride, size in sorted((stride, size) for stride, size in pairs if size != 1):
-        if stride < extent:
-            raise FormatError(
-                "It is expanded or overlaps itself: several of its values share memory. "
-                "Call .contiguous() and save again."
-            )
-        extent += (size - 1) * stride

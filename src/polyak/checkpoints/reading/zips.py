@@ -64,7 +64,7 @@ class ZipArchive:
         if entry is None:
             raise self._error(f"it has no entry {name!r}")
         if entry.trouble:
-            raise self._error(f"{name!r} {entry.trouble}")
+            raise FormatError(f"{self.file.path}: {name!r} {entry.trouble}.")
         expected = name.encode()
         raw = self._header(entry, _LOCAL.size + len(expected))
         mark, _, _, method, *_, name_length, extra_length = _LOCAL.unpack_from(raw)
@@ -159,11 +159,17 @@ class ZipArchive:
             size, packed, header = self._zip64(extra, size, packed, header)
         trouble = ""
         if flags & 1:
-            trouble = "is encrypted; polyak reads plain entries only"
+            trouble = "is encrypted. Unpack the archive, and pack it again without encryption"
         elif method:
-            trouble = "is compressed; polyak reads stored entries only (np.savez, torch.save)"
+            trouble = (
+                "is compressed, and would have to be read whole. Write the file with torch.save, or with "
+                "np.savez instead of np.savez_compressed"
+            )
         elif size != packed:
-            trouble = f"has {size} bytes according to one field, {packed} according to another"
+            trouble = (
+                f"has {size} bytes according to one field, {packed} according to another. The archive "
+                "is damaged. Copy it again"
+            )
         if header + _LOCAL.size + packed > start:
             raise self._error(f"{name!r} reaches outside the file or into its directory")
         return Entry(header, name, packed, start, trouble)

@@ -20,14 +20,18 @@ import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from polyak.checkpoints.reading.extra_state import tensors_in
+from polyak.checkpoints.reading.inert import SetItems
+from polyak.checkpoints.reading.plain import PlainTensor
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, bytes_of, itemsize
+from polyak.checkpoints.writing.extra_state import SetInOrder, built, writable
 from polyak.errors import FormatError, OutputError
 from polyak.files import writing_errors
 
@@ -89,6 +93,22 @@ class OutputFile:
         os.close(self.descriptor)
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a torch archive holds beside the tensors.
+
+    order: names in the order of the state dict, aliases too; names that are not among them come last.
+    versions: the `_metadata` of a module's state dict. entries: those of the dict around the state dict,
+    plain values, in which `state_dict` marks its place; None if the state dict is all there is.
+    extra: the state dict's state that is no tensor, as a `Checkpoint` describes it.
+    """
+
+    order: Sequence[str] = ()
+    versions: Mapping[Any, Any] = field(default_factory=dict)
+    entries: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Layout(Protocol):
     """Where the bytes of each tensor go in one file, and what is around them.
 
@@ -110,28 +130,36 @@ def layout_for(
     tensors: Sequence[TensorSpec],
     ties: Mapping[str, str],
     metadata: Mapping[str, str],
-    versions: Mapping[str, Any] | None = None,
+    around: Around | None = None,
 ) -> Layout | None:
     """The layout of the file that the suffix of `path` asks for, or None for any other suffix.
 
-    ties: alias -> name. versions: the `_metadata` of a module's state dict, for torch archives.
+    ties: alias -> name. around: what a torch archive holds beside the tensors.
     """
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return SafetensorsLayout(tensors, metadata)
+        return SafetensorsLayout(tensors, metadata, ties)
     if suffix in TORCH_SUFFIXES:
-        return TorchLayout(tensors, ties, metadata, versions)
+        return TorchLayout(tensors, ties, metadata, around)
     return None
 
 
 class SafetensorsLayout:
     """One safetensors file: the header, padded so that the values begin on a page, then the values.
 
+    ties: alias -> name; the metadata entry `ties`, if there is one, lists those of this file's tensors.
     Raises FormatError where the header would exceed the format's limit of 100 MB.
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        ties: Mapping[str, str] | None = None,
+    ) -> None:
         self._tensors = tensors
+        names = {tensor.name for tensor in tensors}
+        self._ties = {alias: name for alias, name in (ties or {}).items() if name in names}
         header = self._header(metadata)
         self._length = -(-(8 + len(header)) // _PAGE) * _PAGE - 8
         if self._length > MAX_HEADER:
@@ -156,6 +184,8 @@ class SafetensorsLayout:
         file.write(0, self._padded(self._header(metadata)))
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
+        if "ties" in metadata:
+            metadata = {**metadata, "ties": json.dumps(self._ties)}
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
         for tensor in self._tensors:
@@ -202,7 +232,7 @@ class _Record:
 class TorchLayout:
     """A torch archive of one flat state dict, name -> tensor; tied names share one storage.
 
-    Raises FormatError for a dtype that torch does not have.
+    The state dict is all that is in it, or one of the entries that `around` has. Raises FormatError for a dtype that torch does not have.
     """
 
     def __init__(
@@ -210,9 +240,12 @@ class TorchLayout:
         tensors: Sequence[TensorSpec],
         ties: Mapping[str, str],
         metadata: Mapping[str, str],
-        versions: Mapping[str, Any] | None = None,
+        around: Around | None = None,
     ) -> None:
-        self._tensors, self._ties, self._versions = tensors, ties, versions or {}
+        self._tensors, self._ties, self._around = tensors, ties, around or Around()
+        self._extra = writable(self._around.extra)
+        further: list[_Record] = []
+        self._entries = self._ready(self._around.entries, further)
         small = {
             "data.pkl": self._pickled(metadata),
             ".format_version": b"1",
@@ -222,7 +255,7 @@ class TorchLayout:
         }
         self._records = [_Record(_path(k), len(v), data=v) for k, v in small.items()]
         values = [_Record(_path(f"data/{i}"), t.nbytes) for i, t in enumerate(tensors)]
-        self._records[4:4] = values
+        self._records[4:4] = [*values, *further]
         position = 0
         for record in self._records:
             record.header_at = position
@@ -251,11 +284,33 @@ class TorchLayout:
         """
         rebuilt = {t.name: _Rebuilt(t, str(i)) for i, t in enumerate(self._tensors)}
         rebuilt |= {alias: rebuilt[n] for alias, n in self._ties.items() if n in rebuilt}
-        state = OrderedDict((sys.intern(name), tensor) for name, tensor in rebuilt.items())
-        vars(state)["_metadata"] = _interned({**self._versions, METADATA_KEY: dict(metadata)})
+        within = tensors_in(self._extra)
+        shown: dict[str, Any] = {name: one for name, one in rebuilt.items() if name not in within}
+        shown |= built(self._extra, rebuilt.__getitem__, SetItems)
+        order = dict.fromkeys((*(n for n in self._around.order if n in shown), *shown))
+        state = OrderedDict((sys.intern(name), self._ready(shown[name], [])) for name in order)
+        versions = {**self._around.versions, METADATA_KEY: dict(metadata)}
+        vars(state)["_metadata"] = self._ready(versions, [])
+        root = state if self._entries is None else {**self._entries, "state_dict": state}
         stream = io.BytesIO()
-        _Pickler(stream, protocol=2).dump(state)
+        _Pickler(stream, protocol=2).dump(root)
         return stream.getvalue()
+
+    def _ready(self, value: Any, records: list[_Record]) -> Any:
+        """Plain values as they are pickled, strings interned; the bytes of tensors go to `records`."""
+        if isinstance(value, Mapping):
+            kind = OrderedDict if type(value) is OrderedDict else dict
+            return kind(
+                (self._ready(k, records), self._ready(v, records)) for k, v in value.items()
+            )
+        if isinstance(value, (list, tuple)):
+            items = [self._ready(item, records) for item in value]
+            return SetInOrder(items) if isinstance(value, SetItems) else type(value)(items)
+        if isinstance(value, PlainTensor):
+            key = str(len(self._tensors) + len(records))
+            records.append(_Record(_path(f"data/{key}"), len(value.data), data=value.data))
+            return _Rebuilt(TensorSpec("a tensor", value.dtype, value.shape), key)
+        return sys.intern(value) if type(value) is str else value
 
     def _directory(self) -> bytes:
         entries = b"".join(_central_header(record) for record in self._records)
@@ -351,12 +406,6 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, _Storage):
             return ("storage", obj.kind, obj.key, "cpu", obj.size)
         return None
-
-
-def _interned(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {_interned(key): _interned(item) for key, item in value.items()}
-    return sys.intern(value) if type(value) is str else value
 
 
 def _strides(shape: Sequence[int]) -> list[int]:

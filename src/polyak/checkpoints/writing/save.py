@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.reading.extra_state import tensors_in
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
+from polyak.checkpoints.writing.extra_state import lifted, warn_of_lost
 from polyak.checkpoints.writing.layouts import (
     TORCH_SUFFIXES,
+    Around,
     Layout,
     OutputFile,
     TensorSpec,
@@ -27,12 +32,14 @@ from polyak.version import __version__
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def write_checkpoint(
+def write_checkpoint(  # noqa: PLR0913 - keyword-only arguments do not count
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     *,
     ties: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    around: Around | None = None,
+    extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write tensors to `path`, whole or not at all; equal contents give equal bytes.
@@ -48,6 +55,9 @@ def write_checkpoint(
             `Module.state_dict()` attaches is kept in torch files.
         ties: Alias -> name of the tensor in `tensors` that it shares.
         metadata: What the file says about itself.
+        around: What a torch file holds beside the tensors; by default their own `_metadata`.
+        extra: State that is no tensor, by its name in the state dict. Only torch files can hold it; a
+            warning says what a safetensors file is without.
         overwrite: Replace a file at `path`.
 
     Raises:
@@ -66,13 +76,20 @@ def write_checkpoint(
     ties = dict(ties or {})
     _check(tensors, ties, metadata or {})
     is_torch = target.suffix.lower() in TORCH_SUFFIXES
+    if extra:
+        warn_of_lost(target, extra, is_torch=is_torch)
+        inside: dict[str, Tensor] = {}
+        extra = {name: lifted(name, value, inside) for name, value in extra.items()}
+        tensors = _changed(tensors, inside, () if is_torch else tensors_in(extra))
     ordered = [*tensors] if is_torch else sorted(tensors, key=lambda n: -tensors[n].element_size())
     specs = [TensorSpec(n, _SPELLINGS[tensors[n].dtype], tuple(tensors[n].shape)) for n in ordered]
     described = {"format": "pt", "polyak": __version__, **(metadata or {})}
     if ties and not is_torch:
         described["ties"] = json.dumps(ties, sort_keys=True)
     described = dict(sorted(described.items()))
-    layout = layout_for(target, specs, ties, described, getattr(tensors, "_metadata", None))
+    around = around or Around(versions=getattr(tensors, "_metadata", None) or {})
+    around = replace(around, extra=extra or around.extra)
+    layout = layout_for(target, specs, dict(sorted(ties.items())), described, around)
     if layout is None:
         raise _wrong_suffix(target)
     values = (_bytes(tensors[name]) for name in ordered)
@@ -85,6 +102,17 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     if path.suffix.lower() not in (".safetensors", *TORCH_SUFFIXES):
         raise _wrong_suffix(path)
     refuse_existing(path, overwrite=overwrite)
+
+
+def _changed(
+    tensors: Mapping[str, Tensor], added: Mapping[str, Tensor], removed: Iterable[str]
+) -> Mapping[str, Tensor]:
+    """The same state dict with the tensors within extra state, or without them."""
+    changed = OrderedDict({**tensors, **added})
+    for name in removed:
+        changed.pop(name, None)
+    changed._metadata = getattr(tensors, "_metadata", None)  # type: ignore[attr-defined]
+    return changed
 
 
 def _wrong_suffix(path: Path) -> ArgumentError:
