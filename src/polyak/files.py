@@ -10,7 +10,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from polyak.errors import OutputError
+from polyak.errors import ArgumentError, OutputError
+
+
+def as_path(path: object) -> Path:
+    """A path given as text or Path; ArgumentError for anything else."""
+    if isinstance(path, str | os.PathLike):
+        return Path(path)
+    raise ArgumentError(f"Expected a path; found {path!r}.")
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

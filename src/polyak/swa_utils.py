@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from polyak.batchnorm import update_bn as pooled_update_bn
 from polyak.batchnorm.batches import moved
 from polyak.errors import ArgumentError, UsageError, check_match
+from polyak.maths.arguments import number
 from polyak.tensors.blend import accumulator_dtype, lerp_
 from polyak.tensors.memory import odd_form, shape_of
-from polyak.tensors.names import named_tensors, overwrite
+from polyak.tensors.names import named_tensors, overwrite, require_module
 
 __all__ = [
     "SWALR",
@@ -118,6 +119,7 @@ class AveragedModel(Module):
                 all of them, and nothing is changed.
 
         """
+        require_module(model, "update_parameters()")
         pairs = self._aligned(model)
         copied = [pair for pair in pairs if not self._is_averaged(pair)]
         averaged = [pair for pair in pairs if self._is_averaged(pair)]
@@ -229,6 +231,7 @@ def _refuse_odd_forms(pairs: Iterable[_Pair]) -> None:
 
 def _copied(model: Module) -> Module:
     """A deep copy; what `torch.compile` wraps, without the wrapper, so that names stay plain."""
+    require_module(model, "AveragedModel")
     model = getattr(model, "_orig_mod", model)
     try:
         return copy.deepcopy(model, _derived_tensors(model))
@@ -328,7 +331,7 @@ def _move(averages: Tensors, sources: Tensors, share: float) -> None:
 
 
 def _check(decay: float) -> None:
-    if not 0 <= decay <= 1:
+    if not 0 <= number("decay", decay) <= 1:
         raise ArgumentError(f"decay is {decay}; expected a number from 0 to 1.")
 
 

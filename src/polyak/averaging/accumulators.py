@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
+from polyak.maths.arguments import flag
 from polyak.maths.profiles import Profile, Window
 from polyak.tensors.blend import (
     GroupedTensors,
@@ -44,7 +45,9 @@ class Options:
                 f"dtype is {self.dtype}; expected torch.float32 or torch.float64: an average kept "
                 "in fewer bits stalls. Results come in the dtype of the weights anyway."
             )
-        if self.nonfinite not in (None, "skip", "raise"):
+        flag("capturable", self.capturable)
+        mode: object = self.nonfinite
+        if mode is not None and not (isinstance(mode, str) and mode in ("skip", "raise")):
             raise ArgumentError(
                 f"nonfinite is {self.nonfinite!r}; expected 'skip', 'raise', or None."
             )

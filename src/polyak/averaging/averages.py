@@ -14,7 +14,7 @@ from polyak.averaging import state
 from polyak.averaging.average import Average
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Tracker
-from polyak.errors import ArgumentError, MismatchError
+from polyak.errors import ArgumentError
 from polyak.maths.profiles import Profile
 
 
@@ -48,7 +48,7 @@ class Averages(Mapping[str, Average]):
         average_buffers: str | Iterable[str] | None = None,
         capturable: bool = False,
     ) -> None:
-        if not profiles or not hasattr(profiles, "items"):
+        if not hasattr(profiles, "items") or not profiles:
             raise ArgumentError(
                 "Averages needs profiles by name, such as {'swa': polyak.SWA()}; found "
                 f"{profiles!r}."
@@ -122,13 +122,7 @@ class Averages(Mapping[str, Average]):
     def load_state_dict(self, state_dicts: Mapping[str, Any]) -> None:
         """Continue from a state; all are checked before the first is changed."""
         self._tracker.refuse_during_loan("load_state_dict()")
-        if state_dicts.keys() != self.keys():
-            raise MismatchError.of(
-                "This is the state of other averages.",
-                missing=self.keys() - state_dicts.keys(),
-                unexpected=state_dicts.keys() - self.keys(),
-                advice="Nothing was loaded.",
-            )
+        state.check_names(state_dicts, self.keys())
         for name, average in self.items():
             state.check_state(average._member, state_dicts[name])
         for name, average in self.items():

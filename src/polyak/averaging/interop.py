@@ -25,6 +25,8 @@ from torch.nn import Module
 from polyak.averaging.state import VERSION, profile_text
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
+from polyak.files import as_path
+from polyak.maths.arguments import number
 from polyak.maths.profiles import Profile
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
@@ -47,7 +49,7 @@ def read_state(
     member: Member, path: str | os.PathLike[str], updates: int | None = None
 ) -> Mapping[str, Any]:
     """The state in a file, for `Average.load_state_dict`; what `Average.load` documents."""
-    state, metadata = _read(Path(path))
+    state, metadata = _read(as_path(path))
     if isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}:
         if updates is not None:
             raise ArgumentError(
@@ -114,8 +116,7 @@ def read_foreign(state: Mapping[str, Any], model: Module) -> Foreign:
 
 
 def _checked_count(updates: Any) -> int:
-    is_number = isinstance(updates, (int, float)) and not isinstance(updates, bool)
-    if not is_number or not 1 <= updates <= 2**53 or updates % 1:
+    if not 1 <= number("updates", updates) <= 2**53 or updates % 1:
         raise ArgumentError(
             f"updates is {updates!r}; expected a whole number from 1: an empty average has no state."
         )

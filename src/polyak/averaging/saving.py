@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import copied_values, refuse_nonfinite_average
 from polyak.errors import ArgumentError, StaleStatistics, UsageError, require, warn
+from polyak.files import as_path
 from polyak.tensors.memory import odd_form
 from polyak.tensors.names import named_modules, named_tensors
 
@@ -32,8 +32,9 @@ def save(
     """Write the averaged model's tensors, tied ones once, and where they come from."""
     from polyak.checkpoints.writing.save import check_target, write_checkpoint
 
+    target = as_path(path)
     _check_layout(path, layout)
-    check_target(Path(path), overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     member.tracker.ready_to_read()
     if member.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")
@@ -120,7 +121,7 @@ def _refuse_odd_forms(member: Member, path: str | os.PathLike[str]) -> None:
 
 def _check_layout(path: str | os.PathLike[str], layout: str) -> None:
     require(
-        layout in ("model", "averaged_model"),
+        str(layout) in ("model", "averaged_model"),
         f"layout is {layout!r}; expected 'model' or 'averaged_model'.",
     )
     if layout == "averaged_model" and str(path).lower().endswith(".safetensors"):

@@ -20,7 +20,7 @@ is one entry, whatever it holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +106,10 @@ def _held(member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def check_state(member: Member, state: Any) -> None:
     """FormatError if this is not a polyak state, MismatchError if it belongs to a different average."""
     _check_layout(state)
+    if not isinstance(state["unit"], str | None):
+        raise FormatError(
+            f"The state is damaged: its unit is {state['unit']!r}. Nothing was loaded."
+        )
     groups = _groups(member, state)
     tracker = member.tracker
     changed = {
@@ -121,6 +125,22 @@ def check_state(member: Member, state: Any) -> None:
             _check_tensors(member, state, groups)
     elif changed:
         _refuse(changed)
+
+
+def check_names(states: Any, names: Set[str]) -> None:
+    """Raise FormatError unless these are states by name, MismatchError if they have other names."""
+    if not isinstance(states, Mapping):
+        raise FormatError(
+            f"This is not the state of several averages: found {type(states).__name__}, expected a "
+            f"state for each of {', '.join(sorted(names))}."
+        )
+    if states.keys() != names:
+        raise MismatchError.of(
+            "This is the state of other averages.",
+            missing=names - states.keys(),
+            unexpected=states.keys() - names,
+            advice="Nothing was loaded.",
+        )
 
 
 def load_state(member: Member, state: Mapping[str, Any]) -> None:
@@ -151,7 +171,7 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
 
 def _check_layout(state: Any) -> None:
     if isinstance(state, Mapping) and {"version", "profile", "tensors"} <= state.keys():
-        if state["version"] != VERSION:
+        if not _is_number(state["version"]) or state["version"] != VERSION:
             raise FormatError(
                 f"The state has version {state['version']!r}; this polyak reads version {VERSION}. "
                 "Load it with the release that wrote it, and save the averaged weights."
@@ -172,17 +192,18 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
     measured: Any = None
     try:
         measured = dict(state["measured_buffers"])
-        dict(state["layer_modes"] or ())
+        dict(() if state["layer_modes"] is None else state["layer_modes"])
+        set(state["fresh_layers"])
         if _holds_weights(state) and state["profile"] == profile_text(member.profile):
             groups = accumulator_class(member.profile).check_state(state)
         steps, real, stepped = state["pending"]
         float(steps + real + sum(stepped))
-    except (TypeError, KeyError, ValueError, AttributeError):
-        bad.append("block, snapshots, layer_modes or pending")
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError):
+        bad.append("block, snapshots, fresh_layers, layer_modes or pending")
     named = {**groups, "measured_buffers": measured}
     named |= {n: state[n] for n in ("statistics", "tensors")}
     bad += [n for n, group in named.items() if not _holds_tensors(group)]
-    if not bad and state["count"] > 0 and not _holds_weights(state):
+    if not bad and state["count"] and not _holds_weights(state):
         raise FormatError(_NO_TENSORS.format(state["count"]))
     if bad:
         raise FormatError(
@@ -192,7 +213,9 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 
 def _holds_weights(state: Mapping[str, Any]) -> bool:
-    return bool(state["count"] and (state["tensors"] or state.get("snapshots")))
+    if not _is_number(state["count"]) or not state["count"]:
+        return False
+    return any(isinstance(state.get(n), Sized) and len(state[n]) for n in ("tensors", "snapshots"))
 
 
 def _is_number(value: Any) -> bool:

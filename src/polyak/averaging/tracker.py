@@ -15,12 +15,14 @@ from polyak.averaging.accumulators import Accumulator, Options, accumulator_clas
 from polyak.averaging.clock import Clock
 from polyak.averaging.offload import Staging, stages
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
-from polyak.errors import ArgumentError, UsageError
+from polyak.errors import ArgumentError, UsageError, require
+from polyak.maths.arguments import number
 from polyak.maths.profiles import Profile
 from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
+from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
 from polyak.tensors.swap import current_owner
 
@@ -75,12 +77,17 @@ class Tracker:
         average_buffers: str | Iterable[str] | None = None,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(model, Module):
-            raise ArgumentError(f"Average needs a torch module; found {type(model).__name__}.")
-        policy = Policy(patterns(include), patterns(exclude) or (), patterns(average_buffers) or ())
+        require_module(model, "Average")
+        policy = Policy(
+            patterns(include, "include"),
+            patterns(exclude, "exclude") or (),
+            patterns(average_buffers, "average_buffers") or (),
+        )
         self.tensors = BoundTensors(model, policy)
-        self.options = Options(
-            dtype, None if device is None else torch.device(device), nonfinite, capturable
+        self.options = Options(dtype, _device(device), nonfinite, capturable)
+        require(
+            unit is None or isinstance(unit, str),
+            f"unit is {unit!r}; expected a word such as 'samples', or None.",
         )
         self.unit = unit
         self.members: list[Member] = []
@@ -114,7 +121,8 @@ class Tracker:
         members = self.members if members is None else members
         capturing = self._is_capturing(members)
         part = _part(real)
-        moments = [member.clock.advance(float(dt), part) for member in members]
+        dt = float(number("dt", dt))
+        moments = [member.clock.advance(dt, part) for member in members]
         if not self._may_average():
             return
         self.tensors.note_frozen()
@@ -289,6 +297,15 @@ class Tracker:
 
     def _device(self) -> torch.device:
         return self.tensors.live[0].device
+
+
+def _device(given: torch.device | str | int | None) -> torch.device | None:
+    try:
+        return None if given is None else torch.device(given)
+    except (RuntimeError, TypeError, ValueError):
+        raise ArgumentError(
+            f"device is {given!r}; expected a device such as 'cpu' or 'cuda:0', or None."
+        ) from None
 
 
 def _part(real: bool | Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
-from polyak.tensors.names import named_tensors, overwrite
+from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 _SMALL = 4096  # values
@@ -117,6 +117,7 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
 @torch.no_grad()
 def copy_into(model: Module, member: Member) -> None:
     """Copy an average into a model by name. Raises MismatchError, naming all that does not fit."""
+    require_module(model, "copy_to()")
     values = copied_values(member)
     newest = {id(tensor) for tensor in member.tracker.tensors.others}  # of its own model: the same
     named = named_tensors(model)

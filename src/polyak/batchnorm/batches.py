@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
-from polyak.errors import ArgumentError, UsageError
+from polyak.errors import ArgumentError, UsageError, require
+from polyak.maths.arguments import at_least_one
 
 Forward = Callable[[Module, Any], object]
+_MOST_PASSES = 1000
 
 
 def run(model: Module, batches: Iterable[Any], forward: Forward | None) -> int:
@@ -31,12 +33,18 @@ def run(model: Module, batches: Iterable[Any], forward: Forward | None) -> int:
     return n_batches
 
 
-def checked(batches: Any, *, limit: int | None, passes: int) -> Iterable[Any]:
+def checked(batches: Any, *, forward: object, limit: int | None, passes: int) -> Iterable[Any]:
     """Refuse what cannot be run before anything is touched."""
-    for name, value in (("passes", passes), ("limit", limit)):
-        if not (_is_count(value) or (name == "limit" and value is None)):
-            raise ArgumentError(f"{name} is {value!r}; expected a whole number, 1 or more.")
-    if not isinstance(batches, Iterable) or isinstance(batches, Module):
+    at_least_one("passes", passes)
+    require(passes <= _MOST_PASSES, f"passes is {passes}; expected at most {_MOST_PASSES}.")
+    if limit is not None:
+        at_least_one("limit", limit)
+    if forward is not None and (not callable(forward) or isinstance(forward, Module)):
+        raise ArgumentError(
+            f"forward is a {type(forward).__name__}; expected a function of the model and a batch."
+        )
+    single = isinstance(batches, (Module, str, bytes, Mapping)) or getattr(batches, "ndim", 1) == 0
+    if single or not isinstance(batches, Iterable):
         raise ArgumentError(
             f"batches is a {type(batches).__name__}; expected an iterable of batches, such as a "
             "DataLoader. The order is polyak.update_bn(model, batches), the opposite of torch's."
@@ -48,10 +56,6 @@ def checked(batches: Any, *, limit: int | None, passes: int) -> Iterable[Any]:
         )
     iterable: Iterable[Any] = batches
     return iterable
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def one_pass(batches: Iterable[Any], *, limit: int | None, title: str | None) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
@@ -95,10 +95,14 @@ def _asked_for(known: dict[str, Module], layers: Iterable[str | Module]) -> dict
         raise ArgumentError(
             f"layers is a single {layers!r}; expected several names or modules. Put it in a list."
         )
+    try:
+        asked: list[Any] = list(layers)
+    except TypeError:
+        asked = [None]
+    if not all(isinstance(item, str | Module) for item in asked):
+        raise ArgumentError(f"layers is {layers!r}; expected a list of names or modules.")
     name_of = {layer: name for name, layer in known.items()}
-    wanted = [
-        name_of.get(item, repr(item)) if isinstance(item, Module) else item for item in layers
-    ]
+    wanted = [name_of.get(item, repr(item)) if isinstance(item, Module) else item for item in asked]
     if unknown := set(wanted) - known.keys():
         raise MismatchError.of(
             "layers= names layers that keep no running statistics in this model.",

@@ -17,7 +17,7 @@ from polyak.batchnorm.collector import Buffers, StatisticsCollector, merge_ranks
 from polyak.batchnorm.layers import chosen_layers, norm_layers, unsupported_norm_layers
 from polyak.batchnorm.moments import Moments
 from polyak.batchnorm.record import note_measured
-from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, warn
+from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, require, warn
 from polyak.tensors.modes import restored_modes, set_mode
 from polyak.tensors.names import named_tensors
 
@@ -104,7 +104,10 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
         (tensor([3.]), tensor([7.]))
 
     """
-    batches = checked(batches, limit=limit, passes=passes)
+    batches = checked(batches, forward=forward, limit=limit, passes=passes)
+    require(
+        isinstance(model, Module), f"model is a {type(model).__name__}; expected a torch.nn.Module."
+    )
     if estimator not in ("pooled", "torch"):
         raise ArgumentError(f"estimator is {estimator!r}; expected 'pooled' or 'torch'.")
     if estimator == "torch" and (passes > 1 or layers is not None):

@@ -21,7 +21,7 @@ from polyak.checkpoints.writing.extra_state import built, writable
 from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, check_match
-from polyak.files import writing_errors
+from polyak.files import as_path, writing_errors
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -55,7 +55,7 @@ def update_bn_file(
     """
     if not isinstance(model, Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
-    source, target = Path(path), Path(output if output is not None else path)
+    source, target = as_path(path), as_path(path if output is None else output)
     with writing_errors(target):  # even asking about a path can fail
         _refuse(source, target, overwrite=overwrite)
     layers = norm_layers(model)

@@ -22,6 +22,8 @@ def number(what: str, value: float) -> float:
     >>> number("EMA decay", np.float32(0.5)), number("Window length", 3)
     (0.5, 3)
     """
+    if type(value) is float:
+        return value
     if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
         try:
             plain = float(value)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from polyak.errors import require
 from polyak.tensors.memory import odd_form
 
 # What wrappers insert into the names of a model's tensors. The underscored ones belong to nobody
@@ -42,6 +43,16 @@ class Named:
 
     slots: dict[str, Slot]
     ties: dict[str, str]
+
+
+def require_module(model: object, what: str) -> None:
+    """ArgumentError unless it is a torch module, rather than its class or something else."""
+    hint = f" Call it: {model.__name__}(...)." if isinstance(model, type) else ""
+    found = model.__name__ if isinstance(model, type) else type(model).__name__
+    require(
+        isinstance(model, Module),
+        f"{what} needs a torch module; found {found}.{hint}",
+    )
 
 
 def named_tensors(model: Module) -> Named:

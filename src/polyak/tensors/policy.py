@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -95,11 +96,20 @@ def decisions(named: Named, policy: Policy) -> dict[str, Decision]:
     return {name: policy.decide(slot) for name, slot in named.slots.items()}
 
 
-def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    """One pattern or several, as a tuple; None stays None."""
+def patterns(given: object, argument: str) -> tuple[str, ...] | None:
+    """One pattern or several, as a tuple; None stays None. ArgumentError for anything else."""
     if given is None:
         return None
-    return (given,) if isinstance(given, str) else tuple(given)
+    several: tuple[object, ...] = (given,)
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        with suppress(TypeError):  # torch's, of tensors without dimensions
+            several = tuple(given)
+    names = tuple(pattern for pattern in several if isinstance(pattern, str))
+    if len(names) < len(several):
+        raise ArgumentError(
+            f"{argument} is {given!r}; expected a name pattern such as '*lora_*', or a list of them."
+        )
+    return names
 
 
 def _of_buffer(slot: Slot, *, floating: bool) -> Decision:

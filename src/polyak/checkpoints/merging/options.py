@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, require
+from polyak.files import as_path
+from polyak.maths.arguments import count, flag
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +55,20 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            if isinstance(value := getattr(self, name), str):
-                raise ArgumentError(
-                    f"{name} is the text {value!r}; expected a list of name patterns."
-                )
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
+                raise ArgumentError(f"{name} is {value!r}; expected a list of name patterns.")
+        for name in ("normalize", "resume", "verify", "overwrite"):
+            flag(name, getattr(self, name))
+        for name in ("key", "part"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, str), f"{name} is {value!r}; expected text.")
+        if self.base is not None:
+            as_path(self.base)
+        require(
+            self.progress is None or callable(self.progress),
+            f"progress is {self.progress!r}; expected a function of two numbers.",
+        )
         for name in ("written_dtype", "shard_bytes", "memory_bytes", "thread_count", "share"):
             getattr(self, name)
 
@@ -79,7 +91,7 @@ class MergeOptions:
     def thread_count(self) -> int:
         """How many threads to use; by default one per core that this process may use."""
         if self.threads is not None:
-            if not 1 <= self.threads <= 1024:
+            if not 1 <= count("threads", self.threads) <= 1024:
                 raise ArgumentError(f"threads is {self.threads}; expected 1 to 1024.")
             return self.threads
         if hasattr(os, "sched_getaffinity"):
@@ -101,7 +113,7 @@ def parse_bytes(value: int | str, what: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(value))
     try:
         size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
         raise ArgumentError(f"{what} is {value!r}; expected a size like 256MB, 1.5GB or 4KiB.")

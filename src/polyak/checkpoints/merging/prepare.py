@@ -37,6 +37,7 @@ from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.extra_state import warn_of_lost
 from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
 from polyak.errors import ArgumentError, StaleStatistics, require, warn
+from polyak.files import as_path
 from polyak.maths.profiles import Profile
 
 PathLike = str | os.PathLike[str]
@@ -51,7 +52,13 @@ def checked_inputs(inputs: Iterable[Input]) -> list[Input]:
             f"inputs is one path, {inputs!r}; expected a list of checkpoints: [{inputs!r}] for this "
             "one alone, or Path(folder).glob('*') for those in a folder."
         )
-    return list(inputs)
+    if not isinstance(inputs, Iterable):
+        raise ArgumentError(f"inputs is {inputs!r}; expected a list of checkpoints.")
+    found = list(inputs)
+    for one in found:
+        if not isinstance(one, Checkpoint):
+            as_path(one)
+    return found
 
 
 def checked_outputs(
@@ -67,6 +74,8 @@ def checked_outputs(
         )
     if method is not None:
         raise ArgumentError(f"outputs names a method per path; leave out method={method!r}.")
+    for path in outputs:
+        as_path(path)
     return outputs
 
 

@@ -10,13 +10,16 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from polyak.checkpoints.merging.counted import LeftOut, counted, shared_numbers
 from polyak.checkpoints.merging.finding import Finder, take_steps_from_folders
-from polyak.checkpoints.merging.prepare import garbage_kept
+from polyak.checkpoints.merging.prepare import checked_inputs, garbage_kept
 from polyak.checkpoints.merging.scores import scores_for
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, FormatError, warn
+from polyak.files import as_path
+from polyak.maths.arguments import at_least_one, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,14 @@ class Selection:
     def __post_init__(self) -> None:
         for name in ("every", "best", "last"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; expected at least 1.")
+            if value is not None:
+                at_least_one(name, value)
+        if self.steps is not None:
+            _check_range(self.steps)
+        if self.metric is not None and not isinstance(self.metric, str):
+            raise ArgumentError(f"metric is {self.metric!r}; expected the name of a score.")
+        if self.scores is not None:
+            as_path(self.scores)
         if (self.best is None) != (self.metric is None):
             raise ArgumentError(
                 "best and metric go together: how many to keep, and by which score."
@@ -48,6 +57,22 @@ class Selection:
             raise ArgumentError(
                 "scores only serve to keep the best ones: give best and metric too."
             )
+
+
+def _checked(item: Any) -> str:
+    as_path(item)
+    path: str = os.fspath(item)  # a Path would make one slash of the two in s3://
+    return path
+
+
+def _check_range(steps: object) -> None:
+    if not isinstance(steps, tuple | list) or len(steps) != 2:
+        raise ArgumentError(
+            f"steps is {steps!r}; expected a first and a last step, or None for open."
+        )
+    for step in steps:
+        if step is not None:
+            number("A step of the range", step)
 
 
 @dataclass(frozen=True)
@@ -107,13 +132,16 @@ def find_checkpoints(
     key: str | None = None,
 ) -> Found:
     """As `select_checkpoints`, with what was left out."""
+    paths = [_checked(item) for item in checked_inputs(inputs)]
+    wanted: object = selection or Selection()
+    if not isinstance(wanted, Selection):
+        raise ArgumentError(f"selection is {wanted!r}; expected a polyak.checkpoints.Selection.")
     finder, kept = Finder(key), list[Checkpoint]()
     try:
         with garbage_kept():
-            found, left_out = _counted(finder, [os.fspath(item) for item in inputs])
+            found, left_out = _counted(finder, paths)
         if not found:
             raise ArgumentError("There is nothing to average: no input was given.")
-        wanted = selection or Selection()
         kept = found if wanted == Selection() else _filtered(_ordered(found), wanted)
         if not kept:
             steps = ", ".join("?" if one.step is None else str(one.step) for one in found)

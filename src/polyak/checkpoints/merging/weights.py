@@ -12,6 +12,7 @@ from polyak.checkpoints.merging.counted import average_rank
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
+from polyak.maths.arguments import numbers
 from polyak.maths.pieces import effective_samples, piece_weights
 from polyak.maths.profiles import SWA, Profile
 from polyak.maths.text import parse_profile
@@ -46,7 +47,7 @@ class OutputWeights:
     unit: str = "files"
 
     def __post_init__(self) -> None:
-        found = [float(value) for value in self.coefficients]
+        found = numbers("weights", self.coefficients).reshape(-1).tolist()
         if not all(map(math.isfinite, found)) or not any(found):
             raise ArgumentError(f"The weights are {found}; expected finite numbers, not all zero.")
         object.__setattr__(self, "coefficients", tuple(found))
@@ -90,7 +91,7 @@ def weights_for(
 def _summing_to_1(method: Sequence[float], options: MergeOptions) -> OutputWeights:
     try:
         weights = [float(weight) for weight in method]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ArgumentError(
             f"Cannot build an output from {method!r}; expected a profile like polyak.SWA(), its text "
             "('swa'), or a weight for every input."

@@ -27,6 +27,7 @@ from polyak.checkpoints.reading.torch_archive import TorchArchive
 from polyak.checkpoints.reading.torch_file import read_torch
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import ArgumentError, FormatError
+from polyak.files import as_path
 
 
 def open_checkpoint(
@@ -63,6 +64,7 @@ def open_checkpoint(
     ({'w': SpanTensor('w', F32, [2, 3])}, 500)
 
     """
+    as_path(path)
     place = Place(path)
     with ExitStack() as undo:
         opened = _open(place, key)

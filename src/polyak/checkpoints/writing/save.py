@@ -26,7 +26,7 @@ from polyak.checkpoints.writing.layouts import (
     layout_for,
 )
 from polyak.errors import ArgumentError, require
-from polyak.files import refuse_existing, replacing
+from polyak.files import as_path, refuse_existing, replacing
 from polyak.version import __version__
 
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -71,7 +71,7 @@ def write_checkpoint(  # noqa: PLR0913 - keyword-only arguments do not count
     {'head': tensor([1., 1.]), 'tail': tensor([1., 1.])}
 
     """
-    target = Path(path)
+    target = as_path(path)
     check_target(target, overwrite=overwrite)
     ties = dict(ties or {})
     _check(tensors, ties, metadata or {})
