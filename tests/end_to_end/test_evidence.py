@@ -101,7 +101,7 @@ def test_a_job_trains_every_kind_of_average(evidence, monkeypatch):
     )
     monkeypatch.setattr(evidence_jobs, "load_data", lambda recipe: small)
     monkeypatch.setattr(evidence_jobs, "_SURFACE_IMAGES", 50)
-    job = evidence.Job("final", "strong", 4, 0, 0.05, (("swa", (0.05,)), ("cyclic", (0.1,))))
+    job = evidence.Job("final", "strong", 8, 0, 0.05, (("swa", (0.05,)), ("cyclic", (0.1,))))
     _, records = evidence_jobs.carry_out(job)
     kinds = {(r["arm"], r.get("weights", r["kind"])) for r in records}
     assert kinds == {

@@ -109,8 +109,8 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     Raises ArgumentError for an unknown name, field, or value, FormatError for a file that is not
     TOML.
 
-    >>> load_recipe("default", {"epochs": 4}).epochs
-    4
+    >>> load_recipe("default", {"epochs": 8}).epochs
+    8
     """
     path = RECIPES / f"{name}.toml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
