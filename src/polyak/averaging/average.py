@@ -233,7 +233,7 @@ class Average:
     def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
         """Swap the average into the model for the block, then restore the model's own weights.
 
-        Memory is shared, not copied: a few microseconds per tensor. Copies are made only where the
+        Memory is shared, not copied: about ten microseconds per tensor. Copies are made only where the
         accumulators cannot serve as they are (another dtype or device, an open block, a window): as
         much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so that
         every tensor stays where it is (CUDA graphs, other processes; a model in shared memory gets it
