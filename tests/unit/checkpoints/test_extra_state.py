@@ -3,6 +3,7 @@
 import argparse
 import collections
 import io
+import json
 import os
 import subprocess
 import sys
@@ -235,3 +236,43 @@ def test_equal_contents_give_equal_bytes(tmp_path):
         command = [sys.executable, "-c", code, tmp_path / "x.pt", tmp_path / f"{seed}.pt"]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
     assert (tmp_path / "1.pt").read_bytes() == (tmp_path / "2.pt").read_bytes()
+
+
+def test_it_keeps_its_place_among_the_tensors(tmp_path):
+    model = nn.Sequential(Scaled([torch.ones(1), "x"]), nn.Linear(2, 2))
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    average_checkpoints([tmp_path / "x.pt"], tmp_path / "out.pt")
+    assert list(torch.load(tmp_path / "out.pt")) == list(model.state_dict())
+
+
+def test_shards_of_a_folder_hold_it_too(tmp_path):
+    """Listed in the index or not, and with tensors inside, which the index does not list."""
+    first, second = {"0.weight": torch.ones(2)}, {"1.weight": torch.zeros(2)}
+    second["1._extra_state"] = {"amax": torch.ones(3), "n": 2}
+    for number, state in enumerate((first, second), 1):
+        torch.save(state, tmp_path / f"pytorch_model-{number:05}-of-00002.bin")
+    for listed in ({}, {"1._extra_state": 2}):
+        numbers = {"0.weight": 1, "1.weight": 2, **listed}
+        weight_map = {n: f"pytorch_model-{i:05}-of-00002.bin" for n, i in numbers.items()}
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with open_checkpoint(tmp_path) as opened:
+            inside = {"amax": TensorAt("1._extra_state.amax"), "n": 2}
+            assert opened.extra == {"1._extra_state": inside}
+        average_checkpoints([tmp_path], tmp_path / "out.pt", overwrite=True)
+        found = torch.load(tmp_path / "out.pt", weights_only=True)["1._extra_state"]
+        assert equal(found, second["1._extra_state"])
+
+
+def test_several_models_of_a_folder_hold_it_too(tmp_path):
+    """As accelerate writes them: the tensors inside follow the names of their model."""
+    (tmp_path / "random_states_0.pkl").write_bytes(b"x")
+    for name, n in (("pytorch_model.bin", 1), ("pytorch_model_1.bin", 2)):
+        torch.save(model_of({"t": torch.ones(n)}).state_dict(), tmp_path / name)
+    with open_checkpoint(tmp_path) as opened:
+        assert opened.extra == {
+            "1._extra_state": {"t": TensorAt("1._extra_state.t")},
+            "model_1/1._extra_state": {"t": TensorAt("model_1/1._extra_state.t")},
+        }
+        names = [one["t"].name for one in opened.extra.values()]
+        assert [opened.tensors[name].shape for name in names] == [(1,), (2,)]

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import PurePosixPath
 from typing import Any
 
+from polyak.checkpoints.reading.extra_state import renamed
 from polyak.checkpoints.reading.folders import step_in_name, weights_in
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import Checkpoint, StoredTensor
@@ -77,6 +78,11 @@ def join_components(path: str, parts: dict[str, Checkpoint]) -> Checkpoint:
         ties={pre + alias: pre + name for pre, part in each for alias, name in part.ties.items()},
         metadata=next(iter(parts.values())).metadata,
         refused={pre + name: why for pre, part in each for name, why in part.refused.items()},
+        extra={
+            pre + name: renamed(value, pre)
+            for pre, part in each
+            for name, value in part.extra.items()
+        },
     )
 
 

@@ -6,6 +6,7 @@ checkpoint, under that name) and an object that polyak does not build is an `Opa
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,18 @@ def values_in(value: Any) -> Iterator[Any]:
 def tensors_in(extra: Mapping[str, Any]) -> set[str]:
     """The names of the tensors within extra state."""
     return {leaf.name for leaf in values_in(extra) if isinstance(leaf, TensorAt)}
+
+
+def renamed(value: Any, prefix: str) -> Any:
+    """The same tree, whose tensors have a prefix before their names."""
+    if isinstance(value, TensorAt):
+        return TensorAt(prefix + value.name)
+    if isinstance(value, Mapping):
+        pairs = [(key, renamed(item, prefix)) for key, item in value.items()]
+        return OrderedDict(pairs) if isinstance(value, OrderedDict) else dict(pairs)
+    if isinstance(value, (list, tuple)):
+        return type(value)([renamed(item, prefix) for item in value])
+    return value
 
 
 def kind_of(value: Any) -> str:

@@ -26,13 +26,15 @@ _MAX_DEPTH = 100
 class FoundTensors:
     """What a pickle holds. tensors: by name. refused: name -> why it cannot be read. extra: other state.
 
-    attributes: those of the state dict that holds them (`_metadata`), if it has any.
+    attributes: those of the state dict that holds them (`_metadata`), if it has any. order: the names of
+    tensors and other state as they stand there.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     attributes: dict[Any, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
 
 def find_tensors(root: Any, key: str | None, where: str) -> FoundTensors:
@@ -68,6 +70,9 @@ class _Search:
         rest = {k: v for k, v in chosen.items() if k not in extra} if extra else chosen
         for name, value in self.leaves(rest):
             self.add(found, name, value)
+        found.order = tuple(found.tensors)
+        if extra:
+            found.order = tuple(n for n in chosen if n in extra or n in found.tensors)
         for name, value in extra.items():
             found.extra[name] = self.tree(found, name, value, 0)
         if not found.tensors and not found.refused:

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from polyak.checkpoints.reading.extra_state import tensors_in
 from polyak.checkpoints.reading.rank_shards import is_rank_shard
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import Checkpoint
@@ -57,7 +58,7 @@ def weights_in(place: Place) -> Place:
 
 def is_model_file(name: str) -> bool:
     """Whether a library looks for the weights of a folder under this very name."""
-    return name in (*_SINGLE, ".metadata") or name.endswith(_INDEX)
+    return name in (*_SINGLE, ".metadata") or is_index(name)
 
 
 def _only_one(place: Place) -> str:
@@ -124,7 +125,11 @@ def join_shards(
     stored = Counter(
         name
         for shard in opened.values()
-        for name in (*shard.tensors, *shard.refused, *(listed & shard.ties.keys()))
+        for name in (
+            *(shard.tensors.keys() - tensors_in(shard.extra)),
+            *shard.refused,
+            *(listed & (shard.ties.keys() | shard.extra.keys())),
+        )
     )
     check_match(
         {
@@ -146,6 +151,7 @@ def join_shards(
         refused={name: why for part in parts for name, why in part.refused.items()},
         order=tuple(name for part in parts for name in part.order),
         versions=parts[0].versions,
+        extra={name: value for part in parts for name, value in part.extra.items()},
     )
 
 

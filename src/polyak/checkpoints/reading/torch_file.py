@@ -80,7 +80,7 @@ def read_torch(source: TorchFile, key: str | None = None) -> Checkpoint:
         metadata=scalars(source.root) | attached_metadata(found.attributes),
         refused=refused,
         extra=found.extra,
-        order=tuple(name for name in found.tensors if name not in within),
+        order=found.order,
         versions=module_versions(found.attributes),
     )
 
