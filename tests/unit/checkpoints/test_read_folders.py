@@ -138,7 +138,7 @@ def test_an_index_and_shards_that_disagree(tmp_path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("shard", ["../x", "/etc/passwd", "", "..", 7, "a\\b", None])
+@pytest.mark.parametrize("shard", ["../x", "/x", "", "..", 7, "a\\b", None])
 def test_an_index_that_points_out_of_its_folder(tmp_path, shard):
     write_index(tmp_path, {"a": shard})
     with pytest.raises(FormatError, match="not a file name"):

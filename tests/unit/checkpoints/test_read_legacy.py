@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ SIX = {"a": floats(6)}
         (stream_of(one(), {**SIX, "b": floats(1)}), "the storage 'b' belongs to nothing"),
         (stream_of(one(view=(1, (6,), (1,))), SIX), "reaches beyond the end of its storage"),
         (stream_of(one(view=(0, (6, 2), (1, 0))), SIX), "expanded or overlaps"),
-        (stream_of(one(view=(0, (2**61, 2), (1, 1))), SIX), "beyond the end|larger than any"),
+        (stream_of(one(view=(0, (600, 2), (2, 1))), SIX), "beyond the end"),
         (stream_of(one(Storage("a", torch.FloatStorage, 6, ("v", 4, 4))), SIX), "part of a storage"),
         (stream_of(one(Storage("a", torch.FloatStorage, 6, ("v", -1, 4))), SIX), "part of a storage"),
         (stream_of(one(Storage("a", torch.FloatStorage, 6, 7)), SIX), "part of a storage"),
@@ -237,7 +238,7 @@ def test_nothing_is_run(tmp_path):
 
     class Runs:
         def __reduce__(self):
-            return open, (str(marker), "w")
+            return Path.touch, (marker,)
 
     save({"w": torch.ones(1), "x": Runs()}, tmp_path / "x.pt")
     assert_reads(open_checkpoint(tmp_path / "x.pt"), {"w": torch.ones(1)})
@@ -308,7 +309,7 @@ def test_a_tar_with_other_dtypes_parts_of_parts_and_no_storage(tmp_path):
     [
         ("storages", lambda raw: raw[:-40], "is damaged|ends in the middle|without an end"),
         ("tensors", lambda raw: raw[:-8], "is cut short"),
-        ("tensors", lambda raw: pickle.dumps(2**70, 2), "how many storages and tensors"),
+        ("tensors", lambda raw: pickle.dumps(-1, 2), "how many storages and tensors"),
         ("storages", lambda raw: pickle.dumps("x", 2), "how many storages and tensors"),
         ("pickle", lambda raw: raw.replace(b"X\x01\0\0\x002", b"X\x01\0\0\x009"), "not there"),
         ("tensors", lambda raw: raw.replace(struct.pack("<i4x", 2), struct.pack("<i4x", 65), 1),

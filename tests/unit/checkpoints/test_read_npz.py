@@ -8,6 +8,7 @@ import pytest
 from reference.stored import read_all
 
 from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.reading import npz, stored
 from polyak.errors import ArgumentError, FormatError
 
 
@@ -89,25 +90,30 @@ def test_versions_of_the_header(tmp_path):
     [
         GOOD.replace("(1,)", "(2,)"),
         GOOD.replace("(1,)", "(-1,)"),
-        GOOD.replace("(1,)", "(__import__('os').system('x'),)"),
+        GOOD.replace("(1,)", "(len('x'),)"),  # a call, which evaluating the header would make
         GOOD.replace("(1,)", "(" + "1, " * 65 + ")"),
-        GOOD.replace("(1,)", "(9223372036854775807, 9223372036854775807)"),
+        GOOD.replace("(1,)", "(100, 100)"),
+        GOOD.replace("(1,)", "(2000,)"),
         GOOD.replace("'<f8'", "'|O'"),
         GOOD.replace("'<f8'", "'<f99'"),
         GOOD.replace("False", "Maybe"),
         "",
-        "{" * 10_000,
-        "1" * 70_000,
+        "{" * 50,
     ],
 )
-def test_damaged_headers(tmp_path, header):
-    data = (
-        archive(tmp_path, header[:65_535])
-        if len(header) <= 65_535
-        else archive(tmp_path, header, version=b"\x02\x00")
-    )
+def test_damaged_headers(tmp_path, header, monkeypatch):
+    monkeypatch.setattr(stored, "MAX_SIZE", 1000)
     with pytest.raises(FormatError, match="w: "):
-        open_checkpoint(data)
+        open_checkpoint(archive(tmp_path, header))
+
+
+def test_what_is_beyond_the_bounds_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "_MAX_HEADER", 1000)
+    with pytest.raises(FormatError, match="a header of 1001 bytes; at most 1000 are read"):
+        open_checkpoint(archive(tmp_path, "1" * 1001))
+    monkeypatch.setattr(stored, "MAX_SIZE", 1000)
+    with pytest.raises(FormatError, match="larger than any tensor can be"):
+        open_checkpoint(archive(tmp_path, GOOD.replace("(1,)", "(1001,)")))
 
 
 def test_a_zip_of_something_else(tmp_path):
