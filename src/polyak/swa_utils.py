@@ -240,8 +240,8 @@ def _copied(model: Module) -> Module:
         odd = [f"{n} is {form}; " for n, s in slots.items() if (form := odd_form(s.tensor))]
         raise UsageError(
             f"AveragedModel copies the model, and this {type(model).__name__} cannot be copied "
-            f"({''.join(odd)}{str(error).splitlines()[0]}). Use polyak.Average(model, polyak.SWA()), which copies nothing and averages "
-            "sharded models as they are."
+            f"({''.join(odd)}{str(error).splitlines()[0]}). Use polyak.Average(model, "
+            "polyak.SWA()), which copies nothing and averages sharded models as they are."
         ) from error
 
 

@@ -5,6 +5,34 @@ import torch
 from polyak.checkpoints.reading.stored import Checkpoint, StoredTensor
 
 
+def many_tensors():
+    """Every dtype and layout: tensors of their own, views of one storage, ties and empty ones."""
+    torch.manual_seed(1)
+    base = torch.randn(7, 8)
+    return {
+        "plain": torch.randn(3, 4),
+        "bfloat16": torch.randn(5).bfloat16(),
+        "half": torch.randn(5).half(),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "bool": torch.tensor([True, False, True]),
+        "int8": torch.tensor([-1, 2], dtype=torch.int8),
+        "uint16": torch.tensor([1, 2], dtype=torch.uint16),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "float8": torch.randn(8).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "empty_too": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "transposed": base.t(),
+        "tied": base.t(),
+        "row": base[2],
+        "slice": base[1:, 1::3],
+        "permuted": torch.randn(2, 3, 4, 5).permute(3, 0, 2, 1),
+        "channels_last": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        "complex_transposed": torch.randn(4, 3, dtype=torch.complex128).t(),
+    }
+
+
 def row_major_bytes(tensor):
     """The bytes of a tensor in row-major order, through torch alone."""
     if not tensor.numel():

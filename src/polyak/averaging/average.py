@@ -186,10 +186,11 @@ class Average:
                 step make one.
             every: k; counts steps that really happened (a step that a `GradScaler` skips does not
                 count), and each update moves the time by k. 1 by default.
-            at: a schedule, or a SequentialLR or other scheduler that holds one. Weights are taken whenever `at.step()` completes a step after which it
-                averages, be that once per optimizer step or once per epoch; the unit is then
-                "captures", each counted as 1. An empty average also takes the weights it is
-                attached at if the schedule averages there.
+            at: a schedule, or a SequentialLR or other scheduler that holds one. Weights are taken
+                whenever `at.step()` completes a step after which it averages, be that once per
+                optimizer step or once per epoch; the unit is then "captures", each counted as 1. An
+                empty average also takes the weights it is attached at if the schedule averages
+                there.
             before_next_step: for loops that change the weights after `optimizer.step()`, by clipping or
                 normalising them: take them as late as possible, when the next step begins or the
                 average is read, whichever comes first.
@@ -370,7 +371,8 @@ class Average:
 
         The states of torch's `AveragedModel`, timm's `ModelEma`, ema-pytorch's `EMA`, diffusers'
         `EMAModel` and torch-ema are recognised, checkpoints of Lightning's `WeightAveraging`, and plain
-        state dicts of the averaged model. The average keeps its own profile: only the weights and the number of updates come over.
+        state dicts of the averaged model. The average keeps its own profile: only the weights and
+        the number of updates come over.
 
         Args:
             state_dict: the other library's state dict, or a plain one.

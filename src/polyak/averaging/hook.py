@@ -95,7 +95,7 @@ class Attachment:
         self._real: float | Tensor = 0.0  # and those of them that were not skipped
         self._stepped: dict[int, float | Tensor] = {}  # since the last step of all: which, how real
         self._handles: list[Any] = []
-        self._connect(customer)
+        self._connect()
 
     def remove(self) -> None:
         """Take the hooks away; the average keeps what it has. A second call does nothing."""
@@ -140,7 +140,8 @@ class Attachment:
             self._due = None
         self.remove()
 
-    def _connect(self, customer: Customer) -> None:
+    def _connect(self) -> None:
+        customer = self._customer
         captures = self._at is not None or customer.unit == "captures"
         try:
             self._watches = self._register()
@@ -253,9 +254,10 @@ class Members(Customer):
     def __init__(self, tracker: Tracker, member: Member | None = None) -> None:
         self._tracker = tracker
         self._member = member
+        self._owner = tracker if member is None else member  # of the attachment
         self.model = tracker.tensors.model
         self.unit = self._known_unit()
-        if (tracker if member is None else member).attachment is not None:
+        if self._owner.attachment is not None:
             raise UsageError(
                 "This average is attached already, and would count every step twice. With several "
                 "optimizers pass them all, attach([first, second]); to move it, detach() first."
@@ -309,20 +311,14 @@ class Members(Customer):
     def attached(self, attachment: Attachment) -> Sequence[Any] | None:
         """Remember it; what a state loaded earlier has counted continues."""
         pending = next((m.pending for m in self._members() if m.pending is not None), None)
-        if self._member is None:
-            self._tracker.attachment = attachment
-        else:
-            self._member.attachment = attachment
+        self._owner.attachment = attachment
         return pending
 
     def detached(self, attachment: Attachment) -> None:
         """Forget it."""
         for member in self._members():
             member.pending = attachment.pending()
-        if self._member is None:
-            self._tracker.attachment = None
-        else:
-            self._member.attachment = None
+        self._owner.attachment = None
 
 
 def _check_optimizers(

@@ -132,9 +132,8 @@ class Tracker:
                 self._accumulate(members, moments)
         for member, now in zip(members, moments, strict=True):
             member.clock = now.copied_into(member.clock) if capturing else now
-        if (
-            not self.is_attached()
-        ):  # no hook will order the next step after what is still being read
+        if not self.is_attached():
+            # No hook will order the next step after what is still being read.
             self.wait_before_step()
 
     def prepare(self) -> None:

@@ -10,6 +10,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from polyak.tensors.memory import address
+from polyak.tensors.policy import RUNNING_STATISTICS
 
 # What `update_bn` left in a layer, by the versions of its buffers: as long as they are these, the
 # statistics are the measured ones. Every pass has a number.
@@ -60,8 +61,7 @@ class StatisticsRecord:
 
 
 def _statistics(layer: Module) -> list[Tensor]:
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    return [buffer for name in names if (buffer := _buffer(layer, name)) is not None]
+    return [buffer for name in RUNNING_STATISTICS if (buffer := _buffer(layer, name)) is not None]
 
 
 def _buffer(layer: Module, name: str) -> Tensor | None:

@@ -20,10 +20,9 @@ from polyak.batchnorm.record import note_measured
 from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, require, warn
 from polyak.tensors.modes import restored_modes, set_mode
 from polyak.tensors.names import named_tensors
+from polyak.tensors.policy import RUNNING_STATISTICS
 
 Estimator = Literal["pooled", "torch"]
-
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 _NO_BATCHES = (
     "There were no batches, so the statistics were not updated. Check that the iterator was not "
@@ -175,7 +174,9 @@ def _as_torch_does(model: Module, batches: Iterable[Any], forward: Forward | Non
             layer.momentum = None
         if run(model, batches, forward) == 0:
             raise ArgumentError(_NO_BATCHES)
-        found = {layer: {name: layer._buffers[name] for name in _BUFFERS} for layer in chosen}
+        found = {
+            layer: {name: layer._buffers[name] for name in RUNNING_STATISTICS} for layer in chosen
+        }
     _store(found)
 
 
@@ -247,7 +248,10 @@ def _restored(model: Module, layers: Iterable[_NormBase]) -> Iterator[None]:
 @contextmanager
 def restored_buffers(layers: Iterable[_NormBase]) -> Iterator[None]:
     """Scratch buffers during the pass; the layers' own are written only after all has succeeded."""
-    own = [(layer, layer.momentum, {k: layer._buffers[k] for k in _BUFFERS}) for layer in layers]
+    own = [
+        (layer, layer.momentum, {k: layer._buffers[k] for k in RUNNING_STATISTICS})
+        for layer in layers
+    ]
     try:
         for layer, _, buffers in own:
             layer._buffers.update({k: _clone(b) for k, b in buffers.items()})

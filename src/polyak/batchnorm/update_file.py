@@ -22,8 +22,7 @@ from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, check_match
 from polyak.files import as_path, writing_errors
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+from polyak.tensors.policy import RUNNING_STATISTICS
 
 
 def update_bn_file(
@@ -71,7 +70,7 @@ def update_bn_file(
     update_bn(model, batches, limit=limit, layers=layers.values())
     found = model.state_dict()
     for layer in layers:
-        for last in _STATISTICS:
+        for last in RUNNING_STATISTICS:
             name = f"{layer}.{last}" if layer else last
             if name in state:
                 state[name] = found[name].detach().cpu().to(state[name].dtype)

@@ -20,7 +20,7 @@ from reference.old_torch import (
     tar_members,
     tar_of,
 )
-from reference.stored import assert_reads
+from reference.stored import assert_reads, many_tensors
 
 from polyak import average_checkpoints
 from polyak.checkpoints import diff_checkpoints, inspect_checkpoint, open_checkpoint
@@ -31,32 +31,6 @@ from polyak.errors import ArgumentError, FormatError
 def save(value, path, protocol=2):
     torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
     return path
-
-
-def many_tensors():
-    torch.manual_seed(1)
-    base = torch.randn(7, 8)
-    return {
-        "plain": torch.randn(3, 4),
-        "bfloat16": torch.randn(5).bfloat16(),
-        "half": torch.randn(5).half(),
-        "double": torch.randn(2, 2, dtype=torch.float64),
-        "bool": torch.tensor([True, False, True]),
-        "int8": torch.tensor([-1, 2], dtype=torch.int8),
-        "uint16": torch.tensor([1, 2], dtype=torch.uint16),
-        "complex": torch.randn(3, dtype=torch.complex64),
-        "float8": torch.randn(8).to(torch.float8_e4m3fn),
-        "scalar": torch.tensor(3.5),
-        "empty": torch.empty(0, 3),
-        "empty_too": torch.empty(0, 3),
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-        "transposed": base.t(),
-        "tied": base.t(),
-        "row": base[2],
-        "slice": base[1:, 1::3],
-        "channels_last": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
-        "complex_transposed": torch.randn(4, 3, dtype=torch.complex128).t(),
-    }
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])

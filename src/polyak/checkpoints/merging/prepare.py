@@ -299,8 +299,9 @@ def _refuse_idle_options(
     filters = " and ".join(name for name in ("include", "exclude") if getattr(options, name))
     require(
         not (filters and alignment.averages) or any(tensor.mean for tensor in alignment.tensors),
-        f"{filters} {'leave' if ' ' in filters else 'leaves'} nothing to average: all {len(alignment.tensors)} tensors would be those of the "
-        "newest. Convert that checkpoint alone, or let some tensors in.",
+        f"{filters} {'leave' if ' ' in filters else 'leaves'} nothing to average: all "
+        f"{len(alignment.tensors)} tensors would be those of the newest. Convert that checkpoint alone, "
+        "or let some tensors in.",
     )
     ready = (str, Profile, OutputWeights)
     require(

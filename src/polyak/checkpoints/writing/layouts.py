@@ -232,7 +232,8 @@ class _Record:
 class TorchLayout:
     """A torch archive of one flat state dict, name -> tensor; tied names share one storage.
 
-    The state dict is all that is in it, or one of the entries that `around` has. Raises FormatError for a dtype that torch does not have.
+    The state dict is all that is in it, or one of the entries that `around` has. Raises
+    FormatError for a dtype that torch does not have.
     """
 
     def __init__(
