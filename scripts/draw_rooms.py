@@ -21,6 +21,7 @@ PICTURE = ROOT / "docs" / "images" / "rooms.svg"
 # From top to bottom. A room imports only from rooms below it; an arrow that rises is drawn in red.
 ROOMS = (
     "cli",
+    "integrations",
     "report",
     "reference_run",
     "study",

@@ -60,6 +60,17 @@ def test_the_page_about_the_house_names_what_is_there():
         assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), path
 
 
+@pytest.mark.parametrize(
+    "path", sorted((SOURCE / "integrations").glob("*.py")), ids=lambda p: p.stem
+)
+def test_an_adapter_uses_only_what_everybody_can(path):
+    # What an adapter needs from the inside, somebody else's adapter would lack.
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    inside = {name for name in found if name.startswith("polyak.")}
+    assert inside <= {"polyak.errors", "polyak.sharded", "polyak.integrations"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_file_holds_one_idea(path):
     # One law table each, read from top to bottom.

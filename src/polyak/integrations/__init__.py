@@ -1,0 +1,1 @@
+"""Averages inside the frameworks that train: one file per framework, made of the public API."""
