@@ -57,15 +57,18 @@ class TensorSpec:
 class OutputFile:
     """A file that is written in pieces by any number of threads.
 
-    retry: what to do after an error, as `writing_errors` says it.
+    size: what the file is made to have; None for a file that another process has made. retry: what to do
+    after an error, as `writing_errors` says it.
     """
 
-    def __init__(self, path: Path, size: int, *, retry: str = "try again") -> None:
+    def __init__(self, path: Path, size: int | None, *, retry: str = "try again") -> None:
         self.path = path
         self._retry = retry
+        create = 0 if size is None else os.O_CREAT
         with writing_errors(path, retry):
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self.descriptor, size)
+            self.descriptor = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o666)
+            if size is not None:
+                os.ftruncate(self.descriptor, size)
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Write all of `data` at `offset`; OutputError if the disk is full or gone."""
