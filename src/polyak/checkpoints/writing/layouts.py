@@ -21,7 +21,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -319,6 +319,32 @@ class TorchLayout:
     def _directory(self) -> bytes:
         entries = b"".join(_central_header(record) for record in self._records)
         return entries + _end(len(self._records), len(entries), self._directory_at)
+
+
+@lru_cache(maxsize=1024)
+def tensor_archive(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What is before and after the values in a torch archive of one tensor, as `torch.save` makes it.
+
+    Without checksums, as with `torch.serialization.set_crc32_options(False)`: torch reads none, and the
+    values can be written in any order and by several processes.
+    """
+    spec = TensorSpec("a tensor", dtype, shape)
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(_Rebuilt(spec, "0"))
+    values = _Record(_path("data/0"), spec.nbytes)
+    before = [_Record(_path("data.pkl"), stream.tell(), data=stream.getvalue()), values]
+    small = {".format_version": b"1", "byteorder": b"little", "version": b"3\n"}
+    after = [_Record(_path(name), len(data), data=data) for name, data in small.items()]
+    position = 0
+    for record in (*before, *after):
+        record.header_at = position
+        position += len(_local_header(record)) + record.size
+    directory = b"".join(_central_header(record) for record in (*before, *after))
+    head, tail = (
+        b"".join(_local_header(record) + (record.data or b"") for record in records)
+        for records in (before, after)
+    )
+    return head, tail + directory + _end(len(before) + len(after), len(directory), position)
 
 
 def _path(name: str) -> bytes:
