@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import polyak
@@ -242,6 +243,26 @@ def saved_without_extra_state(folder):
 def merged_without_extra_state(folder):
     torch.save(WithState(3, 3).state_dict(), folder / "a.pt")
     polyak.average_checkpoints([folder / "a.pt"], folder / "out")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def merged_without_the_optimizer(folder):
+    state = {"model": {"w": torch.ones(2)}, "optim": {"m": torch.ones(2)}}
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save(state, checkpoint_id=folder / "step-1", no_dist=True)
+    polyak.average_checkpoints(
+        [folder / "step-1"], folder / "out", format="dcp"
+    )  # the line that is to be named
+
+
+@case(PolyakWarning)
+def merged_unrelated_networks(folder):
+    for step in (1, 2):
+        torch.manual_seed(step)
+        torch.save({"w": torch.randn(100, 100)}, folder / f"step-{step}.pt")
+    polyak.average_checkpoints(
+        folder.glob("*.pt"), folder / "out.pt"
+    )  # the line that is to be named
 
 
 @case(PolyakWarning)

@@ -21,6 +21,7 @@ from polyak.checkpoints.merging.prepare import (
     warn_of_lost_state,
     warn_of_stale,
 )
+from polyak.checkpoints.merging.spread import Spread, spread_of, warn_of_no_basin
 from polyak.checkpoints.merging.weights import Method, OutputWeights
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
@@ -170,14 +171,16 @@ def run_merge(
     options: MergeOptions,
     method: Method | None = None,
     *,
-    announce: Callable[[Merge], None] = lambda merge: None,
+    announce: Callable[[Merge, Spread | None], None] = lambda merge, spread: None,
 ) -> MergeResult:
-    """As `average_checkpoints`; `announce` is called with the merge when it is laid out and checked."""
+    """As `average_checkpoints`; `announce` is called with the merge, laid out and checked, and its spread."""
     begin = time.perf_counter()
     with prepared(inputs, outputs, options, method) as merge:
         warn_of_stale(merge)
         warn_of_lost_state(merge)
-        announce(merge)
+        spread = spread_of(merge)
+        warn_of_no_basin(spread)
+        announce(merge, spread)
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 
