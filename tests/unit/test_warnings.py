@@ -250,9 +250,8 @@ def merged_without_the_optimizer(folder):
     state = {"model": {"w": torch.ones(2)}, "optim": {"m": torch.ones(2)}}
     with warnings.catch_warnings(action="ignore"):
         dcp.save(state, checkpoint_id=folder / "step-1", no_dist=True)
-    polyak.average_checkpoints(
-        [folder / "step-1"], folder / "out", format="dcp"
-    )  # the line that is to be named
+    inputs = [folder / "step-1"]
+    polyak.average_checkpoints(inputs, folder / "out", format="dcp")  # the line that is to be named
 
 
 @case(PolyakWarning)
@@ -260,9 +259,8 @@ def merged_unrelated_networks(folder):
     for step in (1, 2):
         torch.manual_seed(step)
         torch.save({"w": torch.randn(100, 100)}, folder / f"step-{step}.pt")
-    polyak.average_checkpoints(
-        folder.glob("*.pt"), folder / "out.pt"
-    )  # the line that is to be named
+    inputs = folder.glob("*.pt")
+    polyak.average_checkpoints(inputs, folder / "out.pt")  # the line that is to be named
 
 
 @case(PolyakWarning)

@@ -221,11 +221,13 @@ def average(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDE  # a path in a file or a pipe stays in one piece
+    shared = _part_of_torchrun()
+    console.quiet = shared is not None and not shared.startswith("1/")  # one plan, not one per rank
     methods = outputs.methods()
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
-    options = replace(options, part=work.part or _part_of_torchrun())
+    options = replace(options, part=work.part or shared)
     with ExitStack() as opened, _notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))
@@ -241,6 +243,7 @@ def average(
                 replace(options, progress=progress),
                 announce=partial(_print_inputs, console, found.left_out),
             )
+    console.quiet = console.quiet and not done.published
     _print_done(console, done)
 
 
