@@ -260,7 +260,6 @@ class Tracker:
             if now.on_device or now.share:
                 torch._foreach_copy_(member.statistics, self.tensors.statistics)
                 member.fresh_layers, member.measured_buffers = set(), {}
-                member.warned_stale = False
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None
