@@ -18,8 +18,9 @@ _HOME_OF = {
     "EMA": "polyak.maths.profiles",
     "LRSchedule": "polyak.averaging.lr_schedule",
     "PolyakError": "polyak.errors",
+    "PolynomialEMA": "polyak.maths.profiles",
     "PowerEMA": "polyak.maths.profiles",
-    "Profile": "polyak.maths.profiles",
+    "Profile": "polyak.maths.profile",
     "SWA": "polyak.maths.profiles",
     "Window": "polyak.maths.profiles",
     "average_checkpoints": "polyak.checkpoints.merging.average",
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.average import iter_averaged_tensors as iter_averaged_tensors
     from polyak.checkpoints.reading.opening import open_checkpoint as open_checkpoint
     from polyak.errors import PolyakError as PolyakError
+    from polyak.maths.profile import Profile as Profile
     from polyak.maths.profiles import EMA as EMA
     from polyak.maths.profiles import SWA as SWA
     from polyak.maths.profiles import After as After
     from polyak.maths.profiles import Annealed as Annealed
+    from polyak.maths.profiles import PolynomialEMA as PolynomialEMA
     from polyak.maths.profiles import PowerEMA as PowerEMA
-    from polyak.maths.profiles import Profile as Profile
     from polyak.maths.profiles import Window as Window
     from polyak.report.schedule import plot_schedule as plot_schedule
 

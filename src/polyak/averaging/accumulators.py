@@ -17,7 +17,8 @@ from torch import Tensor
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
 from polyak.maths.arguments import flag
-from polyak.maths.profiles import Profile, Window
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import Window
 from polyak.tensors.blend import (
     GroupedTensors,
     Update,

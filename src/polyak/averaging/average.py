@@ -23,7 +23,7 @@ from polyak.errors import (
     UsageError,
     warn,
 )
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 
 class Average:

@@ -30,7 +30,7 @@ from torch import Tensor
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.maths.text import format_profile
 from polyak.tensors.policy import Kind
 from polyak.version import __version__

@@ -17,7 +17,7 @@ from polyak.averaging.offload import Staging, stages
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError, require
 from polyak.maths.arguments import number
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
