@@ -23,6 +23,7 @@ _HOME_OF = {
     "Profile": "polyak.maths.profile",
     "SWA": "polyak.maths.profiles",
     "Window": "polyak.maths.profiles",
+    "evaluate_averages": "polyak.averaging.evaluate",
     "average_checkpoints": "polyak.checkpoints.merging.average",
     "iter_averaged_tensors": "polyak.checkpoints.merging.average",
     "open_checkpoint": "polyak.checkpoints.reading.opening",
@@ -33,6 +34,7 @@ _HOME_OF = {
 if TYPE_CHECKING:
     from polyak.averaging.average import Average as Average
     from polyak.averaging.averages import Averages as Averages
+    from polyak.averaging.evaluate import evaluate_averages as evaluate_averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.batchnorm.update import update_bn as update_bn
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints

@@ -167,6 +167,8 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     member.pending = list(state["pending"])
     if attachment := member.attachment or tracker.attachment:
         attachment.resume(member.pending)
+    for one in member.fed:
+        one.after_load()
 
 
 def _check_layout(state: Any) -> None:
