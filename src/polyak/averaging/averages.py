@@ -15,7 +15,7 @@ from polyak.averaging.average import Average
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Tracker
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 
 class Averages(Mapping[str, Average]):

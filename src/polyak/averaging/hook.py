@@ -122,6 +122,11 @@ class Attachment:
         self._steps, self._real = pending[0], pending[1]
         self._stepped = dict.fromkeys(pending[2], 1.0)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether weights are taken as late as possible, when the next step begins."""
+        return self._before_next_step
+
     def unused(self) -> str:
         """What to say of an average that is empty because no step was ever seen; often nothing."""
         if self._has_stepped:

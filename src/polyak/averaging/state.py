@@ -30,7 +30,7 @@ from torch import Tensor
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.maths.text import format_profile
 from polyak.tensors.policy import Kind
 from polyak.version import __version__
@@ -167,6 +167,8 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     member.pending = list(state["pending"])
     if attachment := member.attachment or tracker.attachment:
         attachment.resume(member.pending)
+    for one in member.fed:
+        one.after_load()
 
 
 def _check_layout(state: Any) -> None:
