@@ -49,9 +49,7 @@ def main(folder: str) -> None:
         assert abs(nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).item() - loss) < 1e-5
 
     average.reset()
-    Checkpoint.load_objects(
-        saved, f"{folder}/{saver.last_checkpoint}"
-    )  # resumes the average as well
+    Checkpoint.load_objects(saved, saver.last_checkpoint)  # resumes the average as well
     assert average.count == 12
     assert all(torch.equal(t, at_the_end[n]) for n, t in average.averaged_tensors().items())
 
