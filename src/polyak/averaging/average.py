@@ -147,6 +147,11 @@ class Average:
         self._tracker.take_due()
         return self._member.is_empty()
 
+    @property
+    def lent(self) -> bool:
+        """Whether the model holds an average now, this one or another of its weights: `applied()`."""
+        return self._tracker.owner_of_loan() is not None
+
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
         """Update the average with the model's current weights.
 
@@ -395,6 +400,11 @@ class Average:
         self._tracker.refuse_during_loan("load_state_dict()")
         state.check_state(self._member, state_dict)
         state.load_state(self._member, state_dict)
+
+    def reset(self) -> None:
+        """Forget everything that was averaged: the next update is the first. Attachments stay."""
+        self._tracker.refuse_during_loan("reset()")
+        state.reset(self._member)
 
     def import_state(self, state_dict: Mapping[str, Any], *, updates: int | None = None) -> None:
         """Continue from the average that another library has taken of the same model.

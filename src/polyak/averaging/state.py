@@ -171,6 +171,13 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
         one.after_load()
 
 
+def reset(member: Member) -> None:
+    """Back to an average that has seen nothing; its unit stays, which an attachment may have set."""
+    nothing: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0.0), "count": 0, "unit": member.unit}
+    nothing |= {"fresh_layers": (), "measured_buffers": (), "layer_modes": None}
+    load_state(member, {**nothing, "tensors": {}, "pending": _NOTHING_PENDING})
+
+
 def _check_layout(state: Any) -> None:
     if isinstance(state, Mapping) and {"version", "profile", "tensors"} <= state.keys():
         if not _is_number(state["version"]) or state["version"] != VERSION:
