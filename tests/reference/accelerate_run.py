@@ -84,10 +84,12 @@ def main(folder: Path) -> None:
     """Save and resume on as many processes as there are; then load what one process has saved."""
     saving = Run().train(last=8)
     saving.accelerator.save_state(folder / "both")
+    saved = saving.ema.averaged_tensors()
     whole = saving.train(first=8).values()
     resumed = Run()
     resumed.accelerator.load_state(folder / "both")
-    found = {"resumed": differences(whole, resumed.train(first=8).values())}
+    loaded = differences(saved, resumed.ema.averaged_tensors())
+    found = {"loaded": loaded, "resumed": differences(whole, resumed.train(first=8).values())}
     alone = Run()
     alone.accelerator.load_state(folder / "alone")
     found["counts from one process"] = {n: a.count for n, a in alone.several.items()}

@@ -98,6 +98,7 @@ def test_two_processes(tmp_path):
     statistics = {name for name in first if "running" in name}
     assert len(statistics) == 8
     assert set(differences(first, second)) == statistics  # each process measured its own data,
+    assert [one["loaded"] for one in found] == [[], []]
     assert [one["resumed"] for one in found] == [[], []]  # and has its own back
     assert sorted(p.name for p in (tmp_path / "both").glob("*.pt")) == [
         "average_0.pt", "average_1.pt", "several_0.pt", "several_1.pt",
