@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.accumulators import accumulator_class
+from polyak.averaging.clock import Clock
 from polyak.averaging.tracker import Member, Tracker
 from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
 from polyak.maths.profiles import Profile
@@ -115,6 +116,46 @@ def _held(member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _as_dtensors(empty.state(list(live)), list(live), list(live.values())), statistics
 
 
+def refuse_other_profile(member: Member, state: Mapping[str, Any]) -> None:
+    """Raise FormatError or MismatchError if a state, or this much of it, cannot be this average's."""
+    if state.get("version") != VERSION or "profile" not in state:
+        raise FormatError(
+            f"This is not the state of a polyak average of version {VERSION}: it has version "
+            f"{state.get('version')!r}. Nothing was loaded."
+        )
+    if (found := state["profile"]) != (own := profile_text(member.profile)):
+        _refuse({"profile": f"{found!r}, but this average has {own!r}"})
+
+
+def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict[str, Any]:
+    """The state of an average that is still empty, with room for blocks and snapshots."""
+    tracker = member.tracker
+    with tracker.tensors.bound_temporarily():
+        state = state_dict(Member(tracker, Clock(member.profile), member.unit))
+        tensors = tracker.tensors
+        if n_blocks:
+            block = [{n: _zeros(t, t.dtype) for n, t in state["tensors"].items()}]
+            state["block"] = [{"updates": 0, "start": 0.0, "tensors": b} for b in block]
+        if n_snapshots:
+            state["snapshots"] = [
+                {
+                    "from": 0.0,
+                    "to": 0.0,
+                    "tensors": {
+                        n: _zeros(t, t.dtype)
+                        for n, t in zip(tensors.names, tensors.whole, strict=True)
+                    },
+                }
+                for _ in range(n_snapshots)
+            ]
+    return state
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    values = torch.zeros_like(local(like).detach(), dtype=dtype)
+    return sharded_as(values, like) if is_sharded(like) else values
+
+
 def _as_dtensors(
     held: dict[str, Any], names: Sequence[str], whole: Sequence[Tensor]
 ) -> dict[str, Any]:
@@ -126,9 +167,7 @@ def _as_dtensors(
     return wrapped | {"parts": sum(len(wrapped.get(key, ())) for key in _PARTS)}
 
 
-def _mapped(
-    held: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]
-) -> dict[str, Any]:
+def _mapped(held: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
     """The same with every tensor changed, blocks and snapshots in lists."""
 
     def group(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
+from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
-from polyak.tensors.fsdp import reshard
 from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.sharding import is_sharded, layout, local, sharded_as
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped

@@ -19,7 +19,7 @@ from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import META, in_shared_memory, odd_form
 from polyak.tensors.names import Named, Slot, named_modules, named_tensors
 from polyak.tensors.policy import FROZEN, Decision, Kind, Policy, decisions
-from polyak.tensors.ranks import Ranks
+from polyak.tensors.ranks import ShardRanks
 from polyak.tensors.sharding import (
     is_sharded,
     layout,
@@ -62,7 +62,7 @@ class BoundTensors:
         self.statistics: list[Tensor] = []
         self.norms: dict[str, Module] = {}  # what holds the statistics, by name
         self.others: list[Tensor] = []  # neither averaged nor statistics
-        self.ranks = Ranks(())  # over which the averaged tensors are sharded
+        self.ranks = ShardRanks(())  # over which the averaged tensors are sharded
         self._frozen: list[Tensor] = []
         self._noted: dict[int, int] | None = None  # of frozen tensors at a capture: their versions
         self._shared_at = -1
@@ -190,7 +190,7 @@ class BoundTensors:
         self.names = order or self.names or of_kind[Kind.AVERAGED]
         self.whole = [named.slots[name].tensor for name in self.names]
         self.live = list(map(local, self.whole))
-        self.ranks = Ranks(self.whole)
+        self.ranks = ShardRanks(self.whole)
         self.statistic_names = of_kind[Kind.STATISTIC]
         self.statistics = [local(named.slots[name].tensor) for name in self.statistic_names]
         self.norms = {n.rpartition(".")[0]: named.slots[n].module for n in self.statistic_names}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import NonFiniteError
-from polyak.tensors.ranks import Ranks
+from polyak.tensors.ranks import ShardRanks
 
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -27,7 +27,7 @@ def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def refuse_nonfinite(
-    tensors: Iterable[tuple[str, Tensor]], what: str, advice: str, ranks: Ranks | None = None
+    tensors: Iterable[tuple[str, Tensor]], what: str, advice: str, ranks: ShardRanks | None = None
 ) -> None:
     """Raise NonFiniteError that names every tensor with a NaN or an infinity, on any of the ranks."""
     found = nonfinite(tensors)

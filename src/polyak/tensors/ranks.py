@@ -11,7 +11,7 @@ from torch import Tensor
 from polyak.tensors.sharding import is_first_replica, is_sharded
 
 
-class Ranks:
+class ShardRanks:
     """The ranks over which tensors are sharded. Without any sharded tensor nothing is communicated."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

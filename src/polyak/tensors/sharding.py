@@ -77,7 +77,8 @@ def sharded_as(values: Tensor, like: Tensor) -> Tensor:
     other: Any = like
     meta = TensorMeta(other.shape, other.stride(), values.dtype)
     spec = other._spec.shallow_copy_with_tensor_meta(meta)
-    made: Tensor = DTensor(values.detach(), spec, requires_grad=False)  # type: ignore[abstract]
+    make: Any = DTensor
+    made: Tensor = make(values.detach(), spec, requires_grad=False)
     return made
 
 
@@ -91,7 +92,7 @@ def layout(tensor: Tensor) -> str:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that is whole, or sharded as `like` is.
+    """The part on this rank of a tensor that is whole, or sharded as `like` is.
 
     Raises MismatchError if it is sharded otherwise.
     """
