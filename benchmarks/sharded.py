@@ -75,12 +75,13 @@ def update_ratio(model: nn.Module, sharded: polyak.Average) -> float:
     plain = polyak.Average(Plain(map(local, model.parameters())), polyak.EMA(decay=0.99))
     plain.update()
     ratios = []
-    for _ in range(ROUNDS):
-        dist.barrier()
-        one = timed(plain.update)
-        dist.barrier()
-        ratios.append(timed(sharded.update) / one)
-    return statistics.median(ratios)
+    for index in range(ROUNDS + 1):
+        seconds = {}
+        for one in (plain, sharded) if index % 2 else (sharded, plain):
+            dist.barrier()
+            seconds[one] = timed(one.update)
+        ratios.append(seconds[sharded] / seconds[plain])
+    return statistics.median(ratios[1:])
 
 
 def measure(rank: int, ranks: int, folder: str, megabytes: int) -> None:
