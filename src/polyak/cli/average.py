@@ -45,6 +45,9 @@ class Inputs:
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
+        steps_unit: What times in --method count instead of steps, like tokens: a column of
+            --steps-from, or the number after this word in the names (step100-tokens4B).
+        steps_from: A CSV or JSONL file with the columns step (or file) and the unit.
 
     """
 
@@ -54,6 +57,8 @@ class Inputs:
     best: Whole = None
     metric: str | None = None
     scores: Path | None = None
+    steps_unit: str | None = None
+    steps_from: Path | None = None
 
     def selection(self) -> Selection:
         """As the library takes it."""
@@ -119,6 +124,10 @@ class Tensors:
         base: A checkpoint to add weighted differences to: base + sum of weight x (input - base).
         key: Where the tensors are inside nested dicts, with dots.
         shard_size: The size of a shard, where the output is a folder; 5GB by default.
+        format: Of a folder: safetensors, the default, or dcp (torch.distributed.checkpoint).
+        dcp_files: How many files a DCP folder has; by default as many as the newest input.
+        dcp_key: Where the tensors are in a DCP folder, like model; by default as in the newest.
+        keep_state: Carry over what the newest DCP folder holds beside the model.
 
     """
 
@@ -128,6 +137,10 @@ class Tensors:
     base: str | None = None
     key: str | None = None
     shard_size: str | None = None
+    format: str | None = None
+    dcp_files: Whole = None
+    dcp_key: str | None = None
+    keep_state: Annotated[bool, _Flag] = False
 
 
 @Parameter(name="*")
@@ -208,7 +221,7 @@ def average(
     methods = outputs.methods()
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
-    options = MergeOptions(**_options(outputs, tensors, work))
+    options = MergeOptions(**_options(which, outputs, tensors, work))
     with ExitStack() as opened, _notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))
