@@ -12,6 +12,9 @@ from torch import nn
 from polyak import EMA, SWA, After, Average, Averages, PowerEMA, Window
 from polyak.errors import ArgumentError, MismatchError, NonFiniteError, UsageError
 
+# These networks have BatchNorm layers whose statistics nobody refreshes.
+pytestmark = pytest.mark.filterwarnings("ignore::polyak.errors.StaleStatistics")
+
 PROFILES = {
     "swa": SWA(),
     "ema": EMA(0.9),
