@@ -115,6 +115,22 @@ def test_an_empty_average_leaves_it_as_it_is():
         assert equal(before, teacher.state_dict())
 
 
+def test_steps_that_only_the_device_knows_to_be_skipped_feed_nothing():
+    model, teacher = net(), net()
+    before = copy.deepcopy(teacher.state_dict())
+    average = Average(model, EMA(0.9999))
+    average.follower(teacher, buffers=True)
+    average.write_back(every=1)
+    own = copy.deepcopy(model.state_dict())
+    average.update(real=torch.tensor(0.0))
+    assert equal(before, teacher.state_dict())
+    assert equal(own, model.state_dict())
+    for _ in range(3):
+        average.update(real=torch.tensor(1.0))
+        average.update(real=torch.tensor(0.0))
+    assert torch.equal(teacher[0].weight, average.averaged_tensors()["0.weight"])
+
+
 def test_one_that_comes_later_is_set_at_once_and_ends_with_remove():
     model, teacher = net(), net()
     average = Average(model, SWA())
