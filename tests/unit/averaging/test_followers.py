@@ -220,9 +220,22 @@ def test_another_dtype_gets_the_average_in_its_own_precision():
     exact = torch.stack(seen).mean(0)
     assert (wide.weight.double() - exact).abs().max() < 1e-6
     assert torch.equal(narrow.weight, wide.weight.half())
-    wide.double()  # also when it is converted later
+
+
+@pytest.mark.parametrize("late", ["created", "begun"])
+def test_a_module_that_is_converted_or_moved_later_is_still_followed(late):
+    model, teacher = net(), net()
+    average = Average(model, SWA())
+    average.follower(teacher, buffers=True)
+    if late == "begun":
+        average.update()
+    teacher.double()  # parameters stay the same objects, buffers do not
+    teacher[2].weight = nn.Parameter(torch.zeros(1, 4))
+    shake(model, 1)
     average.update()
-    assert wide.weight.dtype == torch.float64
+    own = average.averaged_tensors()
+    assert teacher[0].weight.dtype == torch.float64
+    assert all(torch.equal(own[n].double(), t.double()) for n, t in teacher.state_dict().items())
 
 
 def test_ties_and_frozen_parameters_are_the_models():
