@@ -204,13 +204,13 @@ class Follower(Fed):
         self._statistics: list[tuple[int, Tensor]] = []
         self._others: list[tuple[Tensor, Tensor]] = []
         for name, tensor in wanted.items():
-            target, source = tensor.detach(), named.slots[names[name]].tensor
+            source = named.slots[names[name]].tensor
             if names[name] in at:
-                self._averaged.append((at[names[name]], target))
+                self._averaged.append((at[names[name]], tensor))
             elif names[name] in statistic_at:
-                self._statistics.append((statistic_at[names[name]], target))
+                self._statistics.append((statistic_at[names[name]], tensor))
             elif source is not tensor and not odd_form(source):
-                self._others.append((source.detach(), target))
+                self._others.append((source, tensor))
         self._targets = list(wanted.values())
         self._generation = tensors.generation
         self._structure = Structure.of(self.module)
