@@ -17,7 +17,8 @@ from torch import Tensor
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
 from polyak.maths.arguments import flag
-from polyak.maths.profiles import Profile, Window
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import Window
 from polyak.tensors.blend import (
     GroupedTensors,
     Update,
@@ -204,7 +205,7 @@ class RunningAverage(Accumulator):
         average = self.tensors[index]
         if not self.block_is_open:
             return average
-        return average + _correction(average, self.block[index], self._growth(now.on_host()))
+        return average + _correction(average, self.block[index], self._growth(now))
 
     def swap_targets(self) -> list[Tensor]:
         """The average, unless an open block holds a part of it."""
@@ -407,9 +408,12 @@ def accumulator_class(profile: Profile) -> type[Accumulator]:
 
 def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
     """`(average + block) / growth - average`, without cancelling the digits of the average."""
+    excess: Any = growth - 1  # before rounding to the dtype of the average: it is small
     if isinstance(growth, Tensor):
-        growth = growth.to(average.device, average.real.dtype)
-    return (block - average * (growth - 1)) / growth
+        kind = (average.device, average.real.dtype)
+        growth, excess = growth.to(*kind), excess.to(*kind)
+    correction: Tensor = (block - average * excess) / growth
+    return correction
 
 
 def _is_small(before: Clock, now: Clock) -> bool:

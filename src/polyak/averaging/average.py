@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.optim.lr_scheduler import LRScheduler
 
 from polyak.averaging import diagnostics, interop, saving, state, values
+from polyak.averaging.followers import Follower, WriteBack
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
@@ -23,7 +24,7 @@ from polyak.errors import (
     UsageError,
     warn,
 )
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 
 class Average:
@@ -146,6 +147,11 @@ class Average:
         self._tracker.take_due()
         return self._member.is_empty()
 
+    @property
+    def lent(self) -> bool:
+        """Whether the model holds an average now, this one or another of its weights: `applied()`."""
+        return self._tracker.owner_of_loan() is not None
+
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
         """Update the average with the model's current weights.
 
@@ -266,6 +272,35 @@ class Average:
         values.refuse_nonfinite_average(self._member, "copy_to()")
         values.copy_into(model, self._member)
 
+    def follower(
+        self,
+        module: Module,
+        *,
+        part: str | None = None,
+        buffers: bool = False,
+        freeze: bool = False,
+        evaluation: bool = False,
+    ) -> Follower:
+        """Keep another module equal to the average after each update: a teacher, a target, an anchor.
+
+        See `polyak.averaging.Follower`, which it returns, for the arguments and what it raises.
+        """
+        return Follower(
+            self._member,
+            module,
+            part=part,
+            buffers=buffers,
+            freeze=freeze,
+            evaluation=evaluation,
+        )
+
+    def write_back(self, *, every: float) -> WriteBack:
+        """Put the average into the model after every `every` units of time, and train on from there.
+
+        See `polyak.averaging.WriteBack`, which it returns, for what happens and what it raises.
+        """
+        return WriteBack(self._member, every)
+
     def update_bn(
         self,
         batches: Iterable[Any],
@@ -365,6 +400,11 @@ class Average:
         self._tracker.refuse_during_loan("load_state_dict()")
         state.check_state(self._member, state_dict)
         state.load_state(self._member, state_dict)
+
+    def reset(self) -> None:
+        """Forget everything that was averaged: the next update is the first. Attachments stay."""
+        self._tracker.refuse_during_loan("reset()")
+        state.reset(self._member)
 
     def import_state(self, state_dict: Mapping[str, Any], *, updates: int | None = None) -> None:
         """Continue from the average that another library has taken of the same model.

@@ -122,6 +122,11 @@ class Attachment:
         self._steps, self._real = pending[0], pending[1]
         self._stepped = dict.fromkeys(pending[2], 1.0)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether weights are taken as late as possible, when the next step begins."""
+        return self._before_next_step
+
     def unused(self) -> str:
         """What to say of an average that is empty because no step was ever seen; often nothing."""
         if self._has_stepped:
@@ -350,8 +355,9 @@ def _refuse_foreign(model: Module, optimizer: Any, watch: StepWatch) -> None:
             f"None of the {len(stepped)} parameters of this {type(optimizer).__name__} is one of "
             f"the {len(own)} of this {type(model).__name__} ({_some(own.values())}). Attach after the "
             "model is in its final form (moved, copied, wrapped), to an optimizer made from its "
-            "parameters. If a framework steps copies of them (float32 master weights, DeepSpeed "
-            "ZeRO), call update() after each step that it has taken."
+            "parameters. If a framework steps copies of them (float32 master weights), call update() "
+            "after each step that it has taken; with DeepSpeed ZeRO stages 1 and 2, "
+            "average.update() after engine.step() if engine.was_step_applied()."
         )
 
 

@@ -27,7 +27,7 @@ from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
 from polyak.files import as_path
 from polyak.maths.arguments import number
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors

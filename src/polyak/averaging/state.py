@@ -30,7 +30,7 @@ from torch import Tensor
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.maths.text import format_profile
 from polyak.tensors.policy import Kind
 from polyak.version import __version__
@@ -167,6 +167,15 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     member.pending = list(state["pending"])
     if attachment := member.attachment or tracker.attachment:
         attachment.resume(member.pending)
+    for one in member.fed:
+        one.after_load()
+
+
+def reset(member: Member) -> None:
+    """Back to an average that has seen nothing; its unit stays, which an attachment may have set."""
+    nothing: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0.0), "count": 0, "unit": member.unit}
+    nothing |= {"fresh_layers": (), "measured_buffers": (), "layer_modes": None}
+    load_state(member, {**nothing, "tensors": {}, "pending": _NOTHING_PENDING})
 
 
 def _check_layout(state: Any) -> None:

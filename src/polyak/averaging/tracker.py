@@ -17,7 +17,7 @@ from polyak.averaging.offload import Staging, stages
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError, require
 from polyak.maths.arguments import number
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
@@ -40,6 +40,7 @@ class Member:
     measured_buffers: dict[str, Tensor] = field(default_factory=dict)  # of averaged statistics
     pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
     attachment: Any = None  # of this member alone; `tracker.attachment` updates the others
+    fed: list[Any] = field(default_factory=list)  # what is fed after each update, as `Fed`
     is_applied: bool = False
     warned_empty: bool = False
     warned_stale: bool = False
@@ -131,7 +132,11 @@ class Tracker:
                 self.prepare()
                 self._accumulate(members, moments)
         for member, now in zip(members, moments, strict=True):
-            member.clock = now.copied_into(member.clock) if capturing else now
+            before = member.clock
+            member.clock = now.copied_into(before) if capturing else now
+            if member.fed and (now.on_device or now.share):
+                for one in member.fed:
+                    one.after_update(before)
         if not self.is_attached():
             # No hook will order the next step after what is still being read.
             self.wait_before_step()
@@ -260,7 +265,6 @@ class Tracker:
             if now.on_device or now.share:
                 torch._foreach_copy_(member.statistics, self.tensors.statistics)
                 member.fresh_layers, member.measured_buffers = set(), {}
-                member.warned_stale = False
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None

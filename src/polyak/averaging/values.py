@@ -93,8 +93,8 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     stay = {id(tensor) for tensor in tensors.everything()} if in_place else tensors.shares_memory()
     acting = ActingModules(tensors.model)
     acting.neutralise()
-    live, values = _to_swap(member, stay)
-    writes = _Writes(live, values, stay)
+    live, values, originals = _to_swap(member, stay)
+    writes = _Writes(live, originals, stay)
     try:
         with (
             swapped(live, values, owner=owner, in_place=stay),
@@ -110,7 +110,7 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
                 writes.end()
                 acting.leave()
     finally:
-        acting.restore(written=bool(writes.shared or writes.exchanged))
+        acting.restore(writes.changed - _of_norms(member))
     _warn_of_writes(member, writes.exchanged)
 
 
@@ -165,23 +165,38 @@ def _value(member: Member, targets: Sequence[Tensor], index: int, live: Tensor) 
 
 
 class _Writes:
-    """Which tensors a block has written to: shared ones have moved, exchanged ones have a new version."""
+    """Which tensors a block has written to: shared ones have moved, exchanged ones have a new version.
 
-    def __init__(self, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]) -> None:
-        pairs = zip(live, values, strict=True)
-        self._addresses = [(t, address(value)) for t, value in pairs if id(t) not in stay]
+    changed: the ids of those whose values are others now. Some kernels (LSTMs) move what they only read.
+    """
+
+    def __init__(self, live: Sequence[Tensor], originals: Sequence[Tensor], stay: set[int]) -> None:
+        pairs = zip(live, originals, strict=True)
+        self._shared = [(t, before, address(before)) for t, before in pairs if id(t) not in stay]
         self._exchanged = [tensor for tensor in live if id(tensor) in stay]
         self._versions: list[int] = []
-        self.shared: list[Tensor] = []
         self.exchanged: list[Tensor] = []
+        self.changed: set[int] = set()
 
     def begin(self) -> None:
         self._versions = [tensor._version for tensor in self._exchanged]
 
     def end(self) -> None:
-        self.shared = [tensor for tensor, before in self._addresses if address(tensor) != before]
+        moved = [(t, before) for t, before, where in self._shared if address(t) != where]
         exchanged = zip(self._exchanged, self._versions, strict=True)
         self.exchanged = [tensor for tensor, before in exchanged if tensor._version != before]
+        changed = [tensor for tensor, before in moved if not _equal(tensor, before)]
+        self.changed = {id(tensor) for tensor in (*changed, *self.exchanged)}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b)
+
+
+def _of_norms(member: Member) -> set[int]:
+    """The ids of what norms keep for themselves: their statistics and counters."""
+    norms = member.tracker.tensors.norms.values()
+    return {id(buffer) for norm in norms for buffer in norm._buffers.values()}
 
 
 def _warn_of_writes(member: Member, written: Sequence[Tensor]) -> None:
@@ -195,31 +210,29 @@ def _warn_of_writes(member: Member, written: Sequence[Tensor]) -> None:
         )
 
 
-def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """The live tensors and what they hold in the block, copies only where contents are exchanged."""
+def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The live tensors, what they hold in the block, and the originals that this is shared from."""
     tensors = member.tracker.tensors
-    own = {id(tensor) for tensor in _swap_targets(member)}
-    live: list[Tensor] = []
-    values: list[Tensor] = []
-    for weight, value in zip(tensors.live, as_model_dtype(member), strict=True):
-        live.append(weight)
-        shares = id(value) in own and id(weight) not in stay
-        values.append(_protected(value) if shares else value)
-    for buffer, value in zip(tensors.statistics, member.statistics, strict=True):
-        live.append(buffer)
-        values.append(value.clone() if id(buffer) in stay else _protected(value))
+    kept = {id(tensor) for tensor in (*member.statistics, *member.measured_buffers.values())}
+    own = kept | {id(tensor) for tensor in _swap_targets(member)}
+    live = [*tensors.live, *tensors.statistics]
+    originals = [*as_model_dtype(member), *member.statistics]
+    values = []
+    for tensor, original in zip(live, originals, strict=True):
+        if id(tensor) in stay:
+            values.append(original.clone() if id(original) in kept else original)
+        elif (shared := copy_on_write(original)) is not None:
+            values.append(shared)
+        else:
+            values.append(original.clone() if id(original) in own else original)
     for other in tensors.others:
         if id(other) in stay or not _may_be_written(other):
             continue
         if (shared := copy_on_write(other)) is not None:
             live.append(other)
             values.append(shared)
-    return live, values
-
-
-def _protected(value: Tensor) -> Tensor:
-    shared = copy_on_write(value)
-    return value.clone() if shared is None else shared
+            originals.append(other.detach())
+    return live, values, originals
 
 
 def _may_be_written(tensor: Tensor) -> bool:

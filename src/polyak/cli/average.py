@@ -77,8 +77,9 @@ class Outputs:
     Attributes:
         output: A .safetensors file, a torch archive (.pt .pth .bin .ckpt), or a folder. Repeat
             --method and -o for several outputs in one pass.
-        method: swa, ema:half_life=3000, ema:decay=0.999, power:std=0.1, window:length=10000,
-            annealed:shape=linear|cosine|sqrt; times in training steps. By default swa.
+        method: swa, ema:half_life=3000, ema:decay=0.999, power:std=0.1, polynomial:c=1,k=0.5,
+            window:length=10000, annealed:shape=linear|cosine|sqrt; times in training steps. By
+            default swa.
         weights: One weight per input in the order given, like 0.2,0.3,0.5, instead of --method.
         normalize: Divide the weights by their sum.
 

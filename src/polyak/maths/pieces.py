@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from polyak.errors import ArgumentError
 from polyak.maths.arguments import numbers
-from polyak.maths.profiles import SWA, After, Profile, check_profile
+from polyak.maths.profile import Profile, check_profile
+from polyak.maths.profiles import SWA, After
 
 
 def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float64]:

@@ -175,7 +175,7 @@ class BoundTensors:
         ]
         self._noted = None
         self._signatures = {n: _signature(named.slots[n].tensor) for n in self._tracked_names()}
-        self._structure = _Structure.of(self.model)
+        self._structure = Structure.of(self.model)
         # For 1-D tensors numel() determines the shape and is cheaper to query: the check runs before
         # every update, and a model has more vectors than matrices.
         self._vectors = [tensor for tensor in self.live if tensor.dim() == 1]
@@ -250,7 +250,7 @@ _WRITTEN = (
 
 
 @dataclass(frozen=True)
-class _Structure:
+class Structure:
     """What every module of the model holds, by identity: whether it still does is fast to tell."""
 
     holders: list[dict[str, Any]]
@@ -259,7 +259,8 @@ class _Structure:
     contents: list[Any]
 
     @classmethod
-    def of(cls, model: Module) -> _Structure:
+    def of(cls, model: Module) -> Structure:
+        """That of the model as it is now."""
         modules = {id(module): module for _, module in named_modules(model)}.values()
         holders = [h for m in modules for h in (m._modules, m._parameters, m._buffers)]
         filled = [holder.values for holder in holders if holder]
@@ -267,6 +268,7 @@ class _Structure:
         return cls(holders, list(map(len, holders)), filled, contents)
 
     def holds(self) -> bool:
+        """Whether every module still holds the same tensors and modules."""
         if list(map(len, self.holders)) != self.counts:
             return False
         return all(map(is_, chain.from_iterable([v() for v in self.filled]), self.contents))

@@ -77,5 +77,8 @@ def test_master_copies_and_partitions_are_told_what_to_do() -> None:
             self.optimizer.step()
 
     model = nn.Linear(3, 2)
-    with pytest.raises(ArgumentError, match=r"DeepSpeed ZeRO\), call update\(\) after each step"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"DeepSpeed ZeRO stages 1 and 2, average.update\(\) after engine.step\(\)",
+    ):
         Average(model, SWA()).attach(Partitioned(list(model.parameters())))

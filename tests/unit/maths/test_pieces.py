@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from polyak.errors import ArgumentError
 from polyak.maths.pieces import effective_samples, piece_weights
-from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PolynomialEMA, PowerEMA, Window
 
 PROFILES = [
-    SWA(), EMA(0.99), EMA(0.9, keep_initial=True), PowerEMA(6.94), Window(1000), Annealed.from_shape("cosine"),
+    SWA(), EMA(0.99), EMA(0.9, keep_initial=True), PowerEMA(6.94), PolynomialEMA(1, 0.5), Window(1000), Annealed.from_shape("cosine"),
     After(0, SWA()),
 ]  # fmt: skip
 

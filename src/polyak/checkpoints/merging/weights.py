@@ -14,7 +14,8 @@ from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
 from polyak.maths.arguments import numbers
 from polyak.maths.pieces import effective_samples, piece_weights
-from polyak.maths.profiles import SWA, Profile
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import SWA
 from polyak.maths.text import parse_profile
 from polyak.version import __version__
 
