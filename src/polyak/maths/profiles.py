@@ -56,6 +56,9 @@ class Profile(ABC):
     has_horizon: ClassVar[bool] = False
     """Whether a parameter is a length of time, so that the unit of time changes the meaning."""
 
+    centred: ClassVar[bool] = True
+    """Whether a stored snapshot stands for the time around it, if streaming, not for that before it."""
+
     @abstractmethod
     def mass(self, x: float, now: float) -> float:
         """`F(x, now)`: the share of the average at `now` that comes from the time up to `x`."""
@@ -187,6 +190,8 @@ class SWA(Profile):
     >>> [SWA().share(now=n, dt=1) for n in (1, 2, 4)]
     [1.0, 0.5, 0.25]
     """
+
+    centred: ClassVar[bool] = False
 
     def mass(self, x: float, now: float) -> float:
         """`x / now`."""
@@ -374,6 +379,7 @@ class Window(Profile):
 
     length: float
     streaming: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -413,6 +419,7 @@ class Annealed(Profile):
 
     curve: Callable[[float], float]
     streaming: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         curve: object = self.curve
