@@ -20,7 +20,9 @@ _HOME_OF = {
     "PolyakError": "polyak.errors",
     "PowerEMA": "polyak.maths.profiles",
     "Profile": "polyak.maths.profiles",
+    "Recorder": "polyak.averaging.recorder",
     "SWA": "polyak.maths.profiles",
+    "Trajectory": "polyak.study.trajectory",
     "Window": "polyak.maths.profiles",
     "average_checkpoints": "polyak.checkpoints.merging.average",
     "iter_averaged_tensors": "polyak.checkpoints.merging.average",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from polyak.averaging.average import Average as Average
     from polyak.averaging.averages import Averages as Averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
+    from polyak.averaging.recorder import Recorder as Recorder
     from polyak.batchnorm.update import update_bn as update_bn
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints
     from polyak.checkpoints.merging.average import iter_averaged_tensors as iter_averaged_tensors
@@ -46,5 +49,6 @@ if TYPE_CHECKING:
     from polyak.maths.profiles import Profile as Profile
     from polyak.maths.profiles import Window as Window
     from polyak.report.schedule import plot_schedule as plot_schedule
+    from polyak.study.trajectory import Trajectory as Trajectory
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

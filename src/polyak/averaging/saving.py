@@ -38,13 +38,13 @@ def save(
     member.tracker.ready_to_read()
     if member.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")
-    _refuse_odd_forms(member, path)
+    refuse_odd_forms(member, path)
     refuse_nonfinite_average(member, f"Not saved to {path}")
     metadata = provenance(member)
     if metadata["batchnorm"] == "stale":
         warn(f"{STALE.format('saving')} The file says that they are stale.", StaleStatistics)
     tensors, ties = _state_dict(member)
-    extra = _extra_state(member.tracker.tensors.model)
+    extra = extra_state(member.tracker.tensors.model)
     if layout == "averaged_model":
         tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
         extra = {f"module.{name}": value for name, value in extra.items()}
@@ -83,7 +83,7 @@ def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str
     return tensors, {alias: name for alias, name in ties.items() if name in tensors}
 
 
-def _extra_state(model: Module) -> dict[str, Any]:
+def extra_state(model: Module) -> dict[str, Any]:
     """What `get_extra_state` of the modules that have it returns now, as `Module.state_dict` names it."""
     return {
         f"{prefix}_extra_state": module.get_extra_state()
@@ -108,7 +108,8 @@ def _as_averaged_model(
     return wrapped, {f"module.{alias}": f"module.{name}" for alias, name in ties.items()}
 
 
-def _refuse_odd_forms(member: Member, path: str | os.PathLike[str]) -> None:
+def refuse_odd_forms(member: Member, path: str | os.PathLike[str]) -> None:
+    """Raise ArgumentError for tensors of the model that are not dense: files cannot hold them."""
     slots = named_tensors(member.tracker.tensors.model).slots
     forms = {n: odd_form(s.tensor) for n, s in slots.items() if s.persistent}
     if listed := ", ".join(f"{name} ({form})" for name, form in forms.items() if form):

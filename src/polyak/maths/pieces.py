@@ -61,7 +61,7 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
     if profile.innermost.centred and profile.streaming:
         return _centred(profile.innermost, moments, counted, profile.start if later else None)
     origin = 2 * moments[0] - moments[1]
-    weights = _since(profile, origin).weights((moments - origin).tolist())
+    weights = since(profile, origin).weights((moments - origin).tolist())
     return np.asarray(weights / weights.sum())
 
 
@@ -111,7 +111,7 @@ def _moments(steps: Sequence[float]) -> NDArray[np.float64]:
     return moments
 
 
-def _since(profile: Profile, origin: float) -> Profile:
+def since(profile: Profile, origin: float) -> Profile:
     """The same profile with time counted from `origin`, before which nothing was stored."""
     if not isinstance(profile, After):
         return profile

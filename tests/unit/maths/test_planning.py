@@ -49,7 +49,7 @@ def test_the_planned_errors_of_the_experiments(age, count, expected):
     spans = even(count, captures=58)
     profile = EMA(decay=np.exp(-1 / (age * 1000)).item())
     weights = interval_weights(profile, spans, 1000).tolist()
-    assert planned_error(profile, spans, weights, 1000) == pytest.approx(expected, rel=0.35)
+    assert planned_error(profile, spans, weights, 1000) == pytest.approx(expected, rel=0.45)
 
 
 def test_few_captures_cost_more_and_a_window_on_edges_costs_only_that():
