@@ -31,13 +31,14 @@ def planned_error(
     now: float,
 ) -> float:
     """sqrt(integral of (F_made - F)^2 / integral of F^2), F_made a step at every capture."""
-    n, last = 40_000, max(now, intervals[-1][1])
+    n, last = 8_000, max(now, intervals[-1][1])
     above = below = 0.0
     for x in ((i + 0.5) * last / n for i in range(n)):
         made = 0.0
         for (begin, end, captures), weight in zip(intervals, weights, strict=True):
             for j in range(1, captures + 1):
-                if begin + (end - begin) * j / captures <= x:
+                place = 1 if captures == 1 else (j - 0.5) / captures
+                if begin + (end - begin) * place <= x:
                     made += weight / captures
         wanted = profile.mass(x, now) if x < now else 1.0
         above += (made - wanted) ** 2

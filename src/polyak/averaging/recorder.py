@@ -17,11 +17,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from polyak.averaging import saving, state
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.record_folder import RecordFolder, contents_of, record_id
+from polyak.averaging.recorder_options import (
+    TINY,
+    VERSION,
+    checked_interval,
+    checked_keep,
+    checked_state,
+    expected,
+    no_average,
+    size,
+)
 from polyak.averaging.tracker import Member, Tracker
 from polyak.errors import (
-    ArgumentError,
-    FormatError,
-    MismatchError,
     NonFiniteError,
     UsageError,
     require,
@@ -34,10 +41,8 @@ from polyak.maths.profiles import SWA
 from polyak.tensors.names import named_tensors
 from polyak.tensors.sharding import refuse_sharded_modules
 
-VERSION = 1
 SLOW_SECONDS = 1.0
 """How long a capture may wait for the disk before a warning says so."""
-_TINY = 1e-9  # of an interval: what sums of floats may be off
 
 
 class Recorder:
@@ -108,10 +113,10 @@ class Recorder:
         self._member = self._tracker.join(SWA())
         self._member.unit = unit
         self.unit = unit
-        self._base = self._interval = _checked_interval(interval, total, intervals)
+        self._base = self._interval = checked_interval(interval, total, intervals)
         self._total = total
         self._per_interval = at_least_one("captures", captures)
-        self._keep = _checked_keep(keep)
+        self._keep = checked_keep(keep)
         self._folder = RecordFolder(as_path(folder), dtype)
         self._begun = False  # the folder is known to be ours
         self._closed = False
@@ -119,8 +124,8 @@ class Recorder:
         self._unread: Tensor | float = 0.0  # time that the device knows, as steps may be skipped
         self._latest = 0.0  # the time if none was
         self._start = 0.0  # of the present interval,
-        self._captured = 0.0  # when weights were last taken,
-        self._captures = 0  # and how often in it
+        self._covered = 0.0  # up to where captures stand for it,
+        self._captures = 0  # and how many
         self._carry: dict[str, Tensor] = {}
         self._writing: Span | None = None
         self._tried = 0.0  # when writing failed: it is tried again at the next edge
@@ -191,10 +196,10 @@ class Recorder:
         self._tracker.refuse_during_loan("close()")
         self._detach()
         self._read_time()
-        if self._time > self._captured:
-            self._capture(last=True)
         self._settle()
-        if self._captures:  # nothing since the last capture, or the disk had no room
+        if self._time > max(self._covered, self._start):
+            self._capture(self._time)
+        if self._captures:
             self._write()
             self._settle(last=True)
         self._closed = True
@@ -216,10 +221,10 @@ class Recorder:
             "interval": self._interval,
             "time": self._time,
             "start": self._start,
-            "captured": self._captured,
+            "captured": self._covered,
             "captures": self._captures,
             "carry": tuple(self._carry.items()),
-            "average": average if self._captures else {**average, **_nothing(self._member)},
+            "average": average if self._captures else {**average, **no_average()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -230,14 +235,14 @@ class Recorder:
         """
         self._tracker.refuse_during_loan("load_state_dict()")
         self._settle()
-        found = _checked_state(state_dict, self._base)
+        found = checked_state(state_dict, self._base)
         state.check_state(self._member, found["average"])
         if found["record"] and _records():
             self._folder.resume(found["record"], found["start"])
         self._begun = bool(found["record"])
         state.load_state(self._member, found["average"])
         self._interval, self._time = found["interval"], found["time"]
-        self._start, self._captured = found["start"], found["captured"]
+        self._start, self._covered = found["start"], found["captured"]
         self._captures, self._carry = found["captures"], dict(found["carry"])
         self._unread, self._latest = 0.0, self._time
         self._state_start = self._start
@@ -271,34 +276,60 @@ class Recorder:
         else:
             self._time += dt
         self._latest += dt
-        # Where only the device knows what was skipped, it is asked once a capture, not every step.
-        if self._cell(self._latest) > self._cell(self._captured):
+        # Where only the device knows what was skipped, it is asked when something is due, not every step.
+        if self._is_due(self._latest, dt):
             self._read_time()
-            if self._cell(self._time) > self._cell(self._captured):
-                self._capture()
+            if self._is_due(self._time, dt):
+                self._take(dt)
 
     def _read_time(self) -> None:
         self._time += float(self._unread)
         self._unread, self._latest = 0.0, self._time
 
-    def _cell(self, time: float) -> int:
-        return math.floor(time * self._per_interval / self._interval + _TINY)
+    def _is_due(self, time: float, dt: float) -> bool:
+        return self._cells(time, dt) > self._covered_cells or self._ends(time)
 
-    def _capture(self, *, last: bool = False) -> None:
+    def _ends(self, time: float) -> bool:
+        """Whether the present interval ends at this time or before."""
+        return self._place(time) > self._place(max(self._start, self._tried))
+
+    def _cells(self, time: float, dt: float) -> int:
+        """How many of the cells that captures stand for have their middle behind them.
+
+        Weights taken in the middle of a cell are its mean if they drift evenly; at its end they would all
+        be half a cell too new, which is most of what few captures cost.
+        """
+        if self._per_interval == 1:
+            return self._place(time)
+        return math.floor((time - dt / 2) / self._cell + 0.5 + TINY)
+
+    @property
+    def _cell(self) -> float:
+        return self._interval / self._per_interval
+
+    @property
+    def _covered_cells(self) -> int:
+        return math.floor(self._covered / self._cell + TINY)
+
+    def _take(self, dt: float) -> None:
         self._tracker.refuse_during_loan("update()")
         self._settle()
-        if _records():
-            self._tracker.update(self._time - self._captured, True, [self._member])
-            self._begin()
-        self._captured = self._time
-        self._captures += 1
-        if last or self._place(self._time) > self._place(max(self._start, self._tried)):
+        cells = self._cells(self._time, dt)
+        if cells > self._covered_cells:
+            self._capture(self._time if dt >= self._cell else cells * self._cell)
+        if self._ends(self._time) and self._captures:
             self._write()
-            if last:
-                self._settle(last=True)
+
+    def _capture(self, until: float) -> None:
+        """The present weights stand for the time from the last ones to `until`."""
+        if _records():
+            self._tracker.update(until - self._covered, True, [self._member])
+            self._begin()
+        self._covered = until
+        self._captures += 1
 
     def _place(self, time: float) -> int:
-        return math.floor(time / self._interval + _TINY)
+        return math.floor(time / self._interval + TINY)
 
     def _begin(self) -> None:
         """At the first capture: the folder must be ours, and how large the record will be is said."""
@@ -308,12 +339,12 @@ class Recorder:
         self._folder.begin(record_id(self._tracker.tensors.live))
         self._begun = True
         each = self._bytes_of_one()
-        said, most = _expected(each, self._total, self._base, self._keep)
+        said, most = expected(each, self._total, self._base, self._keep)
         sys.stderr.write(f"polyak: recording to {self._folder.path}, {said}.\n")
         free = shutil.disk_usage(self._folder.path).free
         if most > free:
             warn(
-                f"The record in {self._folder.path} will take {_size(most)}, and {_size(free)} are free. "
+                f"The record in {self._folder.path} will take {size(most)}, and {size(free)} are free. "
                 "Make room, record fewer intervals, pass keep=, or dtype=torch.bfloat16."
             )
         lost = [n for n, v in saving.extra_state(self.model).items() if not isinstance(v, Tensor)]
@@ -341,7 +372,7 @@ class Recorder:
     def _write(self) -> None:
         """Hand the mean of the interval to the thread that writes; captures wait for it from now on."""
         span = Span(self._start, self._time, self._captures)
-        self._writing = span
+        self._writing, self._covered = span, self._time
         if self._keep is not None and self._place(self._time) >= self._keep:
             self._interval *= 2
             self._merges = True
@@ -363,8 +394,8 @@ class Recorder:
 
     def _number(self, span: Span) -> int:
         """Of intervals of the first length, those that have ended, and one that has not."""
-        ended = math.floor(span.end / self._base + _TINY)
-        return ended if ended > math.floor(span.start / self._base + _TINY) else ended + 1
+        ended = math.floor(span.end / self._base + TINY)
+        return ended if ended > math.floor(span.start / self._base + TINY) else ended + 1
 
     def _settle(self, *, last: bool = False) -> None:
         """Wait for what is being written; begin the next interval, or go on with one that was not."""
@@ -421,92 +452,9 @@ class _Hooked(Members):
         return self._recorder._latest == 0
 
 
-def _checked_interval(interval: float | None, total: float | None, intervals: int) -> float:
-    at_least_one("intervals", intervals)
-    if (interval is None) == (total is None):
-        raise ArgumentError(
-            "A Recorder needs the length of an interval or that of the training: pass interval=1000, or "
-            f"total=100000 to have it divided by intervals={intervals}; not both. If the length is "
-            "unknown, pass a short interval and keep=64."
-        )
-    what, given = ("total", total) if interval is None else ("interval", interval)
-    length = float(number(what, given if given is not None else 0))
-    require(0 < length < math.inf, f"{what} is {given}; expected a positive time.")
-    return length / intervals if interval is None else length
-
-
-def _checked_keep(keep: int | None) -> int | None:
-    if keep is not None:
-        require(
-            at_least_one("keep", keep) % 2 == 0,
-            f"keep is {keep}; expected an even number of files, which are merged in pairs.",
-        )
-    return keep
-
-
-def _checked_state(found: Any, base: float) -> dict[str, Any]:
-    needed = {
-        "version", "record", "base", "interval", "time", "start", "captured", "captures", "carry", "average",
-    }  # fmt: skip
-    if not isinstance(found, Mapping) or needed - found.keys() or found["version"] != VERSION:
-        raise FormatError(
-            f"This is not the state of a Recorder: expected {', '.join(sorted(needed))}, and version "
-            f"{VERSION}. Nothing was loaded."
-        )
-    try:
-        numbers = [
-            float(found[n]) for n in ("base", "interval", "time", "start", "captured", "captures")
-        ]
-        carry = dict(found["carry"])
-    except (TypeError, ValueError):
-        numbers, carry = [-1.0], {}
-    tensors = all(isinstance(one, Tensor) for one in carry.values())
-    if not tensors or min(numbers) < 0 or not isinstance(found["record"], str):
-        raise FormatError("The state of the Recorder is damaged. Nothing was loaded.")
-    if found["base"] != base:
-        raise MismatchError(
-            f"The state is of a record with intervals of {found['base']:g}, and this one's are {base:g}. "
-            "Nothing was loaded. Make the Recorder with the interval that the record began with."
-        )
-    return dict(found)
-
-
-def _nothing(member: Member) -> dict[str, Any]:
-    """An interval that has just begun holds nothing: what the last one left is not its own."""
-    return {
-        "time": 0.0,
-        "count": 0,
-        "sum_squared_shares": 0.0,
-        "time_if_none_skipped": 0.0,
-        "block": (),
-    }
-
-
 def _records() -> bool:
     """Whether this process writes: all hold the same weights under DDP."""
     distributed = torch.distributed
     return not (
         distributed.is_available() and distributed.is_initialized() and distributed.get_rank()
     )
-
-
-def _expected(each: int, total: float | None, interval: float, keep: int | None) -> tuple[str, int]:
-    """How large the record will be, in words and in bytes."""
-    if total is not None:
-        count = math.ceil(total / interval - _TINY)
-        count = count if keep is None else min(count, keep)
-        return f"{count} intervals of {_size(each)}: {_size(count * each)} in all", count * each
-    if keep is not None:
-        return (
-            f"at most {keep} intervals of {_size(each)}: {_size(keep * each)} in all",
-            keep * each,
-        )
-    return f"{_size(each)} for every interval of {interval:g}", each
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

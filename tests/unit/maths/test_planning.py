@@ -71,4 +71,4 @@ def test_effective_samples_count_captures():
     spans = even(4, captures=5)
     assert effective_captures(spans, [0.25] * 4) == pytest.approx(20)
     assert effective_captures(spans, [0, 0, 0, 1.0]) == pytest.approx(5)
-    assert spans[0].mean_time == pytest.approx(150)
+    assert spans[0].mean_time == pytest.approx(125)
