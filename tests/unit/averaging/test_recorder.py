@@ -475,3 +475,38 @@ def test_sharded_models_are_refused(tmp_path):
 
     with pytest.raises(PolyakError, match="sharded"):
         polyak.Recorder(FSDPModule(2, 2), tmp_path, interval=10)
+
+
+def ddp_rank(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    torch.manual_seed(rank)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with polyak.Recorder(model, folder / "record", interval=2, keep=4) as made:
+        made.attach(optimizer)
+        for step in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).sum().backward()
+            optimizer.step()
+            if step == 4:
+                torch.save(made.state_dict(), folder / f"state-{rank}.pt")
+    assert made.interval == 4
+    torch.distributed.destroy_process_group()
+
+
+def test_under_ddp_rank_0_records(tmp_path):
+    import torch.multiprocessing as mp
+
+    running = mp.start_processes(ddp_rank, (tmp_path,), 2, join=False, start_method="fork")
+    assert any(running.join(timeout=60) for _ in range(4))
+    found = scan_intervals(tmp_path / "record").intervals
+    assert [(one.start, one.end) for one in found] == [(0, 4), (4, 8), (8, 12)]
+    with polyak.open_checkpoint(found[0].path) as opened:
+        assert {*opened.tensors} == {"weight", "bias"}  # without the wrapper's prefix
+    states = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert states[0]["record"]
+    assert {n: states[0][n] for n in ("time", "start", "interval")} == {
+        n: states[1][n] for n in ("time", "start", "interval")
+    }
