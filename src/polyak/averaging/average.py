@@ -18,12 +18,7 @@ from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
 from polyak.batchnorm.update import update_bn, warn_unsupported
-from polyak.errors import (
-    EmptyAverage,
-    StaleStatistics,
-    UsageError,
-    warn,
-)
+from polyak.errors import EmptyAverage, StaleStatistics, UsageError, warn
 from polyak.maths.profile import Profile
 
 
@@ -373,14 +368,8 @@ class Average:
         NonFiniteError, naming the tensors; UsageError while nothing has been averaged; ArgumentError
         for another suffix or a layout that the format has no room for.
         """
-        saving.save(
-            self._member,
-            path,
-            layout=layout,
-            overwrite=overwrite,
-            shards=shards,
-            carry=carry,
-        )
+        how: dict[str, Any] = {"layout": layout, "overwrite": overwrite}
+        saving.save(self._member, path, **how, shards=shards, carry=carry)
 
     def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
         """Continue from a file: what `save` wrote, a saved `state_dict()`, or another library's average.

@@ -17,7 +17,7 @@ from polyak.maths.arguments import flag, number
 from polyak.tensors.binding import Structure
 from polyak.tensors.memory import odd_form, shape_of
 from polyak.tensors.names import named_modules, named_tensors, require_module
-from polyak.tensors.sharding import is_sharded, refuse_flat_modules, refuse_partitioned
+from polyak.tensors.sharding import refuse_flat_modules, refuse_partitioned, refuse_sharded
 from polyak.tensors.swap import current_owner, recompute_derived
 
 
@@ -148,7 +148,7 @@ class Follower(Fed):
         named, kinds = tensors.inspect()
         own = named_tensors(self.module)
         refuse_flat_modules(self.module)
-        _refuse_sharded("follower()", self.module, tensors.model)
+        refuse_sharded("follower()", self.module, tensors.model)
         wanted = {n: s.tensor for n, s in own.slots.items() if s.is_parameter}
         if self._buffers:
             wanted |= {n: s.tensor for n, s in own.slots.items() if s.persistent}
@@ -282,23 +282,11 @@ class WriteBack(Fed):
         if not passed or member.is_empty() or member.accumulator is None:
             return
         tracker.finish()
-        _refuse_sharded("write_back()", tracker.tensors.model)
+        refuse_sharded("write_back()", tracker.tensors.model)
         refuse_nonfinite_average(member, "write_back()")
         for index, live in enumerate(tracker.tensors.live):
             live.detach().copy_(member.accumulator.value(index, now))
         recompute_derived(tracker.tensors.model)
-
-
-def _refuse_sharded(what: str, *models: Module) -> None:
-    # FSDP2 shows plain parameters between a forward pass and the next step; the module knows better.
-    for model in models:
-        kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-        found = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
-        if found or "FSDPModule" in kinds:
-            raise ArgumentError(
-                f"{what} is not available on sharded models yet ({found or type(model).__name__}). Use "
-                "copy_to(model) where a sharded model is to take its average for good."
-            )
 
 
 def _checked_part(member: Member, part: str | None) -> str:

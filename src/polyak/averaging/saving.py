@@ -51,7 +51,7 @@ def save(
         check_target(target, overwrite=overwrite)
     if member.is_empty():
         raise UsageError("There is nothing to save: nothing has been averaged yet.")
-    _refuse_odd_forms(member, path)
+    refuse_odd_forms(member, path)
     refuse_nonfinite_average(member, f"Not saved to {path}")
     metadata = provenance(member)
     if metadata["batchnorm"] == "stale":
@@ -61,7 +61,7 @@ def save(
             member, path, metadata, overwrite=overwrite, shards=shards, carry=carry
         )
     tensors, ties = _state_dict(member)
-    extra = _extra_state(member.tracker.tensors.model)
+    extra = extra_state(member.tracker.tensors.model)
     if layout == "averaged_model":
         tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
         extra = {f"module.{name}": value for name, value in extra.items()}
@@ -81,7 +81,7 @@ def _save_together(
 
     carry = options.pop("carry")
     entries = _entries(member)
-    extra = _extra_state(member.tracker.tensors.model)
+    extra = extra_state(member.tracker.tensors.model)
     entries |= {n: _boxes(v, v) for n, v in extra.items() if isinstance(v, Tensor)}
     if lost := {name: value for name, value in extra.items() if name not in entries}:
         warn_of_lost(as_path(path), lost, is_torch=False)
@@ -166,7 +166,7 @@ def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str
     return tensors, {alias: name for alias, name in ties.items() if name in tensors}
 
 
-def _extra_state(model: Module) -> dict[str, Any]:
+def extra_state(model: Module) -> dict[str, Any]:
     """What `get_extra_state` of the modules that have it returns now, as `Module.state_dict` names it."""
     return {
         f"{prefix}_extra_state": module.get_extra_state()
@@ -191,7 +191,8 @@ def _as_averaged_model(
     return wrapped, {f"module.{alias}": f"module.{name}" for alias, name in ties.items()}
 
 
-def _refuse_odd_forms(member: Member, path: str | os.PathLike[str]) -> None:
+def refuse_odd_forms(member: Member, path: str | os.PathLike[str]) -> None:
+    """Raise ArgumentError for tensors of the model that are not dense: files cannot hold them."""
     slots = named_tensors(member.tracker.tensors.model).slots
     forms = {n: odd_form(s.tensor) for n, s in slots.items() if s.persistent}
     if listed := ", ".join(f"{name} ({form})" for name, form in forms.items() if form):

@@ -57,6 +57,12 @@ class Member:
             self.take_measured()
         return sorted(self.tracker.moving_layers() - self.fresh_layers)
 
+    def restart(self) -> None:
+        """Begin to average again, as if nothing had been; what was held may be overwritten."""
+        self.clock = Clock(self.profile)
+        if self.accumulator is not None:
+            self.accumulator.restart()
+
     def is_empty(self) -> bool:
         """Whether nothing has been averaged yet; this waits for a device that holds the time."""
         return self.accumulator is None or float(self.clock.count) == 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from polyak.cli.converters import Whole
+from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _range(text: str | None) -> tuple[int | None, int | None] | None:
     return bounds
 
 
-_INPUTS, _TENSORS, _WORK = Inputs(), Tensors(), Work()
+_INPUTS, _TENSORS, _WORK, _RECORD = Inputs(), Tensors(), Work(), Record()
 
 
 def average(
@@ -197,8 +198,11 @@ def average(
     which: Inputs = _INPUTS,
     tensors: Tensors = _TENSORS,
     work: Work = _WORK,
+    record: Record = _RECORD,
 ) -> None:
     """Average checkpoints into new files. One input converts: to the suffix of -o, to --dtype.
+
+    Of the record of a run (the folder of a polyak.Recorder) any average is made, seen from any moment.
 
     Args:
         inputs: Checkpoints, folders of them, globs: safetensors, torch archives, Transformers,
@@ -207,10 +211,12 @@ def average(
         which: Which of the checkpoints to take.
         tensors: What happens to the tensors.
         work: How the work is done.
+        record: Where the one input is the record of a run.
 
     """
     from rich.console import Console
 
+    from polyak.checkpoints.intervals import is_record
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.selection import find_checkpoints
@@ -222,6 +228,26 @@ def average(
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
+    if len(inputs) == 1 and is_record(inputs[0]):
+        if which != _INPUTS or outputs.weights:
+            raise ArgumentError(
+                "The input is the record of a run: --method and --until say what of it to take, not "
+                "--weights or a selection of checkpoints."
+            )
+        with _notices(console), _continuable(methods), _progress(console) as progress:
+            average_record(
+                console,
+                inputs[0],
+                methods,
+                replace(options, progress=progress),
+                record,
+                work.dry_run,
+            )
+        return
+    if record != _RECORD:
+        raise ArgumentError(
+            "--until and --cache-size are for the record of a run: one folder with interval-<k>.safetensors."
+        )
     with ExitStack() as opened, _notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))
