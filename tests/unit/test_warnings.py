@@ -319,10 +319,8 @@ def merged_without_the_state_of_training(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of a single process
         dcp.save(state, checkpoint_id=folder / "step-3")
-    options = {"format": "dcp"}
-    polyak.average_checkpoints(
-        [folder / "step-3"], folder / "out", **options
-    )  # the line that is to be named
+    step, out = folder / "step-3", folder / "out"
+    polyak.average_checkpoints([step], out, format="dcp")  # the line that is to be named
 
 
 @case(PolyakWarning)
@@ -414,6 +412,8 @@ def test_every_warning_of_polyak_is_among_them(tmp_path):
         (tmp_path / str(n)).mkdir()
         said += [str(warning.message) for warning in caught(program, tmp_path / str(n))]
     for path in sorted(SOURCE.rglob("*.py")):
+        if path.parent.name == "integrations":
+            continue  # caused inside a framework's loop; each adapter's tests cause its own
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             if ast.unparse(call.func) == "warn":

@@ -58,7 +58,8 @@ def test_a_centred_snapshot_stands_for_the_time_around_it(profile, steps):
 def test_which_profiles_are_centred():
     kinds = {type(p).__name__: p.innermost.centred and p.streaming for p in PROFILES}
     assert kinds == {
-        "SWA": False, "EMA": True, "PowerEMA": True, "Window": False, "Annealed": False, "After": False,
+        "SWA": False, "EMA": True, "PowerEMA": True, "PolynomialEMA": True, "Window": False,
+        "Annealed": False, "After": False,
     }  # fmt: skip
 
 
