@@ -31,7 +31,7 @@ class Plan:
     """An average to be made; `print(plan)` shows it.
 
     profile: seen from `until`, in `unit`. pieces: oldest first, those without weight included; the
-    weights sum to 1. error: the planned |made - true| / |true - last iterate|. effective_samples: as many
+    weights sum to 1. error: the planned distance from the true average, relative to its distance from the last iterate. effective_samples: as many
     equal weights cancel as much noise. mean_age: of what is made, seen from `until`. notes: what to know.
     """
 
