@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 
@@ -62,8 +62,13 @@ def as_model_dtype(member: Member) -> list[Tensor]:
 
 
 @torch.no_grad()
-def copied_values(member: Member, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Everything a state dict of the averaged model holds: by name, ties under all their names."""
+def copied_values(
+    member: Member, device: torch.device | None = None, leave: Set[int] = frozenset()
+) -> dict[str, Tensor]:
+    """Everything a state dict of the averaged model holds: by name, ties under all their names.
+
+    `leave` are the ids of tensors of the model to leave out.
+    """
     tensors = member.tracker.tensors
     if member.take_measured is not None:
         member.take_measured()
@@ -73,7 +78,7 @@ def copied_values(member: Member, device: torch.device | None = None) -> dict[st
     result: dict[str, Tensor] = {}
     for name, slot in named.slots.items():
         value = averaged.get(name, statistics.get(name, slot.tensor)).detach()
-        if slot.persistent:
+        if slot.persistent and id(slot.tensor) not in leave:
             odd = odd_form(value)  # those can be cloned, but not all can be moved
             result[name] = value.clone() if odd else value.to(device or value.device, copy=True)
     return result | {alias: result[n] for alias, n in named.ties.items() if n in result}
@@ -118,10 +123,14 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
 def copy_into(model: Module, member: Member) -> None:
     """Copy an average into a model by name. Raises MismatchError, naming all that does not fit."""
     require_module(model, "copy_to()")
-    values = copied_values(member)
-    newest = {id(tensor) for tensor in member.tracker.tensors.others}  # of its own model: the same
+    # What its own model holds already (the frozen base of an adapter) needs no copy.
+    own = model is member.tracker.tensors.model
+    newest = {id(tensor) for tensor in member.tracker.tensors.others}
+    values = copied_values(member, leave=newest if own else set())
     named = named_tensors(model)
     persistent = {n: s.tensor for n, s in named.slots.items() if s.persistent}
+    if own:
+        persistent = {n: t for n, t in persistent.items() if id(t) not in newest}
     source = {n: t for n, t in values.items() if n not in named.ties}
     check_match(
         {n: _shape_and_form(t) for n, t in persistent.items()},

@@ -45,8 +45,14 @@ except ImportError as error:
 FOLDER = "averaged"  # in each checkpoint: the averaged model, as the Trainer saves models,
 STATE = "average.pt"  # and what is needed to continue averaging, beside optimizer.pt
 
-_REPLACED = ("train", "evaluate", "predict", "save_model")
-_REPLACED += ("_load_from_checkpoint", "_load_best_model")
+_REPLACED = [
+    "train",
+    "evaluate",
+    "predict",
+    "save_model",
+    "_load_from_checkpoint",
+    "_load_best_model",
+]
 _SHARDING = {
     "is_deepspeed_enabled": "DeepSpeed",
     "is_fsdp_enabled": "FSDP",
