@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import polyak
 import polyak.swa_utils
@@ -24,6 +25,7 @@ from polyak.averaging import record_folder
 from polyak.averaging import recorder as recorder_module
 from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
+from polyak.integrations.transformers import attach
 
 SOURCE = Path(polyak.__file__).parent
 CAUSE = "# the line that is to be named"
@@ -388,6 +390,28 @@ def optimizer_pickled_in_python(folder):
 def optimizer_saved(folder):
     optimizer = attached()
     torch.save({"optimizer": optimizer}, io.BytesIO())  # the line that is to be named
+
+
+class Spoiling(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model, **objects):
+        with torch.no_grad():
+            model.weight[0, 0] = float("nan")
+
+
+class Regression(nn.Linear):
+    def forward(self, x, labels):
+        return {"loss": (super().forward(x) - labels).square().mean()}
+
+
+@case(PolyakWarning)
+def trained_to_a_nan(folder):
+    arguments = TrainingArguments(
+        str(folder), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    data = [{"x": torch.ones(3), "labels": torch.ones(1)}] * 8
+    trainer = Trainer(Regression(3, 1), arguments, train_dataset=data, callbacks=[Spoiling()])
+    attach(trainer, polyak.SWA(), before_next_step=True)
+    trainer.train()  # the line that is to be named
 
 
 def caught(program, folder):

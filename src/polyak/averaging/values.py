@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 
@@ -75,10 +75,13 @@ def model_value(member: Member, index: int, *, exchanged: bool = False) -> Tenso
 
 
 @torch.no_grad()
-def copied_values(member: Member, device: torch.device | None = None) -> dict[str, Tensor]:
+def copied_values(
+    member: Member, device: torch.device | None = None, leave: Set[int] = frozenset()
+) -> dict[str, Tensor]:
     """Everything a state dict of the averaged model holds: by name, ties under all their names.
 
-    As in the state dict of the model, what is sharded is a DTensor.
+    As in the state dict of the model, what is sharded is a DTensor. `leave` are the ids of tensors of
+    the model to leave out.
     """
     tensors = member.tracker.tensors
     tensors.settle()
@@ -90,7 +93,7 @@ def copied_values(member: Member, device: torch.device | None = None) -> dict[st
     result: dict[str, Tensor] = {}
     for name, slot in named.slots.items():
         value = averaged.get(name, statistics.get(name, local(slot.tensor))).detach()
-        if slot.persistent:
+        if slot.persistent and id(slot.tensor) not in leave:
             odd = odd_form(value)  # those can be cloned, but not all can be moved
             copy = value.clone() if odd else value.to(device or value.device, copy=True)
             result[name] = sharded_as(copy, slot.tensor) if is_sharded(slot.tensor) else copy
@@ -139,11 +142,15 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
 def copy_into(model: Module, member: Member) -> None:
     """Copy an average into a model by name. Raises MismatchError, naming all that does not fit."""
     require_module(model, "copy_to()")
-    values = copied_values(member)
-    newest = {id(tensor) for tensor in member.tracker.tensors.others}  # of its own model: the same
+    # What its own model holds already (the frozen base of an adapter) needs no copy.
+    own = model is member.tracker.tensors.model
+    newest = {id(tensor) for tensor in member.tracker.tensors.others}
+    values = copied_values(member, leave=newest if own else set())
     reshard(model)
     named = named_tensors(model)
     persistent = {n: s.tensor for n, s in named.slots.items() if s.persistent}
+    if own:
+        persistent = {n: t for n, t in persistent.items() if id(t) not in newest}
     source = {n: t for n, t in values.items() if n not in named.ties}
     check_match(
         {n: _shape_and_form(t) for n, t in persistent.items()},

@@ -45,10 +45,14 @@ except ImportError as error:
 FOLDER = "averaged"  # in each checkpoint: the averaged model, as the Trainer saves models,
 STATE = "average.pt"  # and what is needed to continue averaging, beside optimizer.pt
 
-_REPLACED = (
-    *("train", "evaluate", "predict", "save_model"),
-    *("_load_from_checkpoint", "_load_best_model"),
-)
+_REPLACED = [
+    "train",
+    "evaluate",
+    "predict",
+    "save_model",
+    "_load_from_checkpoint",
+    "_load_best_model",
+]
 _SHARDING = {
     "is_deepspeed_enabled": "DeepSpeed",
     "is_fsdp_enabled": "FSDP",
@@ -182,9 +186,7 @@ class TrainerAverage(TrainerCallback):
         folder = given.get("output_dir")
         if not self._training or not given.get("_internal_call") or folder is None:
             return save(*args, **kwargs)
-        with (
-            self._own_weights()
-        ):  # a checkpoint, perhaps one that a callback saves during evaluation
+        with self._own_weights():  # perhaps a callback saves during evaluation
             result = save(*args, **kwargs)
             self._save_average(Path(folder))
         return result

@@ -13,6 +13,7 @@ import textwrap
 import pytest
 import torch
 import transformers
+from accelerate.state import GradientState
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -55,7 +56,13 @@ def examples(count=16, seed=0):
 
 
 def language_model(**options):
-    torch.manual_seed(0)
+    # The Trainer draws the order of the examples from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _language_model(**options)
+
+
+def _language_model(**options):
     sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -340,7 +347,7 @@ def test_prediction_sees_the_average(tmp_path):
 
 
 def test_a_model_that_is_made_for_each_training(tmp_path):
-    trainer = trainer_in(tmp_path, model_init=language_model, max_steps=2)
+    trainer = trainer_in(tmp_path, model_init=lambda: language_model(), max_steps=2)
     handle = attach(trainer, EMA)
     for _ in range(2):
         trainer.train()
@@ -391,8 +398,8 @@ def test_averaging_that_never_starts(tmp_path):
 def test_a_schedule_says_when(tmp_path):
     model = language_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = polyak.schedules.CyclicLinear(high=0.2, low=0.1, cycle=2)
-    lr = polyak.LRSchedule(optimizer, polyak.schedules.chain((8, schedule)))
+    cycles = polyak.schedules.CyclicLinear(high=0.2, low=0.1, cycle=2)
+    lr = polyak.LRSchedule(optimizer, polyak.schedules.chain((8, cycles)))
     trainer = Trainer(
         model,
         arguments(tmp_path, eval_strategy="no"),
@@ -401,7 +408,8 @@ def test_a_schedule_says_when(tmp_path):
     )
     handle = attach(trainer, polyak.SWA(), at=lr)
     trainer.train()
-    assert handle.average.count == 4
+    points = lr.schedule.averaging_points(8)
+    assert handle.average.count == len(points) > 3
     assert handle.average.unit == "captures"
 
 
@@ -473,7 +481,13 @@ def test_sequences_that_are_generated(tmp_path):
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     trainer = Seq2SeqTrainer(
         model,
-        arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True, max_steps=4),
+        arguments(
+            tmp_path,
+            Seq2SeqTrainingArguments,
+            predict_with_generate=True,
+            max_steps=4,
+            generation_max_length=9,
+        ),
         train_dataset=examples(),
         eval_dataset=examples(8, seed=1),
         compute_metrics=lambda found: {"mean": float(found.predictions.mean())},
@@ -481,7 +495,7 @@ def test_sequences_that_are_generated(tmp_path):
     attach(trainer, EMA)
     trainer.train()
     last = [e for e in trainer.state.log_history if "eval_mean" in e][-1]
-    after = trainer.evaluate(max_length=20)
+    after = trainer.evaluate(max_length=9)
     assert after["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-6)
 
 
@@ -545,6 +559,8 @@ def test_copies_and_pickles_have_an_average_of_their_own(finished, tmp_path):
     for copied in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
         trainer = trainer_in(tmp_path, max_steps=2)
         handle = attach(trainer, EMA)
+        # Accelerate keeps weak references to the loaders of interrupted trainings, which do not pickle.
+        GradientState().dataloader_references = [None]
         other, second = copied([trainer, handle])
         other.train()
         assert second.average.count == 2
@@ -567,7 +583,7 @@ def test_removed(tmp_path):
 
 def test_bad_input(tmp_path):
     trainer = trainer_in(tmp_path)
-    with pytest.raises(ArgumentError, match=r"takes a transformers.Trainer; found Linear"):
+    with pytest.raises(ArgumentError, match="found Linear"):
         attach(nn.Linear(1, 1), EMA)
     for options, message in (
         ({"start": 1.5}, "start is 1.5"),
@@ -579,7 +595,7 @@ def test_bad_input(tmp_path):
     ):
         with pytest.raises(ArgumentError, match=message):
             attach(trainer, EMA, **options)
-    with pytest.raises(ArgumentError, match=r"profile|eema"):
+    with pytest.raises(ArgumentError, match="eema"):
         attach(trainer, "eema:0.9")
     attach(trainer, EMA)
     with pytest.raises(UsageError, match="has an average already"):
