@@ -259,6 +259,29 @@ def test_what_was_loaded_between_two_trainings_is_trained(tmp_path):
     assert handle.average.count == 1
 
 
+def test_a_model_that_evaluation_converts_is_trained_again(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2, bf16_full_eval=True, optim="sgd")
+    handle = attach(trainer, EMA)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.model.dtype == torch.bfloat16
+    trainer.train()
+    assert handle.average.count == 2
+
+
+def test_an_average_that_was_loaded_in_vain_is_forgotten(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2)
+    handle = attach(trainer, EMA)
+    trainer.train()
+    again = trainer_in(tmp_path, max_steps=2)
+    second = attach(again, EMA)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        again.train(resume_from_checkpoint=True)
+    again.train()
+    assert second.average.count == handle.average.count == 2
+
+
 class Seen(TrainerCallback):
     """The weights that a training begins with."""
 
