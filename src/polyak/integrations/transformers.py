@@ -419,7 +419,7 @@ def _check_trainer(trainer: Any) -> None:
     if absent or not hasattr(trainer.callback_handler, "callbacks"):
         raise UsageError(
             f"transformers {transformers_version} has no Trainer.{(absent or ['callback_handler'])[0]}, "
-            "which attach() builds on. It is in 5.0 to 5.23: install one of these, or use "
+            "which attach() builds on. 5.23 has it: install that, or use "
             "average.attach(optimizer) in a callback of your own."
         )
     if any(isinstance(callback, TrainerAverage) for callback in trainer.callback_handler.callbacks):

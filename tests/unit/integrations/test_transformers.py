@@ -485,16 +485,26 @@ def test_tied_weights(tmp_path):
     assert same(weights(loaded), weights(trainer.model))
 
 
-def test_a_batch_size_that_was_too_large(tmp_path):
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_batch_size_that_was_too_large(tmp_path, resumes):
     class Small(Trainer):
+        fails_at = 3
+
         def training_step(self, model, inputs, *args, **kwargs):
-            if self.state.global_step == 1 and self._train_batch_size == 4:
+            if self.state.global_step == self.fails_at:
+                self.fails_at = None
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    trainer = trainer_in(tmp_path, kind=Small, auto_find_batch_size=True, num_train_epochs=1)
+    options = {"auto_find_batch_size": True, "num_train_epochs": 1}
+    if resumes:
+        before = trainer_in(tmp_path, **options)
+        attach(before, EMA)
+        before.train()
+    trainer = trainer_in(tmp_path, kind=Small, **options)
     handle = attach(trainer, EMA)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumes else None)
+    assert trainer._train_batch_size < 4
     assert handle.average.count == trainer.state.global_step > 4
 
 
