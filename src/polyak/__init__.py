@@ -21,7 +21,9 @@ _HOME_OF = {
     "PolynomialEMA": "polyak.maths.profiles",
     "PowerEMA": "polyak.maths.profiles",
     "Profile": "polyak.maths.profile",
+    "Recorder": "polyak.averaging.recorder",
     "SWA": "polyak.maths.profiles",
+    "Trajectory": "polyak.study.trajectory",
     "Window": "polyak.maths.profiles",
     "evaluate_averages": "polyak.averaging.evaluate",
     "average_checkpoints": "polyak.checkpoints.merging.average",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from polyak.averaging.averages import Averages as Averages
     from polyak.averaging.evaluate import evaluate_averages as evaluate_averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
+    from polyak.averaging.recorder import Recorder as Recorder
     from polyak.batchnorm.update import update_bn as update_bn
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints
     from polyak.checkpoints.merging.average import iter_averaged_tensors as iter_averaged_tensors
@@ -50,5 +53,6 @@ if TYPE_CHECKING:
     from polyak.maths.profiles import PowerEMA as PowerEMA
     from polyak.maths.profiles import Window as Window
     from polyak.report.schedule import plot_schedule as plot_schedule
+    from polyak.study.trajectory import Trajectory as Trajectory
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

@@ -82,18 +82,31 @@ def test_two_processes_train_as_one(there, whole):
     assert all((ours[name] - alone[name]).abs().max() < 1e-3 for name in alone)
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bytes(there, whole):
-    process = start(there, "killed")
-    metrics = there / "killed" / "metrics.jsonl"
+def kill_after_an_epoch(process, folder):
+    metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bytes(there, whole):
+    kill_after_an_epoch(start(there, "killed"), there / "killed")
     finish(start(there, "killed", "--resume"))
     assert results(there / "killed") == results(whole[1])
     alone = start(there, "killed", "--resume", processes=1)
     output, _ = alone.communicate(timeout=200)
     assert "processes: 2 (ddp) then, 1 now" in " ".join(output.split())
+
+
+def test_sharded_it_is_the_same_run(there, whole):
+    finish(start(there, "sharded", "--strategy", "fsdp"))
+    assert losses(there / "sharded") == pytest.approx(losses(whole[1]), rel=1e-4)
+    ours, copies = (load_file(f / "swa.safetensors") for f in (there / "sharded", whole[1]))
+    assert all((ours[name] - copies[name]).abs().max() < 1e-3 for name in copies)
+    kill_after_an_epoch(start(there, "cut", "--strategy", "fsdp"), there / "cut")
+    finish(start(there, "cut", "--resume", "--strategy", "fsdp"))
+    assert results(there / "cut") == results(there / "sharded")
 
 
 def test_a_last_batch_with_fewer_images_than_processes_is_refused(there):

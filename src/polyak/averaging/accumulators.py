@@ -65,6 +65,9 @@ class Accumulator(ABC):
     def update(self, before: Clock, now: Clock) -> Update | None:
         """Take the weights of `now`, by itself or by the update that is returned; None if it did."""
 
+    def restart(self) -> None:  # noqa: B027 - nothing to do for most
+        """Time begins again: the next weights enter with share 1, whatever is held now."""
+
     def settle(self, now: Clock) -> None:  # noqa: B027 - nothing to do for most
         """Called once the returned update has been applied."""
 
@@ -174,6 +177,10 @@ class RunningAverage(Accumulator):
         self.block_updates += 1
         if self.block_updates >= BLOCK_UPDATES:
             self._fold(now)
+
+    def restart(self) -> None:
+        """The open block belongs to the time before."""
+        self.block_is_open = False
 
     def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
         """Group the accumulators as the live tensors are grouped."""
@@ -311,6 +318,10 @@ class WindowAverage(Accumulator):
         profile = now.profile
         self.kept = [k for k in self.kept if profile.interval_mass(k[0], k[1], end) > 0]
         return None
+
+    def restart(self) -> None:
+        """No snapshot is in the window."""
+        self.kept = []
 
     def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
         """Copy these from now on."""

@@ -18,12 +18,7 @@ from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
 from polyak.batchnorm.update import update_bn, warn_unsupported
-from polyak.errors import (
-    EmptyAverage,
-    StaleStatistics,
-    UsageError,
-    warn,
-)
+from polyak.errors import EmptyAverage, StaleStatistics, UsageError, warn
 from polyak.maths.profile import Profile
 
 
@@ -240,6 +235,8 @@ class Average:
     def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
         """Swap the average into the model for the block, then restore the model's own weights.
 
+        Of a sharded model contents are exchanged, shard by shard, through a few megabytes.
+
         Memory is shared, not copied: about ten microseconds per tensor. Copies are made only where the
         accumulators cannot serve as they are (another dtype or device, an open block, a window): as
         much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so that
@@ -350,6 +347,8 @@ class Average:
         *,
         layout: Literal["model", "averaged_model"] = "model",
         overwrite: bool = False,
+        shards: bool = False,
+        carry: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write the averaged model to a file, with what it is made of; `load` reads it.
 
@@ -357,14 +356,20 @@ class Average:
         `.ckpt`), a bare state dict that `model.load_state_dict(torch.load(path))` takes. Profile,
         time and count are stored in the metadata of the one, and in the `_metadata` of the other.
         `layout="averaged_model"` (torch's suffixes only) writes the state of a
-        `torch.optim.swa_utils.AveragedModel` around the model.
+        `torch.optim.swa_utils.AveragedModel` around the model. `shards=True` writes a folder of
+        `model-0000x-of-0000y.safetensors` with an index instead; `carry` is then a folder from which
+        what `from_pretrained` needs beside weights is copied (configuration, tokenizer, code).
+
+        Of a sharded model every rank must call this, and writes what it holds into the one file
+        (`.safetensors`), which all ranks must see.
 
         Warns (StaleStatistics) and records it where BatchNorm statistics are not the average's own.
         Raises OutputError if `path` exists and `overwrite` is False, or cannot be written;
         NonFiniteError, naming the tensors; UsageError while nothing has been averaged; ArgumentError
         for another suffix or a layout that the format has no room for.
         """
-        saving.save(self._member, path, layout=layout, overwrite=overwrite)
+        how: dict[str, Any] = {"layout": layout, "overwrite": overwrite}
+        saving.save(self._member, path, **how, shards=shards, carry=carry)
 
     def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
         """Continue from a file: what `save` wrote, a saved `state_dict()`, or another library's average.
@@ -387,7 +392,8 @@ class Average:
         """Everything needed to resume bitwise, as plain values that `torch.load(weights_only=True)` reads.
 
         As in torch's state dicts, the tensors are the average's own: save them, or deep-copy them,
-        before the next update.
+        before the next update. Of a sharded model they are DTensors, for torch.distributed.checkpoint,
+        and `polyak.sharded.load` reads what it has saved.
         """
         return state.state_dict(self._member)
 
@@ -436,7 +442,8 @@ class Average:
     def metrics(self) -> dict[str, float]:
         """Figures to log: distance to the weights, effective samples, age, next share, skipped updates.
 
-        It reads every weight: call it now and then, not every step. Before the first update all but
+        It reads every weight: call it now and then, not every step. The figures of a sharded model are
+        those of the whole, on every rank, and every rank must call this. Before the first update all but
         `skipped` are NaN.
 
         - `distance`: L2 norm of average minus live weights, over all that is averaged;

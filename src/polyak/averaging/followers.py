@@ -17,7 +17,7 @@ from polyak.maths.arguments import flag, number
 from polyak.tensors.binding import Structure
 from polyak.tensors.memory import odd_form, shape_of
 from polyak.tensors.names import named_modules, named_tensors, require_module
-from polyak.tensors.sharding import refuse_sharded_modules, refuse_sharded_tensor
+from polyak.tensors.sharding import refuse_flat_modules, refuse_partitioned, refuse_sharded
 from polyak.tensors.swap import current_owner, recompute_derived
 
 
@@ -147,7 +147,8 @@ class Follower(Fed):
         tensors = self._member.tracker.tensors
         named, kinds = tensors.inspect()
         own = named_tensors(self.module)
-        refuse_sharded_modules(self.module)
+        refuse_flat_modules(self.module)
+        refuse_sharded("follower()", self.module, tensors.model)
         wanted = {n: s.tensor for n, s in own.slots.items() if s.is_parameter}
         if self._buffers:
             wanted |= {n: s.tensor for n, s in own.slots.items() if s.persistent}
@@ -177,7 +178,7 @@ class Follower(Fed):
             )
         changed = {}
         for name, tensor in wanted.items():
-            refuse_sharded_tensor(name, tensor)
+            refuse_partitioned(name, tensor)
             if (slot := named.slots.get(names[name])) is None:
                 continue
             have, expected = _form(tensor), _form(slot.tensor)
@@ -204,13 +205,13 @@ class Follower(Fed):
         self._statistics: list[tuple[int, Tensor]] = []
         self._others: list[tuple[Tensor, Tensor]] = []
         for name, tensor in wanted.items():
-            target, source = tensor.detach(), named.slots[names[name]].tensor
+            source = named.slots[names[name]].tensor
             if names[name] in at:
-                self._averaged.append((at[names[name]], target))
+                self._averaged.append((at[names[name]], tensor))
             elif names[name] in statistic_at:
-                self._statistics.append((statistic_at[names[name]], target))
+                self._statistics.append((statistic_at[names[name]], tensor))
             elif source is not tensor and not odd_form(source):
-                self._others.append((source.detach(), target))
+                self._others.append((source, tensor))
         self._targets = list(wanted.values())
         self._generation = tensors.generation
         self._structure = Structure.of(self.module)
@@ -281,6 +282,7 @@ class WriteBack(Fed):
         if not passed or member.is_empty() or member.accumulator is None:
             return
         tracker.finish()
+        refuse_sharded("write_back()", tracker.tensors.model)
         refuse_nonfinite_average(member, "write_back()")
         for index, live in enumerate(tracker.tensors.live):
             live.detach().copy_(member.accumulator.value(index, now))

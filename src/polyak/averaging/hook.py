@@ -27,6 +27,7 @@ from polyak.averaging.optimizer_steps import (
 from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member, Tracker
 from polyak.errors import ArgumentError, UsageError, warn
+from polyak.tensors.fsdp import reshard
 
 
 class Customer(ABC):
@@ -115,6 +116,11 @@ class Attachment:
     def pending(self) -> list[Any]:
         """Steps counted since the last update: all, the real ones, and which optimizers began one."""
         return [self._steps, float(self._real), sorted(self._stepped)]
+
+    def check_parameters(self) -> None:
+        """Refuse a model whose parameters have been replaced since: the optimizer steps the old ones."""
+        for optimizer, watch in zip(self._optimizers, self._watches, strict=True):
+            _refuse_foreign(self._customer.model, optimizer, watch)
 
     def resume(self, pending: Sequence[Any]) -> None:
         """Continue counting from what `pending` returned."""
@@ -329,6 +335,7 @@ class Members(Customer):
 def _check_optimizers(
     customer: Customer, optimizers: Sequence[Any], watches: Sequence[StepWatch]
 ) -> None:
+    reshard(customer.model)  # gathered parameters are not those that an optimizer steps
     counted = [layer for watch in watches for layer in watch.layers]
     if not watches or len({id(layer) for layer in counted}) < len(counted):
         raise ArgumentError(
@@ -354,8 +361,8 @@ def _refuse_foreign(model: Module, optimizer: Any, watch: StepWatch) -> None:
         raise ArgumentError(
             f"None of the {len(stepped)} parameters of this {type(optimizer).__name__} is one of "
             f"the {len(own)} of this {type(model).__name__} ({_some(own.values())}). Attach after the "
-            "model is in its final form (moved, copied, wrapped), to an optimizer made from its "
-            "parameters. If a framework steps copies of them (float32 master weights), call update() "
+            "model is in its final form (moved, copied, wrapped, sharded), to an optimizer made from its "
+            "parameters then. If a framework steps copies of them (float32 master weights), call update() "
             "after each step that it has taken; with DeepSpeed ZeRO stages 1 and 2, "
             "average.update() after engine.step() if engine.was_step_applied()."
         )

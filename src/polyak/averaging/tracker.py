@@ -57,6 +57,12 @@ class Member:
             self.take_measured()
         return sorted(self.tracker.moving_layers() - self.fresh_layers)
 
+    def restart(self) -> None:
+        """Begin to average again, as if nothing had been; what was held may be overwritten."""
+        self.clock = Clock(self.profile)
+        if self.accumulator is not None:
+            self.accumulator.restart()
+
     def is_empty(self) -> bool:
         """Whether nothing has been averaged yet; this waits for a device that holds the time."""
         return self.accumulator is None or float(self.clock.count) == 0
@@ -143,6 +149,9 @@ class Tracker:
 
     def prepare(self) -> None:
         """Make what the averages need, once the model is bound."""
+        if self._grouped_at != self.tensors.generation:
+            for attachment in self._attachments():
+                attachment.check_parameters()
         live = self.tensors.live
         for member in self.members:
             if member.accumulator is None:
@@ -154,10 +163,8 @@ class Tracker:
 
     def take_due(self) -> None:
         """Take weights that an attachment has left for later."""
-        attachments = [self.attachment, *(member.attachment for member in self.members)]
-        for attachment in attachments:
-            if attachment is not None:
-                attachment.take_due()
+        for attachment in self._attachments():
+            attachment.take_due()
 
     def ready_to_read(self) -> None:
         """Complete what is under way, and check that the model has not changed."""
@@ -171,7 +178,7 @@ class Tracker:
 
     def is_attached(self) -> bool:
         """Whether an attachment updates any of the members."""
-        return self.attachment is not None or any(m.attachment is not None for m in self.members)
+        return bool(self._attachments())
 
     def owner_of_loan(self) -> object | None:
         """Whose average is in the model now; None while it holds its own weights."""
@@ -224,6 +231,10 @@ class Tracker:
         if self.options.capturable:
             member.clock = member.clock.to(self._device())
 
+    def _attachments(self) -> list[Any]:
+        found = [self.attachment, *(member.attachment for member in self.members)]
+        return [attachment for attachment in found if attachment is not None]
+
     def _bind(self) -> None:
         self.tensors.bind()
         for member in self.members:
@@ -234,9 +245,10 @@ class Tracker:
         if mode is None:
             return True
         tensors = list(zip(self.tensors.names, self.tensors.live, strict=True))
+        ranks = self.tensors.ranks  # which decide together, or their counts would part ways
         if mode == "raise":
-            refuse_nonfinite(tensors, "update()", "Nothing was averaged.")
-        elif nonfinite(tensors):
+            refuse_nonfinite(tensors, "update()", "Nothing was averaged.", ranks)
+        elif ranks.union(nonfinite(tensors)):
             self.skipped += 1
             return False
         return True

@@ -14,9 +14,11 @@ from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
+from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
+from polyak.tensors.sharding import is_sharded, layout, local, sharded_as
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 _SMALL = 4096  # values
@@ -53,12 +55,23 @@ class Loan:
 
 def as_model_dtype(member: Member) -> list[Tensor]:
     """The average of each weight in the weight's dtype: the accumulator itself wherever it can be."""
+    return [model_value(member, i) for i in range(len(member.tracker.tensors.names))]
+
+
+def model_value(member: Member, index: int, *, exchanged: bool = False) -> Tensor:
+    """The same of one weight; where contents are exchanged only the dtype has to be the weight's."""
     tensors, targets = member.tracker.tensors, _swap_targets(member)
-    measured = member.measured_buffers
-    return [
-        measured[name] if name in measured else _value(member, targets, i, live)
-        for i, (name, live) in enumerate(zip(tensors.names, tensors.live, strict=True))
-    ]
+    live = tensors.live[index]
+    if (measured := member.measured_buffers.get(tensors.names[index])) is not None:
+        return measured
+    if targets:
+        kept = targets[index]
+        if _same_memory(kept, live) or (exchanged and kept.dtype == live.dtype):
+            return kept
+    if member.accumulator is None:
+        return live.detach()
+    with torch.no_grad(), torch.inference_mode(False):
+        return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
 
 
 @torch.no_grad()
@@ -67,9 +80,11 @@ def copied_values(
 ) -> dict[str, Tensor]:
     """Everything a state dict of the averaged model holds: by name, ties under all their names.
 
-    `leave` are the ids of tensors of the model to leave out.
+    As in the state dict of the model, what is sharded is a DTensor. `leave` are the ids of tensors of
+    the model to leave out.
     """
     tensors = member.tracker.tensors
+    tensors.settle()
     if member.take_measured is not None:
         member.take_measured()
     named, _ = tensors.inspect()
@@ -77,10 +92,11 @@ def copied_values(
     statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
     result: dict[str, Tensor] = {}
     for name, slot in named.slots.items():
-        value = averaged.get(name, statistics.get(name, slot.tensor)).detach()
+        value = averaged.get(name, statistics.get(name, local(slot.tensor))).detach()
         if slot.persistent and id(slot.tensor) not in leave:
             odd = odd_form(value)  # those can be cloned, but not all can be moved
-            result[name] = value.clone() if odd else value.to(device or value.device, copy=True)
+            copy = value.clone() if odd else value.to(device or value.device, copy=True)
+            result[name] = sharded_as(copy, slot.tensor) if is_sharded(slot.tensor) else copy
     return result | {alias: result[n] for alias, n in named.ties.items() if n in result}
 
 
@@ -95,6 +111,7 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     from then on.
     """
     tensors = member.tracker.tensors
+    tensors.settle()
     stay = {id(tensor) for tensor in tensors.everything()} if in_place else tensors.shares_memory()
     acting = ActingModules(tensors.model)
     acting.neutralise()
@@ -102,7 +119,9 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     writes = _Writes(live, originals, stay)
     try:
         with (
-            swapped(live, values, owner=owner, in_place=stay),
+            _settled_after(member),
+            swapped(live, values, owner=owner, in_place=stay, stepped=tensors.whole),
+            _settled_after(member),
             _track_swapped(member, live, values, stay),
             derived_tensors_recomputed(tensors.model),
             _statistics_taken(member),
@@ -127,6 +146,7 @@ def copy_into(model: Module, member: Member) -> None:
     own = model is member.tracker.tensors.model
     newest = {id(tensor) for tensor in member.tracker.tensors.others}
     values = copied_values(member, leave=newest if own else set())
+    reshard(model)
     named = named_tensors(model)
     persistent = {n: s.tensor for n, s in named.slots.items() if s.persistent}
     if own:
@@ -139,13 +159,22 @@ def copy_into(model: Module, member: Member) -> None:
         "Nothing was copied. Build the model as the averaged one was built.",
     )
     for name, tensor in persistent.items():
-        if id(tensor) not in newest:
+        if id(local(tensor)) not in newest:
             overwrite(model, tensor, source[name])
     recompute_derived(model)
 
 
 def _shape_and_form(tensor: Tensor) -> str:
-    return f"shape {shape_of(tensor)} {odd_form(tensor)}".rstrip()
+    return f"shape {shape_of(tensor)} {odd_form(tensor) or layout(tensor)}".rstrip()
+
+
+@contextmanager
+def _settled_after(member: Member) -> Iterator[None]:
+    """Weights that were gathered in the block are not those that the model holds after it."""
+    try:
+        yield
+    finally:
+        member.tracker.tensors.settle()
 
 
 def refuse_nonfinite_average(member: Member, what: str) -> None:
@@ -159,18 +188,12 @@ def refuse_nonfinite_average(member: Member, what: str) -> None:
         what,
         "One bad update spoils an average for good: load an earlier state, and construct it with "
         "nonfinite='skip' or 'raise' to keep such weights out.",
+        tensors.ranks,
     )
 
 
-def _value(member: Member, targets: Sequence[Tensor], index: int, live: Tensor) -> Tensor:
-    if targets:
-        kept = targets[index]
-        if (kept.dtype, kept.device, kept.stride()) == (live.dtype, live.device, live.stride()):
-            return kept
-    if member.accumulator is None:
-        return live.detach()
-    with torch.no_grad(), torch.inference_mode(False):
-        return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device, a.stride()) == (b.dtype, b.device, b.stride())
 
 
 class _Writes:
@@ -225,7 +248,10 @@ def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]
     kept = {id(tensor) for tensor in (*member.statistics, *member.measured_buffers.values())}
     own = kept | {id(tensor) for tensor in _swap_targets(member)}
     live = [*tensors.live, *tensors.statistics]
-    originals = [*as_model_dtype(member), *member.statistics]
+    originals = [
+        *(model_value(member, i, exchanged=id(w) in stay) for i, w in enumerate(tensors.live)),
+        *member.statistics,
+    ]
     values = []
     for tensor, original in zip(live, originals, strict=True):
         if id(tensor) in stay:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from polyak.cli.converters import Whole
+from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Inputs:
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
+        steps_unit: What times in --method count instead of steps, like tokens: a column of
+            --steps-from, or the number after this word in the names (step100-tokens4B).
+        steps_from: A CSV or JSONL file with the columns step (or file) and the unit.
 
     """
 
@@ -54,6 +58,8 @@ class Inputs:
     best: Whole = None
     metric: str | None = None
     scores: Path | None = None
+    steps_unit: str | None = None
+    steps_from: Path | None = None
 
     def selection(self) -> Selection:
         """As the library takes it."""
@@ -119,6 +125,10 @@ class Tensors:
         base: A checkpoint to add weighted differences to: base + sum of weight x (input - base).
         key: Where the tensors are inside nested dicts, with dots.
         shard_size: The size of a shard, where the output is a folder; 5GB by default.
+        format: Of a folder: safetensors, the default, or dcp (torch.distributed.checkpoint).
+        dcp_files: How many files a DCP folder has; by default as many as the newest input.
+        dcp_key: Where the tensors are in a DCP folder, like model; by default as in the newest.
+        keep_state: Carry over what the newest DCP folder holds beside the model.
 
     """
 
@@ -128,6 +138,10 @@ class Tensors:
     base: str | None = None
     key: str | None = None
     shard_size: str | None = None
+    format: str | None = None
+    dcp_files: Whole = None
+    dcp_key: str | None = None
+    keep_state: Annotated[bool, _Flag] = False
 
 
 @Parameter(name="*")
@@ -175,7 +189,7 @@ def _range(text: str | None) -> tuple[int | None, int | None] | None:
     return bounds
 
 
-_INPUTS, _TENSORS, _WORK = Inputs(), Tensors(), Work()
+_INPUTS, _TENSORS, _WORK, _RECORD = Inputs(), Tensors(), Work(), Record()
 
 
 def average(
@@ -184,8 +198,11 @@ def average(
     which: Inputs = _INPUTS,
     tensors: Tensors = _TENSORS,
     work: Work = _WORK,
+    record: Record = _RECORD,
 ) -> None:
     """Average checkpoints into new files. One input converts: to the suffix of -o, to --dtype.
+
+    Of the record of a run (the folder of a polyak.Recorder) any average is made, seen from any moment.
 
     Args:
         inputs: Checkpoints, folders of them, globs: safetensors, torch archives, Transformers,
@@ -194,10 +211,12 @@ def average(
         which: Which of the checkpoints to take.
         tensors: What happens to the tensors.
         work: How the work is done.
+        record: Where the one input is the record of a run.
 
     """
     from rich.console import Console
 
+    from polyak.checkpoints.intervals import is_record
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.selection import find_checkpoints
@@ -208,7 +227,27 @@ def average(
     methods = outputs.methods()
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
-    options = MergeOptions(**_options(outputs, tensors, work))
+    options = MergeOptions(**_options(which, outputs, tensors, work))
+    if len(inputs) == 1 and is_record(inputs[0]):
+        if which != _INPUTS or outputs.weights:
+            raise ArgumentError(
+                "The input is the record of a run: --method and --until say what of it to take, not "
+                "--weights or a selection of checkpoints."
+            )
+        with _notices(console), _continuable(methods), _progress(console) as progress:
+            average_record(
+                console,
+                inputs[0],
+                methods,
+                replace(options, progress=progress),
+                record,
+                work.dry_run,
+            )
+        return
+    if record != _RECORD:
+        raise ArgumentError(
+            "--until and --cache-size are for the record of a run: one folder with interval-<k>.safetensors."
+        )
     with ExitStack() as opened, _notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))

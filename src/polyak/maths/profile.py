@@ -42,6 +42,9 @@ class Profile(ABC):
     has_horizon: ClassVar[bool] = False
     """Whether a parameter is a length of time, so that the unit of time changes the meaning."""
 
+    centred: ClassVar[bool] = True
+    """Whether a stored snapshot stands for the time around it, if streaming, not for that before it."""
+
     @abstractmethod
     def mass(self, x: float, now: float) -> float:
         """`F(x, now)`: the share of the average at `now` that comes from the time up to `x`."""

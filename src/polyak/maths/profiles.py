@@ -47,6 +47,8 @@ class SWA(Profile):
     [1.0, 0.5, 0.25]
     """
 
+    centred: ClassVar[bool] = False
+
     def mass(self, x: float, now: float) -> float:
         """`x / now`."""
         return x / now
@@ -308,6 +310,7 @@ class Window(Profile):
 
     length: float
     streaming: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -347,6 +350,7 @@ class Annealed(Profile):
 
     curve: Callable[[float], float]
     streaming: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         curve: object = self.curve

@@ -44,6 +44,7 @@ class Ranks:
     def trained(self, model: nn.Module) -> nn.Module:
         """What the training pass calls: the gradients are then the mean over the processes."""
         if self.is_sharded:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 asks for it
             return cast("nn.Module", fully_shard(model))
         return DistributedDataParallel(model) if self.count > 1 else model
 

@@ -48,7 +48,7 @@ def test_each_is_what_evaluating_it_by_hand_gives():
     assert result["late"] == {}
     for name in ("swa", "ema"):
         with averages[name].applied():
-            by_hand = {k: float(v) for k, v in evaluate(model).items()}
+            by_hand = {k: v.item() for k, v in evaluate(model).items()}
             model.train()
         assert result[name] == by_hand
     assert result["raw"]["first"] == model[0].weight[0, 0].item()

@@ -12,6 +12,9 @@ from torch import nn
 from polyak import EMA, SWA, After, Average, Averages, PowerEMA, Window
 from polyak.errors import ArgumentError, MismatchError, NonFiniteError, UsageError
 
+# These networks have BatchNorm layers whose statistics nobody refreshes.
+pytestmark = pytest.mark.filterwarnings("ignore::polyak.errors.StaleStatistics")
+
 PROFILES = {
     "swa": SWA(),
     "ema": EMA(0.9),
@@ -112,6 +115,22 @@ def test_an_empty_average_leaves_it_as_it_is():
         assert equal(before, teacher.state_dict())
 
 
+def test_steps_that_only_the_device_knows_to_be_skipped_feed_nothing():
+    model, teacher = net(), net()
+    before = copy.deepcopy(teacher.state_dict())
+    average = Average(model, EMA(0.9999))
+    average.follower(teacher, buffers=True)
+    average.write_back(every=1)
+    own = copy.deepcopy(model.state_dict())
+    average.update(real=torch.tensor(0.0))
+    assert equal(before, teacher.state_dict())
+    assert equal(own, model.state_dict())
+    for _ in range(3):
+        average.update(real=torch.tensor(1.0))
+        average.update(real=torch.tensor(0.0))
+    assert torch.equal(teacher[0].weight, average.averaged_tensors()["0.weight"])
+
+
 def test_one_that_comes_later_is_set_at_once_and_ends_with_remove():
     model, teacher = net(), net()
     average = Average(model, SWA())
@@ -201,9 +220,22 @@ def test_another_dtype_gets_the_average_in_its_own_precision():
     exact = torch.stack(seen).mean(0)
     assert (wide.weight.double() - exact).abs().max() < 1e-6
     assert torch.equal(narrow.weight, wide.weight.half())
-    wide.double()  # also when it is converted later
+
+
+@pytest.mark.parametrize("late", ["created", "begun"])
+def test_a_module_that_is_converted_or_moved_later_is_still_followed(late):
+    model, teacher = net(), net()
+    average = Average(model, SWA())
+    average.follower(teacher, buffers=True)
+    if late == "begun":
+        average.update()
+    teacher.double()  # parameters stay the same objects, buffers do not
+    teacher[2].weight = nn.Parameter(torch.zeros(1, 4))
+    shake(model, 1)
     average.update()
-    assert wide.weight.dtype == torch.float64
+    own = average.averaged_tensors()
+    assert teacher[0].weight.dtype == torch.float64
+    assert all(torch.equal(own[n].double(), t.double()) for n, t in teacher.state_dict().items())
 
 
 def test_ties_and_frozen_parameters_are_the_models():

@@ -27,7 +27,7 @@ SUM_TOLERANCE = 1e-6
 
 _OUR_KEYS = {
     "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
-    "batchnorm", "ties",
+    "batchnorm", "ties", "interval", "record",
 }  # fmt: skip
 
 
@@ -40,12 +40,14 @@ class OutputWeights:
     `MergeResult` they are oldest first. Raises ArgumentError unless all are finite and one is not zero.
 
     coefficients: float64, one per input. label: what the output's metadata gives as its profile.
-    unit: of its time, `steps`, `captures` or `files`.
+    unit: of its time, `steps`, `captures` or `files`. metadata: what the output says about itself, in
+    the place of a list of its inputs.
     """
 
     coefficients: tuple[float, ...]
     label: str = "weights"
     unit: str = "files"
+    metadata: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         found = numbers("weights", self.coefficients).reshape(-1).tolist()
@@ -132,6 +134,8 @@ def metadata_of(
 
     The newest's own metadata is kept, with `format`, without which Transformers refuses a file.
     """
+    if weights.metadata is not None:
+        return {"format": "pt", **_carried(inputs[-1]), **weights.metadata, **marks}
     counted = [weight for weight in weights.coefficients if weight]
     steps = [one.step for one in inputs]
     time = steps[-1] if weights.unit == "steps" and steps[-1] is not None else len(counted)
@@ -164,6 +168,8 @@ def _carried(newest: Checkpoint) -> dict[str, str]:
 
 def with_hashes(metadata: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
     """The metadata with the SHA-256 of every input's files; hashes: path -> hex."""
+    if "inputs" not in metadata:
+        return dict(metadata)
     inputs = json.loads(metadata["inputs"])
     for one in inputs:
         for path in one.get("sha256", {}):
