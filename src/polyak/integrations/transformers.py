@@ -38,21 +38,13 @@ try:
     from transformers import Trainer, TrainerCallback
     from transformers import __version__ as transformers_version
 except ImportError as error:
-    raise MissingExtra.of(
-        "transformers", "transformers", "polyak.integrations.transformers"
-    ) from error
+    raise MissingExtra.of("transformers", "transformers", "Averaging in its Trainer") from error
 
 FOLDER = "averaged"  # in each checkpoint: the averaged model, as the Trainer saves models,
 STATE = "average.pt"  # and what is needed to continue averaging, beside optimizer.pt
 
-_REPLACED = [
-    "train",
-    "evaluate",
-    "predict",
-    "save_model",
-    "_load_from_checkpoint",
-    "_load_best_model",
-]
+_PUBLIC = ("train", "evaluate", "predict", "save_model")
+_REPLACED = (*_PUBLIC, "_load_from_checkpoint", "_load_best_model")
 _SHARDING = {
     "is_deepspeed_enabled": "DeepSpeed",
     "is_fsdp_enabled": "FSDP",
@@ -74,7 +66,7 @@ class TrainerAverage(TrainerCallback):
         self.average = options.make(trainer.model)
         self._raw: Average | None = None  # the model's own weights, while it holds the average
         self._placed = False  # the model holds the average, or that of the best checkpoint,
-        self._versions: list[int] = []  # and nobody has written to it since, if these are the same
+        self._versions: list[Any] = []  # and nobody has written to it since, if these are the same
         self._used = False  # by a training
         self._training = False
         self._attached = False
@@ -92,11 +84,12 @@ class TrainerAverage(TrainerCallback):
 
         A second call does nothing.
         """
-        if self._trainer.__dict__.get("evaluate") != self._evaluate:
+        if self not in self._trainer.callback_handler.callbacks:
             return
         self.average.detach()
         for name in _REPLACED:
-            del self._trainer.__dict__[name]
+            if self._trainer.__dict__.get(name) == self._replacement(name):
+                del self._trainer.__dict__[name]
         self._trainer.__dict__.update(self._earlier)
         self._trainer.remove_callback(self)
 
@@ -139,9 +132,12 @@ class TrainerAverage(TrainerCallback):
         for name in _REPLACED:
             if name in self._trainer.__dict__:
                 self._earlier[name] = self._trainer.__dict__[name]
-            setattr(self._trainer, name, getattr(self, f"_{name.lstrip('_')}"))
+            setattr(self._trainer, name, self._replacement(name))
         # Before all others: what they save at the end of training is the average.
         self._trainer.callback_handler.callbacks.insert(0, self)
+
+    def _replacement(self, name: str) -> Any:
+        return getattr(self, f"_{name.lstrip('_')}")
 
     def _original(self, name: str) -> Any:
         # Not kept: pickled or copied with the trainer, it would become the method of this object.
@@ -186,7 +182,7 @@ class TrainerAverage(TrainerCallback):
         folder = given.get("output_dir")
         if not self._training or not given.get("_internal_call") or folder is None:
             return save(*args, **kwargs)
-        with self._own_weights():  # perhaps a callback saves during evaluation
+        with self._own_weights():  # a callback may save a checkpoint during evaluation
             result = save(*args, **kwargs)
             self._save_average(Path(folder))
         return result
@@ -219,7 +215,8 @@ class TrainerAverage(TrainerCallback):
         return average if isinstance(average, Average) else next(iter(average.values()))
 
     def _others(self) -> dict[str, Average]:
-        return dict(list(self.average.items())[1:]) if isinstance(self.average, Averages) else {}
+        average = self.average
+        return dict(list(average.items())[1:]) if isinstance(average, Averages) else {}
 
     def _begin(self, model: Module) -> None:
         if self._used or self._first.model is not model:
@@ -228,6 +225,7 @@ class TrainerAverage(TrainerCallback):
     def _resume(self, model: Any, checkpoint: Path) -> None:
         """Continue the average of the checkpoint, before anything of the checkpoint is loaded."""
         self._begin(model)
+        self._used = True
         file = checkpoint / STATE
         if file.exists():
             try:
@@ -281,9 +279,9 @@ class TrainerAverage(TrainerCallback):
             torch.save(self.average.state_dict(), folder / STATE)
 
     def _place(self) -> None:
-        self._refresh_statistics()
         self._keep_raw()
         try:
+            self._refresh_statistics()
             self._first.copy_to(self._first.model)
         except NonFiniteError as error:  # not worth losing what train() returns
             warn(f"The average is not in the model, which keeps its own weights. {error}")
@@ -421,7 +419,7 @@ def _check_trainer(trainer: Any) -> None:
     if absent or not hasattr(trainer.callback_handler, "callbacks"):
         raise UsageError(
             f"transformers {transformers_version} has no Trainer.{(absent or ['callback_handler'])[0]}, "
-            "which attach() builds on. It is in 5.0 to 5.23: install one of these, or use "
+            "which attach() builds on. 5.23 has it: install that, or use "
             "average.attach(optimizer) in a callback of your own."
         )
     if any(isinstance(callback, TrainerAverage) for callback in trainer.callback_handler.callbacks):
@@ -476,10 +474,10 @@ def _read(file: Path) -> Any:
         raise FormatError(f"It is damaged, or attach() did not write it: {error}") from None
 
 
-def _versions(model: Module) -> list[int]:
-    """How often each tensor was written to."""
+def _versions(model: Module) -> list[Any]:
+    """What changes if a tensor is written to, converted or moved."""
     tensors = chain(model.parameters(), model.buffers())
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [(id(t), t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors]
 
 
 @contextmanager

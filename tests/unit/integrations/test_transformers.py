@@ -259,6 +259,29 @@ def test_what_was_loaded_between_two_trainings_is_trained(tmp_path):
     assert handle.average.count == 1
 
 
+def test_a_model_that_evaluation_converts_is_trained_again(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2, bf16_full_eval=True, optim="sgd")
+    handle = attach(trainer, EMA)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.model.dtype == torch.bfloat16
+    trainer.train()
+    assert handle.average.count == 2
+
+
+def test_an_average_that_was_loaded_in_vain_is_forgotten(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2)
+    handle = attach(trainer, EMA)
+    trainer.train()
+    again = trainer_in(tmp_path, max_steps=2)
+    second = attach(again, EMA)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        again.train(resume_from_checkpoint=True)
+    again.train()
+    assert second.average.count == handle.average.count == 2
+
+
 class Seen(TrainerCallback):
     """The weights that a training begins with."""
 
@@ -462,16 +485,26 @@ def test_tied_weights(tmp_path):
     assert same(weights(loaded), weights(trainer.model))
 
 
-def test_a_batch_size_that_was_too_large(tmp_path):
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_batch_size_that_was_too_large(tmp_path, resumes):
     class Small(Trainer):
+        fails_at = 3
+
         def training_step(self, model, inputs, *args, **kwargs):
-            if self.state.global_step == 1 and self._train_batch_size == 4:
+            if self.state.global_step == self.fails_at:
+                self.fails_at = None
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    trainer = trainer_in(tmp_path, kind=Small, auto_find_batch_size=True, num_train_epochs=1)
+    options = {"auto_find_batch_size": True, "num_train_epochs": 1}
+    if resumes:
+        before = trainer_in(tmp_path, **options)
+        attach(before, EMA)
+        before.train()
+    trainer = trainer_in(tmp_path, kind=Small, **options)
     handle = attach(trainer, EMA)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumes else None)
+    assert trainer._train_batch_size < 4
     assert handle.average.count == trainer.state.global_step > 4
 
 

@@ -71,7 +71,7 @@ def with_adapter(folder, **others):
     rows = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
     examples = [{"input_ids": row, "labels": row} for row in rows]
     model = get_peft_model(language_model(), lora())
-    arguments = TrainingArguments(**options(folder, load_best_model_at_end=True, **others))
+    arguments = TrainingArguments(**options(folder, **{"load_best_model_at_end": True, **others}))
     return Trainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8])
 
 
@@ -153,7 +153,7 @@ def test_a_callback_that_was_there_before_sees_the_average_at_the_end(tmp_path):
         def on_train_end(self, args, state, control, model, **objects):
             held.append(weights(model))
 
-    trainer = with_adapter(tmp_path)
+    trainer = with_adapter(tmp_path, load_best_model_at_end=False)
     trainer.add_callback(Saving())
     attach(trainer, EMA)
     trainer.train()
