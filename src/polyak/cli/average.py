@@ -46,9 +46,6 @@ class Inputs:
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
-        steps_unit: What times in --method count instead of steps, like tokens: a column of
-            --steps-from, or the number after this word in the names (step100-tokens4B).
-        steps_from: A CSV or JSONL file with the columns step (or file) and the unit.
 
     """
 
@@ -58,8 +55,6 @@ class Inputs:
     best: Whole = None
     metric: str | None = None
     scores: Path | None = None
-    steps_unit: str | None = None
-    steps_from: Path | None = None
 
     def selection(self) -> Selection:
         """As the library takes it."""
@@ -227,7 +222,7 @@ def average(
     methods = outputs.methods()
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
-    options = MergeOptions(**_options(which, outputs, tensors, work))
+    options = MergeOptions(**_options(outputs, tensors, work))
     if len(inputs) == 1 and is_record(inputs[0]):
         if which != _INPUTS or outputs.weights:
             raise ArgumentError(
