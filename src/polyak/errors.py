@@ -106,6 +106,16 @@ def require(condition: bool, message: str) -> None:
         raise ArgumentError(message)
 
 
+def some(names: Iterable[str]) -> str:
+    """The first four of several names, for a message that would be too long with all.
+
+    >>> some("abcde")
+    'a, b, c, d, ...'
+    """
+    several = list(names)
+    return ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
+
+
 def check_match(
     have: Mapping[str, Any],
     expected: Mapping[str, Any],

@@ -20,6 +20,7 @@ from polyak.batchnorm.batches import Forward
 from polyak.batchnorm.update import update_bn, warn_unsupported
 from polyak.errors import EmptyAverage, StaleStatistics, UsageError, warn
 from polyak.maths.profile import Profile
+from polyak.maths.text import profile_text
 
 
 class Average:
@@ -283,12 +284,7 @@ class Average:
         See `polyak.averaging.Follower`, which it returns, for the arguments and what it raises.
         """
         return Follower(
-            self._member,
-            module,
-            part=part,
-            buffers=buffers,
-            freeze=freeze,
-            evaluation=evaluation,
+            self._member, module, part=part, buffers=buffers, freeze=freeze, evaluation=evaluation
         )
 
     def write_back(self, *, every: float) -> WriteBack:
@@ -368,8 +364,9 @@ class Average:
         NonFiniteError, naming the tensors; UsageError while nothing has been averaged; ArgumentError
         for another suffix or a layout that the format has no room for.
         """
-        how: dict[str, Any] = {"layout": layout, "overwrite": overwrite}
-        saving.save(self._member, path, **how, shards=shards, carry=carry)
+        saving.save(
+            self._member, path, layout=layout, overwrite=overwrite, shards=shards, carry=carry
+        )
 
     def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
         """Continue from a file: what `save` wrote, a saved `state_dict()`, or another library's average.
@@ -456,7 +453,7 @@ class Average:
 
     def __repr__(self) -> str:
         return (
-            f"Average({type(self.model).__name__}, {state.profile_text(self.profile)}, "
+            f"Average({type(self.model).__name__}, {profile_text(self.profile)}, "
             f"time={self.time:g} {self.unit or 'updates'}, count={self.count})"
         )
 

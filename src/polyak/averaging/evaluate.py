@@ -13,9 +13,9 @@ import torch
 from torch.nn import Module
 
 from polyak.averaging.average import Average
-from polyak.averaging.state import profile_text
 from polyak.batchnorm.batches import Forward
 from polyak.errors import ArgumentError
+from polyak.maths.text import profile_text
 from polyak.tensors.modes import restored_modes
 
 Scores = Mapping[str, float]

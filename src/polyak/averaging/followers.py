@@ -12,12 +12,12 @@ from torch.nn import Module
 from polyak.averaging.clock import Clock
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import refuse_nonfinite_average
-from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.errors import ArgumentError, MismatchError, UsageError, some
 from polyak.maths.arguments import flag, number
 from polyak.tensors.binding import Structure
 from polyak.tensors.memory import odd_form, shape_of
 from polyak.tensors.names import named_modules, named_tensors, require_module
-from polyak.tensors.sharding import refuse_flat_modules, refuse_partitioned, refuse_sharded
+from polyak.tensors.sharding import is_sharded, refuse_partitioned, refuse_sharded
 from polyak.tensors.swap import current_owner, recompute_derived
 
 
@@ -147,7 +147,6 @@ class Follower(Fed):
         tensors = self._member.tracker.tensors
         named, kinds = tensors.inspect()
         own = named_tensors(self.module)
-        refuse_flat_modules(self.module)
         refuse_sharded("follower()", self.module, tensors.model)
         wanted = {n: s.tensor for n, s in own.slots.items() if s.is_parameter}
         if self._buffers:
@@ -172,8 +171,8 @@ class Follower(Fed):
         kind = type(self.module).__name__
         if not any(name in named.slots for name in names.values()):
             raise ArgumentError(
-                f"None of the {len(wanted)} tensors of this {kind} ({_some(wanted)}) has the name of "
-                f"one of the model ({_some(named.slots)}). If it is a copy of a part of the model, say of "
+                f"None of the {len(wanted)} tensors of this {kind} ({some(wanted)}) has the name of "
+                f"one of the model ({some(named.slots)}). If it is a copy of a part of the model, say of "
                 "which: part='encoder'."
             )
         changed = {}
@@ -282,7 +281,8 @@ class WriteBack(Fed):
         if not passed or member.is_empty() or member.accumulator is None:
             return
         tracker.finish()
-        refuse_sharded("write_back()", tracker.tensors.model)
+        if any(map(is_sharded, tracker.tensors.whole)):
+            refuse_sharded("write_back()", tracker.tensors.model)
         refuse_nonfinite_average(member, "write_back()")
         for index, live in enumerate(tracker.tensors.live):
             live.detach().copy_(member.accumulator.value(index, now))
@@ -297,7 +297,7 @@ def _checked_part(member: Member, part: str | None) -> str:
     if prefix not in names:
         raise ArgumentError(
             f"part is {part!r}; expected the name of a module in the model, such as "
-            f"{_some(n.removesuffix('.') for n in sorted(names) if n)}."
+            f"{some(n.removesuffix('.') for n in sorted(names) if n)}."
         )
     return prefix
 
@@ -305,8 +305,3 @@ def _checked_part(member: Member, part: str | None) -> str:
 def _form(tensor: Tensor) -> str:
     complex_ = "complex" if tensor.is_complex() else ""
     return f"shape {shape_of(tensor)} {complex_} {odd_form(tensor)}".strip()
-
-
-def _some(names: Any) -> str:
-    several = list(names)
-    return ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")

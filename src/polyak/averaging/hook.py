@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,9 +24,9 @@ from polyak.averaging.optimizer_steps import (
     in_evaluation_mode,
     partial_steps,
 )
-from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member, Tracker
-from polyak.errors import ArgumentError, UsageError, warn
+from polyak.errors import ArgumentError, UsageError, some, warn
+from polyak.maths.text import profile_text
 from polyak.tensors.fsdp import reshard
 
 
@@ -360,7 +360,7 @@ def _refuse_foreign(model: Module, optimizer: Any, watch: StepWatch) -> None:
     if not any(id(p) in own for p in stepped):
         raise ArgumentError(
             f"None of the {len(stepped)} parameters of this {type(optimizer).__name__} is one of "
-            f"the {len(own)} of this {type(model).__name__} ({_some(own.values())}). Attach after the "
+            f"the {len(own)} of this {type(model).__name__} ({some(own.values())}). Attach after the "
             "model is in its final form (moved, copied, wrapped, sharded), to an optimizer made from its "
             "parameters then. If a framework steps copies of them (float32 master weights), call update() "
             "after each step that it has taken; with DeepSpeed ZeRO stages 1 and 2, "
@@ -387,15 +387,10 @@ def _warn_unstepped(
         names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
         warn(
             f"{names} steps {len(trained) - len(left)} of the {len(trained)} parameters that train and "
-            f"are averaged, not {_some(left)}. These enter the average as they are whenever the others "
+            f"are averaged, not {some(left)}. These enter the average as they are whenever the others "
             "have stepped. Pass all optimizers in a list, attach([first, second]). If nothing trains "
             "them, freeze them, requires_grad_(False), or leave them out with exclude=."
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    several = list(names)
-    return ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
 
 
 def _checked_every(every: Any, at: Any) -> int:

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.state import VERSION, profile_text
+from polyak.averaging.state import VERSION
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
 from polyak.files import as_path
 from polyak.maths.arguments import number
 from polyak.maths.profile import Profile
+from polyak.maths.text import profile_text
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors

@@ -28,17 +28,13 @@ from polyak.averaging.recorder_options import (
     size,
 )
 from polyak.averaging.tracker import Member, Tracker
-from polyak.errors import (
-    NonFiniteError,
-    UsageError,
-    require,
-    warn,
-)
+from polyak.errors import NonFiniteError, UsageError, require, warn
 from polyak.files import as_path
 from polyak.maths.arguments import at_least_one, number
 from polyak.maths.planning import Span
 from polyak.maths.profiles import SWA
 from polyak.tensors.names import named_tensors
+from polyak.tensors.ranks import rank
 from polyak.tensors.sharding import refuse_sharded
 
 SLOW_SECONDS = 1.0
@@ -237,7 +233,7 @@ class Recorder:
         self._settle()
         found = checked_state(state_dict, self._base)
         state.check_state(self._member, found["average"])
-        if found["record"] and _records():
+        if found["record"] and rank() == 0:
             self._folder.resume(found["record"], found["start"])
         self._begun = bool(found["record"])
         state.load_state(self._member, found["average"])
@@ -322,7 +318,7 @@ class Recorder:
 
     def _capture(self, until: float) -> None:
         """The present weights stand for the time from the last ones to `until`."""
-        if _records():
+        if rank() == 0:
             self._tracker.update(until - self._covered, True, [self._member])
             self._begin()
         self._covered = until
@@ -376,7 +372,7 @@ class Recorder:
         if self._keep is not None and self._place(self._time) >= self._keep:
             self._interval *= 2
             self._merges = True
-        if not _records():
+        if rank() != 0:
             return
         interval, protected, merges = self._interval, self._state_start, self._merges
 
@@ -450,11 +446,3 @@ class _Hooked(Members):
     def is_empty(self) -> bool:
         """Whether no time has passed yet."""
         return self._recorder._latest == 0
-
-
-def _records() -> bool:
-    """Whether this process writes: all hold the same weights under DDP."""
-    distributed = torch.distributed
-    return not (
-        distributed.is_available() and distributed.is_initialized() and distributed.get_rank()
-    )

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import copied_values, model_value, refuse_nonfinite_average
 from polyak.errors import ArgumentError, StaleStatistics, UsageError, require, warn
 from polyak.files import as_path
 from polyak.maths.arguments import flag
+from polyak.maths.text import profile_text
 from polyak.tensors.memory import odd_form
 from polyak.tensors.names import named_modules, named_tensors
+from polyak.tensors.ranks import rank
 from polyak.tensors.sharding import boxes, is_first_replica, is_sharded, local, narrowed
 
 _HOST = torch.device("cpu")
@@ -113,18 +114,12 @@ def _entries(member: Member) -> dict[str, Any]:
 
 
 def _boxes(value: Tensor, like: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[Any]]:
-    first = is_first_replica(like) and (is_sharded(like) or _rank() == 0)
+    first = is_first_replica(like) and (is_sharded(like) or rank() == 0)
     places = [
         (tuple(start for start, _ in spans), narrowed(value.detach(), here))
         for spans, here in (boxes(like) if first else ())
     ]
     return like.dtype, tuple(like.shape), places
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    there = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if there else 0
 
 
 def _check_collective(path: Any, layout: str, *, shards: bool, carry: Any) -> None:

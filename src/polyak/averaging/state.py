@@ -32,9 +32,8 @@ from torch import Tensor
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.clock import Clock
 from polyak.averaging.tracker import Member, Tracker
-from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
-from polyak.maths.profile import Profile
-from polyak.maths.text import format_profile
+from polyak.errors import FormatError, MismatchError, PolyakError
+from polyak.maths.text import profile_text
 from polyak.tensors.policy import Kind
 from polyak.tensors.sharding import fits, is_sharded, layout, local, part_of, sharded_as
 from polyak.version import __version__
@@ -57,14 +56,6 @@ _PARTS_LEFT_OUT = (
     "block or snapshots (not loaded, because the given state had no room for them: polyak.sharded.load "
     "makes it)"
 )
-
-
-def profile_text(profile: Profile) -> str:
-    """The profile as the command line spells it; a custom one as it prints."""
-    try:
-        return format_profile(profile)
-    except ArgumentError:
-        return repr(profile)
 
 
 def state_dict(member: Member) -> dict[str, Any]:

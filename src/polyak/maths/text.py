@@ -188,6 +188,14 @@ def format_profile(profile: Profile) -> str:
     return text
 
 
+def profile_text(profile: Profile) -> str:
+    """The profile as the command line spells it; a custom one as it prints."""
+    try:
+        return format_profile(profile)
+    except ArgumentError:
+        return repr(profile)
+
+
 def parse_schedule(pieces: Iterable[str]) -> schedules.Chain:
     """The chain of these pieces: constant, linear, cosine, cyclic, sawtooth or triangular.
 

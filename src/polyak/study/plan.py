@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyak.checkpoints.intervals import Interval
-from polyak.errors import ArgumentError
 from polyak.maths.planning import RESOLVED
 from polyak.maths.profiles import Profile
-from polyak.maths.text import format_profile
+from polyak.maths.text import profile_text
 
 _ROWS = 24
 
@@ -31,8 +30,9 @@ class Plan:
     """An average to be made; `print(plan)` shows it.
 
     profile: seen from `until`, in `unit`. pieces: oldest first, those without weight included; the
-    weights sum to 1. error: the planned distance from the true average, relative to its distance from the last iterate. effective_samples: as many
-    equal weights cancel as much noise. mean_age: of what is made, seen from `until`. notes: what to know.
+    weights sum to 1. error: the planned distance from the true average, relative to that average's
+    distance from the last iterate. effective_samples: as many equal weights cancel as much noise.
+    mean_age: of what is made, seen from `until`. notes: what to know.
     """
 
     profile: Profile
@@ -58,7 +58,7 @@ class Plan:
     def __str__(self) -> str:
         counted = [piece for piece in self.pieces if piece.weight]
         shown = counted[-_ROWS:]
-        lines = [f"{spelled(self.profile)} at {self.until:,g} {self.unit}"]
+        lines = [f"{profile_text(self.profile)} at {self.until:,g} {self.unit}"]
         if len(counted) > len(shown):
             rest = sum(piece.weight for piece in counted[: -len(shown)])
             lines.append(f"  {len(counted) - len(shown)} older pieces together {rest:.4f}")
@@ -70,14 +70,6 @@ class Plan:
             f"effective samples {self.effective_samples:.1f}, mean age {self.mean_age:,.4g} {self.unit}",
         ]
         return "\n".join([*lines, *self.notes])
-
-
-def spelled(profile: Profile) -> str:
-    """The profile as the command line spells it; a custom one as it prints."""
-    try:
-        return format_profile(profile)
-    except ArgumentError:
-        return repr(profile)
 
 
 def key_of(intervals: tuple[Interval, ...], weights: tuple[float, ...]) -> str:

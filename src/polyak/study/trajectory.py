@@ -28,9 +28,9 @@ from polyak.maths.planning import (
     smallest_resolved_age,
 )
 from polyak.maths.profiles import Profile
-from polyak.maths.text import as_profile
+from polyak.maths.text import as_profile, profile_text
 from polyak.study.means import MeanTree
-from polyak.study.plan import Piece, Plan, key_of, spelled
+from polyak.study.plan import Piece, Plan, key_of
 
 if TYPE_CHECKING:
     from polyak.checkpoints.merging.average import MergeResult
@@ -235,7 +235,7 @@ class Trajectory:
             return tuple(piece_weights(profile, [one.end for one in used]).tolist())
         if until <= profile.start:
             raise ArgumentError(
-                f"{spelled(profile)} is empty at {until:g}: it starts at {profile.start:g}. Start earlier, "
+                f"{profile_text(profile)} is empty at {until:g}: it starts at {profile.start:g}. Start earlier, "
                 "or choose a later moment."
             )
         weights = interval_weights(profile, [one.span for one in used], until)
@@ -251,7 +251,7 @@ class Trajectory:
         needed = [f"{a:g} to {b:g}" for a, b in gaps if profile.interval_mass(a, b, until) > 0]
         damaged = "".join(f"\n  {path}: {why}" for path, why in self.damaged.items())
         raise FormatError(
-            f"{spelled(profile)} at {until:g} {self.unit} needs {lost:.2g} of its weight from intervals that "
+            f"{profile_text(profile)} at {until:g} {self.unit} needs {lost:.2g} of its weight from intervals that "
             f"are missing: {', '.join(needed)}. Restore them, or choose another moment or profile.{damaged}"
         )
 
@@ -325,7 +325,9 @@ class Trajectory:
             yield (
                 opened,
                 [
-                    OutputWeights(tuple(row), spelled(plan.profile), plan.unit, self._said(plan))
+                    OutputWeights(
+                        tuple(row), profile_text(plan.profile), plan.unit, self._said(plan)
+                    )
                     for row, plan in zip(rows, plans, strict=True)
                 ],
             )
@@ -336,7 +338,7 @@ class Trajectory:
 
         said = {
             "polyak": __version__,
-            "profile": spelled(plan.profile),
+            "profile": profile_text(plan.profile),
             "unit": plan.unit,
             "time": repr(plan.until),
             "count": str(sum(one.captures for one in plan.pieces if one.weight)),

@@ -1,4 +1,4 @@
-"""What all ranks over which a model is sharded find out together; every one of them must call."""
+"""Which rank this is, and what all over which a model is sharded find out together: every one must call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from polyak.tensors.sharding import is_first_replica, is_sharded
+
+
+def rank() -> int:
+    """Of this process in the default process group; 0 without one."""
+    distributed = torch.distributed
+    there = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if there else 0
 
 
 class ShardRanks:
