@@ -59,9 +59,8 @@ class RecordFolder:
         self.narrow = dtype if dtype is torch.bfloat16 else None
         self._pool: ThreadPoolExecutor | None = None
         self._future: Future[Outcome] | None = None
-        self._stale_from: float | None = (
-            None  # of a resumed record: what begins there is of another run
-        )
+        # Of a resumed record: what begins there or later is of a run that was given up.
+        self._stale_from: float | None = None
 
     def begin(self, record: str) -> None:
         """The first file will be written. Raises OutputError if the folder holds a record."""

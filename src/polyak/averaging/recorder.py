@@ -353,12 +353,9 @@ class Recorder:
         held = self._member.accumulator
         dtype = torch.bfloat16 if self._folder.narrow else None
         named = named_tensors(self.model)
+        kept_as = held.tensors_held()[0] if held else []
+        averaged = dict(zip(self._tracker.tensors.names, kept_as, strict=bool(held)))
         total = 0
-        averaged = (
-            dict(zip(self._tracker.tensors.names, held.tensors_held()[0], strict=True))
-            if held
-            else {}
-        )
         for name, slot in named.slots.items():
             kept = averaged.get(name, slot.tensor)
             narrow = dtype is not None and name in averaged and kept.is_floating_point()

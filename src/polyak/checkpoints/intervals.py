@@ -136,25 +136,20 @@ def merge_intervals(group: Sequence[Interval]) -> None:
         return
     lengths = [one.end - one.start for one in group]
     shares = [length / math.fsum(lengths) for length in lengths]
-    span = Span(group[0].start, group[-1].end, sum(one.captures for one in group))
-    pairs = zip(shares, group, strict=True)
-    squares = math.fsum(share**2 * one.sum_squared_shares for share, one in pairs)
-    metadata = interval_metadata(span, group[-1].unit, group[-1].record, squares)
-    write_mean(group[-1].path, group, shares, metadata)
+    write_mean(group[-1].path, group, shares)
     for one in group[:-1]:
         one.path.unlink(missing_ok=True)
 
 
-def write_mean(
-    target: Path,
-    group: Sequence[Interval],
-    shares: Sequence[float],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a mean of intervals to `target`, which may be one of them."""
+def write_mean(target: Path, group: Sequence[Interval], shares: Sequence[float]) -> None:
+    """Write a mean of neighbours to `target`, which may be one of them, as an interval of its own."""
     from polyak.checkpoints.merging.into import merge_into
     from polyak.checkpoints.merging.weights import OutputWeights
 
+    span = Span(group[0].start, group[-1].end, sum(one.captures for one in group))
+    pairs = zip(shares, group, strict=True)
+    squares = math.fsum(share**2 * one.sum_squared_shares for share, one in pairs)
+    metadata = interval_metadata(span, group[-1].unit, group[-1].record, squares)
     with ExitStack() as stack:
         opened = [stack.enter_context(one.open()) for one in group]
         merge_into(target, opened, OutputWeights(tuple(shares), metadata=metadata))

@@ -10,12 +10,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from polyak.errors import ArgumentError, PolyakError, UsageError
+from polyak.checkpoints.writing.ranks import Ranks as WritingRanks
+from polyak.errors import ArgumentError, UsageError
+from polyak.tensors.sharding import is_sharded, part_of, sharded_as
 
 Result = TypeVar("Result")
 
@@ -44,6 +44,8 @@ class Ranks:
     def trained(self, model: nn.Module) -> nn.Module:
         """What the training pass calls: the gradients are then the mean over the processes."""
         if self.is_sharded:
+            from torch.distributed.fsdp import fully_shard
+
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 asks for it
             return cast("nn.Module", fully_shard(model))
         return DistributedDataParallel(model) if self.count > 1 else model
@@ -58,16 +60,9 @@ class Ranks:
         """Do something in the first process alone; all get its result, or raise its error."""
         if self.count == 1:
             return work()
-        outcome: list[Any] = [None, None]
-        if self.index == 0:
-            try:
-                outcome[0] = work()
-            except (PolyakError, OSError) as error:
-                outcome[1] = error
-        distributed.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return cast("Result", outcome[0])
+        all_ranks = WritingRanks()
+        result = all_ranks.together(lambda: work() if self.index == 0 else None)
+        return cast("Result", all_ranks.gather(result)[0])
 
     def environment(self) -> dict[str, str]:
         """What must be equal for a resumed run to end in the same bits."""
@@ -76,7 +71,7 @@ class Ranks:
 
 def whole(state: Any) -> Any:
     """A state with every sharded tensor gathered; all processes must call it."""
-    return tree_map_only(DTensor, DTensor.full_tensor, state)
+    return tree_map_only(Tensor, lambda t: t.full_tensor() if is_sharded(t) else t, state)
 
 
 def sharded_like(state: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
@@ -91,9 +86,9 @@ def shard_momenta(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _cut(value: Any, like: Any) -> Any:
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+    if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements)
+    return sharded_as(part_of(value, like), like)
 
 
 def is_launched() -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyak.checkpoints.intervals import Interval, interval_metadata, write_mean
+from polyak.checkpoints.intervals import Interval, write_mean
 from polyak.errors import OutputError
 from polyak.maths.planning import Span
 
@@ -116,9 +116,4 @@ class MeanTree:
     def _write(self, block: Interval, parts: Sequence[tuple[Interval, float]]) -> None:
         self._folder.mkdir(exist_ok=True)
         self._in_use |= {block.path, *(one.path for one, _ in parts)}
-        shares = [share for _, share in parts]
-        squares = math.fsum(
-            share**2 * one.sum_squared_shares for share, (one, _) in zip(shares, parts, strict=True)
-        )
-        metadata = interval_metadata(block.span, block.unit, block.record, squares)
-        write_mean(block.path, [one for one, _ in parts], shares, metadata)
+        write_mean(block.path, [one for one, _ in parts], [share for _, share in parts])

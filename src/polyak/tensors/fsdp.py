@@ -51,12 +51,12 @@ def _groups(model: Module) -> Iterator[Any]:
         return
     from torch.distributed._composable_state import _module_state_mapping
 
-    own = set(map(id, model.modules()))
     states = {
         module._get_fsdp_state(): None
         for module in list(_module_state_mapping)
         if isinstance(module, fsdp.FSDPModule)
     }
+    own = set(map(id, model.modules())) if states else set()  # loans of plain models wait for this
     for state in states:
         for group in state._fsdp_param_groups:
             if any(place in own for p in group.fsdp_params for place, _ in _places(p)):

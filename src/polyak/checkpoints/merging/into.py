@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from polyak.checkpoints.merging.engine import Sink, Worker
+from polyak.checkpoints.merging.engine import Worker
 from polyak.checkpoints.merging.options import MergeOptions
-from polyak.checkpoints.merging.plan import ByteRuns
-from polyak.checkpoints.merging.prepare import Merge, prepared
+from polyak.checkpoints.merging.outputs import byte_runs
+from polyak.checkpoints.merging.prepare import prepared
 from polyak.checkpoints.merging.weights import OutputWeights
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.layouts import OutputFile
@@ -26,26 +26,16 @@ def merge_into(target: Path, inputs: Sequence[Checkpoint], weights: OutputWeight
         one.step = index
     beside = target.with_name(f".mean-of-{target.name}")  # never written: `replacing` writes
     with prepared(inputs, {beside: weights}, MergeOptions()) as merge:
-        layout = merge.blueprints[0].layouts[""]
+        output = merge.blueprints[0]
+        layout = output.layouts[""]
         with (
             replacing(target, overwrite=True) as part,
             closing(OutputFile(part, layout.size)) as file,
         ):
             layout.begin(file)
-            worker = Worker(merge.job([_places(merge, file)]))
+            worker = Worker(merge.job([byte_runs(merge.plan, output.places, {"": file})]))
             for index in range(len(merge.plan)):
                 worker.merge(merge.plan[index], checksums=False)
             for one in inputs:
                 one.check_unchanged()
-            layout.finish(file, merge.blueprints[0].metadata)
-
-
-def _places(merge: Merge, file: OutputFile) -> list[ByteRuns[Sink]]:
-    offsets = iter(merge.blueprints[0].layouts[""].offsets)
-    found: list[ByteRuns[Sink]] = []
-    for segment in merge.plan.segments:
-        runs: ByteRuns[Sink] = ByteRuns()
-        for tensor in segment.tensors:
-            runs.add(file, next(offsets), tensor.nbytes)
-        found.append(runs)
-    return found
+            layout.finish(file, output.metadata)
