@@ -178,6 +178,8 @@ def run_arm(name: str, folder: Path) -> None:
     import polyak.checkpoints.merging.average
 
     assert safetensors.torch, polyak.checkpoints.merging.average
+    if name == "ours_dcp_out":
+        import torch.distributed.checkpoint
     torch.set_num_threads(THREADS)
     imported = peak()
     with tempfile.TemporaryDirectory(dir=folder) as out:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from polyak.cli.converters import Whole
+from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -48,9 +49,6 @@ class Inputs:
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
-        steps_unit: What times in --method count instead of steps, like tokens: a column of
-            --steps-from, or the number after this word in the names (step100-tokens4B).
-        steps_from: A CSV or JSONL file with the columns step (or file) and the unit.
 
     """
 
@@ -60,8 +58,6 @@ class Inputs:
     best: Whole = None
     metric: str | None = None
     scores: Path | None = None
-    steps_unit: str | None = None
-    steps_from: Path | None = None
 
     def selection(self) -> Selection:
         """As the library takes it."""
@@ -85,8 +81,9 @@ class Outputs:
     Attributes:
         output: A .safetensors file, a torch archive (.pt .pth .bin .ckpt), or a folder. Repeat
             --method and -o for several outputs in one pass.
-        method: swa, ema:half_life=3000, ema:decay=0.999, power:std=0.1, window:length=10000,
-            annealed:shape=linear|cosine|sqrt; times in training steps. By default swa.
+        method: swa, ema:half_life=3000, ema:decay=0.999, power:std=0.1, polynomial:c=1,k=0.5,
+            window:length=10000, annealed:shape=linear|cosine|sqrt; times in training steps. By
+            default swa.
         weights: One weight per input in the order given, like 0.2,0.3,0.5, instead of --method.
         normalize: Divide the weights by their sum.
 
@@ -191,7 +188,7 @@ def _range(text: str | None) -> tuple[int | None, int | None] | None:
     return bounds
 
 
-_INPUTS, _TENSORS, _WORK = Inputs(), Tensors(), Work()
+_INPUTS, _TENSORS, _WORK, _RECORD = Inputs(), Tensors(), Work(), Record()
 
 
 def average(
@@ -200,8 +197,11 @@ def average(
     which: Inputs = _INPUTS,
     tensors: Tensors = _TENSORS,
     work: Work = _WORK,
+    record: Record = _RECORD,
 ) -> None:
     """Average checkpoints into new files. One input converts: to the suffix of -o, to --dtype.
+
+    Of the record of a run (the folder of a polyak.Recorder) any average is made, seen from any moment.
 
     Args:
         inputs: Checkpoints, folders of them, globs: safetensors, torch archives, Transformers,
@@ -210,10 +210,12 @@ def average(
         which: Which of the checkpoints to take.
         tensors: What happens to the tensors.
         work: How the work is done.
+        record: Where the one input is the record of a run.
 
     """
     from rich.console import Console
 
+    from polyak.checkpoints.intervals import is_record
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.selection import find_checkpoints
@@ -228,6 +230,26 @@ def average(
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
+    if len(inputs) == 1 and is_record(inputs[0]):
+        if which != _INPUTS or outputs.weights:
+            raise ArgumentError(
+                "The input is the record of a run: --method and --until say what of it to take, not "
+                "--weights or a selection of checkpoints."
+            )
+        with _notices(console), _continuable(methods), _progress(console) as progress:
+            average_record(
+                console,
+                inputs[0],
+                methods,
+                replace(options, progress=progress),
+                record,
+                work.dry_run,
+            )
+        return
+    if record != _RECORD:
+        raise ArgumentError(
+            "--until and --cache-size are for the record of a run: one folder with interval-<k>.safetensors."
+        )
     with ExitStack() as opened, _notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))

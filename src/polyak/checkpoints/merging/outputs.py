@@ -198,15 +198,7 @@ class Staged:
     def byte_runs(self, plan: MergePlan) -> list[ByteRuns[Sink]]:
         """Where the bytes of each segment go."""
         files = dict(zip(self.blueprint.layouts, self.files, strict=True))
-        places = iter(self.blueprint.places)
-        found: list[ByteRuns[Sink]] = []
-        for segment in plan.segments:
-            runs: ByteRuns[Sink] = ByteRuns()
-            for _ in segment.tensors:
-                for file, offset, nbytes in next(places):
-                    runs.add(files[file], offset, nbytes)
-            found.append(runs)
-        return found
+        return byte_runs(plan, self.blueprint.places, files)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write what is only known at the end, and sync everything."""
@@ -255,6 +247,23 @@ class Staged:
     def discard(self) -> None:
         """Remove the staging folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def byte_runs(
+    plan: MergePlan,
+    places: Sequence[Sequence[tuple[str, int, int]]],
+    files: Mapping[str, OutputFile],
+) -> list[ByteRuns[Sink]]:
+    """Where the bytes of each segment go: a blueprint's `places`, in its files once they are open."""
+    left = iter(places)
+    found: list[ByteRuns[Sink]] = []
+    for segment in plan.segments:
+        runs: ByteRuns[Sink] = ByteRuns()
+        for _ in segment.tensors:
+            for file, offset, nbytes in next(left):
+                runs.add(files[file], offset, nbytes)
+        found.append(runs)
+    return found
 
 
 def staging_folder(target: Path, identity: str) -> Path:

@@ -45,7 +45,7 @@ from polyak.checkpoints.writing.extra_state import warn_of_lost
 from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
 from polyak.errors import ArgumentError, StaleStatistics, require, warn
 from polyak.files import as_path
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 PathLike = str | os.PathLike[str]
 Input = PathLike | Checkpoint

@@ -15,7 +15,8 @@ from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
 from polyak.maths.arguments import numbers
 from polyak.maths.pieces import effective_samples, piece_weights
-from polyak.maths.profiles import SWA, Profile
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import SWA
 from polyak.maths.text import parse_profile
 from polyak.version import __version__
 
@@ -27,7 +28,7 @@ SUM_TOLERANCE = 1e-6
 
 _OUR_KEYS = {
     "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
-    "batchnorm", "ties",
+    "batchnorm", "ties", "interval", "record",
 }  # fmt: skip
 
 
@@ -40,12 +41,14 @@ class OutputWeights:
     `MergeResult` they are oldest first. Raises ArgumentError unless all are finite and one is not zero.
 
     coefficients: float64, one per input. label: what the output's metadata gives as its profile.
-    unit: of its time, `steps`, `captures` or `files`.
+    unit: of its time, `steps`, `captures` or `files`. metadata: what the output says about itself, in
+    the place of a list of its inputs.
     """
 
     coefficients: tuple[float, ...]
     label: str = "weights"
     unit: str = "files"
+    metadata: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         found = numbers("weights", self.coefficients).reshape(-1).tolist()
@@ -133,6 +136,8 @@ def metadata_of(
 
     The newest's own metadata is kept, with `format`, without which Transformers refuses a file.
     """
+    if weights.metadata is not None:
+        return {"format": "pt", **_carried(inputs[-1]), **weights.metadata, **marks}
     counted = [weight for weight in weights.coefficients if weight]
     steps = [one.step for one in inputs]
     measured = measured_times(inputs, options)
@@ -170,6 +175,8 @@ def _carried(newest: Checkpoint) -> dict[str, str]:
 
 def with_hashes(metadata: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
     """The metadata with the SHA-256 of every input's files; hashes: path -> hex."""
+    if "inputs" not in metadata:
+        return dict(metadata)
     inputs = json.loads(metadata["inputs"])
     for one in inputs:
         for path in one.get("sha256", {}):
