@@ -49,6 +49,9 @@ class Inputs:
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
+        steps_unit: What times in --method count instead of steps, like tokens: a column of
+            --steps-from, or the number after this word in the names (step100-tokens4B).
+        steps_from: A CSV or JSONL file with the columns step (or file) and the unit.
 
     """
 
@@ -58,6 +61,8 @@ class Inputs:
     best: Whole = None
     metric: str | None = None
     scores: Path | None = None
+    steps_unit: str | None = None
+    steps_from: Path | None = None
 
     def selection(self) -> Selection:
         """As the library takes it."""
@@ -231,6 +236,10 @@ def average(
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
     if len(inputs) == 1 and is_record(inputs[0]):
+        if shared:
+            raise ArgumentError(
+                "A record is averaged by one process. Run the same command without torchrun."
+            )
         if which != _INPUTS or outputs.weights:
             raise ArgumentError(
                 "The input is the record of a run: --method and --until say what of it to take, not "

@@ -66,6 +66,8 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
     dcp_files: int | None = None,
     dcp_key: str | None = None,
     keep_state: bool = False,
+    steps_unit: str | None = None,
+    steps_from: PathLike | None = None,
     resume: bool = False,
     verify: bool = False,
     overwrite: bool = False,
@@ -111,6 +113,9 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         dcp_key: Where the tensors are in a DCP folder, like `"model"`; by default where they are in
             the newest input, and at the root if that is of another format.
         keep_state: Carry over what the newest DCP folder holds beside the model (optimizer, schedule).
+        steps_unit: What a profile's lengths count, like `"tokens"`, in place of training steps: a column
+            of `steps_from`, or the number after this word in the names (`step100-tokens4B`).
+        steps_from: A CSV or JSONL file with the columns `step` (or `file`) and `steps_unit`.
         resume: Continue what was interrupted, to the same bytes.
         verify: Record the SHA-256 of the inputs in the output, then read the output back and check it.
         overwrite: Replace outputs that exist.
@@ -150,6 +155,8 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         dcp_files=dcp_files,
         dcp_key=dcp_key,
         keep_state=keep_state,
+        steps_unit=steps_unit,
+        steps_from=steps_from,
         resume=resume,
         verify=verify,
         overwrite=overwrite,
