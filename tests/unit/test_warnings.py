@@ -316,7 +316,6 @@ def merged_without_extra_state(folder):
 
 @case(PolyakWarning)
 def merged_without_the_state_of_training(folder):
-    import torch.distributed.checkpoint as dcp
 
     state = {"model": network().state_dict(), "step": 3, "optimizer": {"rate": torch.ones(1)}}
     with warnings.catch_warnings():
