@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -315,7 +316,6 @@ def merged_without_extra_state(folder):
 
 @case(PolyakWarning)
 def merged_without_the_state_of_training(folder):
-    import torch.distributed.checkpoint as dcp
 
     state = {"model": network().state_dict(), "step": 3, "optimizer": {"rate": torch.ones(1)}}
     with warnings.catch_warnings():
@@ -323,6 +323,15 @@ def merged_without_the_state_of_training(folder):
         dcp.save(state, checkpoint_id=folder / "step-3")
     step, out = folder / "step-3", folder / "out"
     polyak.average_checkpoints([step], out, format="dcp")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def merged_unrelated_networks(folder):
+    for step in (1, 2):
+        torch.manual_seed(step)
+        torch.save({"w": torch.randn(100, 100)}, folder / f"step-{step}.pt")
+    inputs = folder.glob("*.pt")
+    polyak.average_checkpoints(inputs, folder / "out.pt")  # the line that is to be named
 
 
 @case(PolyakWarning)
