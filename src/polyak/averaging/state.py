@@ -148,6 +148,8 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     tracker = member.tracker
     tracker.finish()
     if _holds_weights(state):
+        if thawed := _tensors_of(state).keys() & tracker.tensors.frozen().keys():
+            tracker.add(sorted(thawed), known_to=member)
         tracker.prepare()
         if member.accumulator is not None:
             member.accumulator.load_state(state, tracker.tensors.names)
@@ -218,6 +220,12 @@ def _holds_weights(state: Mapping[str, Any]) -> bool:
     return any(isinstance(state.get(n), Sized) and len(state[n]) for n in ("tensors", "snapshots"))
 
 
+def _tensors_of(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The averaged tensors by name; for a window, those of one snapshot."""
+    tensors: Mapping[str, Tensor] = state["tensors"] or state["snapshots"][-1]["tensors"]
+    return tensors
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -231,9 +239,11 @@ def _check_tensors(
 ) -> None:
     tensors, options = member.tracker.tensors, member.tracker.options
     held_by = accumulator_class(member.profile)
+    live = dict(zip(tensors.names, tensors.live, strict=True))
+    # What trained when the state was saved may still be frozen here: a run that resumes thaws later.
+    live |= {n: t for n, t in tensors.frozen().items() if n in _tensors_of(state)}
     weights = {
-        n: f"{tuple(t.shape)} {held_by.dtype_held(t.dtype, options)}"
-        for n, t in zip(tensors.names, tensors.live, strict=True)
+        n: f"{tuple(t.shape)} {held_by.dtype_held(t.dtype, options)}" for n, t in live.items()
     }
     statistics = {
         n: str(tuple(t.shape))
