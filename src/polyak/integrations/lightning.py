@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from polyak import After, Average, Averages, Profile
 from polyak.errors import (
@@ -28,17 +25,17 @@ from polyak.errors import (
     require,
     warn,
 )
+from polyak.integrations import lightning_parts as parts
 
 try:
     import lightning
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch.callbacks import StochasticWeightAveraging
     from lightning.pytorch.strategies import (
         DeepSpeedStrategy,
         FSDPStrategy,
         ModelParallelStrategy,
     )
-    from lightning.pytorch.utilities import CombinedLoader
     from lightning.pytorch.utilities.seed import isolate_rng
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("lightning"):
@@ -92,6 +89,7 @@ class WeightAveraging(Callback):
     optimizers without `optimizer=` and `update_bn` on a module without `forward`. UsageError for a second
     averaging callback, and for DeepSpeed and FSDP strategies. MismatchError for a checkpoint with the
     average of another profile.
+
     """
 
     def __init__(  # noqa: PLR0913 - each one fact about the average, keyword-only
@@ -160,6 +158,7 @@ class WeightAveraging(Callback):
             str, int
         ] = {}  # how many weights were in it when statistics were measured
         self._loan: Any = None
+        self._guest: Average | None = None  # another average that is evaluated now
         self._closing = _Closing(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,11 +193,11 @@ class WeightAveraging(Callback):
         if self._averages is None:
             raise UsageError("There are no raw weights yet: the module has not been fitted.")
         with self._own_weights():
-            return _copied(self._main.model.state_dict())
+            return parts.copied(self._main.model.state_dict())
 
     # The course of a fit
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Make the average; or continue that of the last fit, from the weights with which it ended."""
         if stage != "fit":
             return
@@ -212,7 +211,7 @@ class WeightAveraging(Callback):
         self._fitting = True
 
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Give the module the weights that trained; the average follows when it has its place."""
         if not self._fitting:
@@ -229,7 +228,7 @@ class WeightAveraging(Callback):
         pl_module.load_state_dict(current, strict=pl_module.strict_loading)
         self._restored = checkpoint
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Load what was restored, and take the first and the last place among the callbacks."""
         _check_forward(pl_module, self._update_bn, self._forward)
         if self._restored is not None:
@@ -237,9 +236,12 @@ class WeightAveraging(Callback):
             self._restored = None
         others = [c for c in trainer.callbacks if c not in (self, self._closing)]
         trainer.callbacks = [self, *others, self._closing]
-        _wrap(self, pl_module)
+        parts.wrap_hooks(
+            pl_module,
+            {"on_save_checkpoint": self._saved_on_average, "on_validation_end": self._ended},
+        )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Attach the average to the optimizer, unless it begins with a later epoch."""
         if not self._attached and trainer.current_epoch >= self._start_epoch:
             optimizers = self._chosen(trainer)
@@ -249,12 +251,12 @@ class WeightAveraging(Callback):
             self._all.attach(optimizers, **every)
             self._attached = True
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """The same, for an average that begins with this epoch."""
         self.on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Any, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """After the last batch of an epoch: average its weights, so that its validation sees them."""
         epoch = trainer.current_epoch
@@ -265,17 +267,17 @@ class WeightAveraging(Callback):
             if (epoch + 1) % self._every == 0:
                 self._all.update(self._every)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """The same, for an epoch that the module ended itself."""
         self.on_train_batch_end(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Lend the average to the module, with fresh statistics."""
         if self._fitting:
             self._refresh(trainer, next(iter(self._profiles)))
             self._lend()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Evaluate the other averages; what else happens at this moment is on the first one again."""
         if not self._fitting or trainer.sanity_checking:
             return
@@ -284,7 +286,7 @@ class WeightAveraging(Callback):
                 with self._own_weights():
                     self._evaluate(trainer, pl_module, name)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Leave the average in the module, and keep the weights that trained."""
         if not self._fitting:
             return
@@ -293,33 +295,33 @@ class WeightAveraging(Callback):
             self._refresh(trainer, name)
         self._finish(pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """The same after a fit that found nothing left to do."""
         if self._fitting and self._left is None and not self._main.empty:
             self._finish(pl_module)
 
     def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+        self, trainer: Any, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the module its own weights back."""
         if self._fitting:
             self._end()
             if self._left is None:
-                self._left = _copied(pl_module.state_dict(), "cpu")
+                self._left = parts.copied(pl_module.state_dict(), "cpu")
             self.teardown(trainer, pl_module, "fit")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Leave no trace in the trainer and the module."""
         if self._fitting:
             self._end()
             trainer.callbacks = [c for c in trainer.callbacks if c is not self._closing]
-            _unwrap(pl_module)
+            parts.unwrap_hooks(pl_module)
             self._fitting = False
 
     # Checkpoints
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put the average in the place of the weights, and these beside it."""
         if self._averages is None or self._main.model is not pl_module:
@@ -331,7 +333,7 @@ class WeightAveraging(Callback):
             if self._left is not None:
                 raw = {**raw, **self._left}
             averaged = self._averaged_state(raw)
-            raw = _copied(raw) if self._loan is not None else raw
+            raw = parts.copied(raw) if self._loan is not None else raw
         checkpoint["state_dict"] = averaged
         checkpoint["current_model_state"] = raw
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._main.count)}
@@ -352,7 +354,7 @@ class WeightAveraging(Callback):
             hook(checkpoint)
             ours = {id(value) for value in averaged.values()}
             checkpoint["state_dict"] = {
-                name: value if id(value) in ours else _copied({name: value})[name]
+                name: value if id(value) in ours else parts.copied({name: value})[name]
                 for name, value in checkpoint["state_dict"].items()
             }
         current = checkpoint.get("current_model_state", {})
@@ -362,10 +364,11 @@ class WeightAveraging(Callback):
 
     def _ended(self, hook: Callable[[], Any]) -> None:
         """The module's own on_validation_end, which comes after those of all callbacks."""
-        if self._main.empty:
+        average = self._guest or self._main
+        if average.empty:
             hook()
             return
-        with self._main.applied():
+        with average.applied():
             hook()
 
     def _averaged_state(self, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,7 +378,7 @@ class WeightAveraging(Callback):
         held = self._main.state_dict()["tensors"]
         with torch.inference_mode(False), torch.no_grad(), self._main.applied():
             return {
-                name: _shared_or_copied(value, raw.get(name), held.get(_plain(name)))
+                name: parts.shared_or_copied(value, raw.get(name), held.get(parts.plain_name(name)))
                 for name, value in self._main.model.state_dict().items()
             }
 
@@ -432,13 +435,15 @@ class WeightAveraging(Callback):
 
     def _unchanged(self, module: LightningModule) -> bool:
         """Whether the module holds the average, or the weights that trained, as the last fit left it."""
-        state = _copied(module.state_dict(), "cpu")
-        if _equal(state, self._left or {}):
+        state = parts.copied(module.state_dict(), "cpu")
+        if parts.equal(state, self._left or {}):
             return True
-        return not self._main.empty and _equal(state, _copied(self._averaged_state({}), "cpu"))
+        return not self._main.empty and parts.equal(
+            state, parts.copied(self._averaged_state({}), "cpu")
+        )
 
     def _finish(self, module: LightningModule) -> None:
-        self._left = _copied(module.state_dict(), "cpu")
+        self._left = parts.copied(module.state_dict(), "cpu")
         self._main.copy_to(module)
 
     def _lend(self) -> None:
@@ -469,7 +474,7 @@ class WeightAveraging(Callback):
             self._averages.detach()
         self._attached = False
 
-    def _refresh(self, trainer: Trainer, name: str) -> None:
+    def _refresh(self, trainer: Any, name: str) -> None:
         """Measure statistics under an average, unless they have been since it last changed."""
         average = self._all[name]
         if self._update_bn is None or average.empty or trainer.sanity_checking:
@@ -478,9 +483,9 @@ class WeightAveraging(Callback):
             return
         self._refreshed[name] = average.count
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            average.update_bn(_batches(trainer, self._update_bn), forward=self._forward)
+            average.update_bn(parts.batches(trainer, self._update_bn), forward=self._forward)
 
-    def _evaluate(self, trainer: Trainer, module: LightningModule, name: str) -> None:
+    def _evaluate(self, trainer: Any, module: LightningModule, name: str) -> None:
         """One more validation, without callbacks; what the module logs gets the name of the average."""
         self._refresh(trainer, name)
         log, callbacks = module.log, trainer.callbacks
@@ -495,11 +500,10 @@ class WeightAveraging(Callback):
         ):
             setattr(loop, shared, getattr(ours, shared))
 
-        def renamed(name_: str, *args: Any, **kwargs: Any) -> None:
-            log(f"val/{name}/{name_}", *args, **kwargs)
+        prefix = f"val/{name}/"
 
         def log_renamed(name: str, *args: Any, **kwargs: Any) -> None:
-            renamed(name, *args, **kwargs)
+            log(prefix + name, *args, **kwargs)
 
         with ExitStack() as undo:
             undo.callback(setattr, epoch_loop, "val_loop", ours)
@@ -507,10 +511,12 @@ class WeightAveraging(Callback):
             undo.callback(vars(module).pop, "log", None)
             epoch_loop.val_loop, trainer.callbacks = loop, []
             vars(module)["log"] = log_renamed
-            undo.callback(self._all[name].lend().give_back)
+            self._guest = self._all[name]
+            undo.callback(setattr, self, "_guest", None)
+            undo.enter_context(self._guest.applied())
             loop.run()
 
-    def _chosen(self, trainer: Trainer) -> list[Any]:
+    def _chosen(self, trainer: Any) -> list[Any]:
         """The optimizers whose steps count."""
         optimizers, chosen = trainer.optimizers, self._optimizer
         names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
@@ -535,7 +541,7 @@ class WeightAveraging(Callback):
         )
         return [optimizers[i] for i in wanted]
 
-    def _refuse(self, trainer: Trainer) -> None:
+    def _refuse(self, trainer: Any) -> None:
         own = (WeightAveraging, _LightningsOwn, StochasticWeightAveraging)
         others = [c for c in trainer.callbacks if isinstance(c, own) and c is not self]
         if others or trainer.callbacks.count(self) > 1:
@@ -559,81 +565,8 @@ class _Closing(Callback):
     def __init__(self, owner: WeightAveraging) -> None:
         self._owner = owner
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
         self._owner._give_back()
-
-
-class _OnAverage:
-    """A hook of the module that runs on the average; copied or pickled it is the module's own."""
-
-    def __init__(self, run: Callable[..., Any], module: LightningModule, name: str) -> None:
-        self._run = run
-        self._module = module
-        self._hook = getattr(type(module), name)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(MethodType(self._hook, self._module), *args)
-
-    def __reduce__(self) -> Any:
-        return MethodType, (self._hook, self._module)
-
-
-_WRAPPED = ("on_save_checkpoint", "on_validation_end")
-
-
-def _wrap(callback: WeightAveraging, module: LightningModule) -> None:
-    for name, run in zip(_WRAPPED, (callback._saved_on_average, callback._ended), strict=True):
-        vars(module)[name] = _OnAverage(run, module, name)
-
-
-def _unwrap(module: LightningModule) -> None:
-    for name in _WRAPPED:
-        vars(module).pop(name, None)
-
-
-def _batches(trainer: Trainer, wanted: int | Iterable[Any]) -> Iterator[Any]:
-    """Batches on the module's device: as many of the training data as wanted, or those of a loader."""
-    source = trainer.train_dataloader if isinstance(wanted, int) else wanted
-    generators = {id(g): g for g in _generators(source)}.values()
-    states = [(generator, generator.get_state()) for generator in generators]
-    try:
-        mode = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
-        drawn = iter(
-            CombinedLoader(_rewound(source), mode if isinstance(wanted, int) else "sequential")
-        )
-        for done, (batch, _, index) in enumerate(drawn, 1):
-            converted = trainer.precision_plugin.convert_input(batch)
-            yield trainer.strategy.batch_to_device(converted, dataloader_idx=index)
-            if done == wanted:
-                return
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def _rewound(loaders: Any) -> Any:
-    """Copies of loaders that begin anew, while the loaders themselves may be in the middle of an epoch."""
-    if isinstance(loaders, Mapping):
-        return {name: _rewound(loader) for name, loader in loaders.items()}
-    if isinstance(loaders, (list, tuple)) and all(isinstance(one, DataLoader) for one in loaders):
-        return [_rewound(loader) for loader in loaders]
-    if not isinstance(loaders, DataLoader):
-        return loaders
-    own = copy.copy(loaders)
-    own._iterator = None
-    return own
-
-
-def _generators(loaders: Any) -> Iterator[torch.Generator]:
-    """The generators of random numbers from which loaders draw their order."""
-    several = loaders.values() if isinstance(loaders, Mapping) else loaders
-    if isinstance(loaders, DataLoader):
-        sampler = getattr(loaders.batch_sampler, "sampler", loaders.sampler)
-        found = [getattr(owner, "generator", None) for owner in (loaders, loaders.sampler, sampler)]
-        yield from (g for g in found if isinstance(g, torch.Generator))
-    elif isinstance(several, Collection):
-        for loader in several:
-            yield from _generators(loader) if isinstance(loader, (DataLoader, Mapping)) else ()
 
 
 def _check_forward(module: LightningModule, update_bn: object, forward: object) -> None:
@@ -650,41 +583,3 @@ def _whole(name: str, value: Any, least: int, also: str = "") -> None:
         isinstance(value, int) and not isinstance(value, bool) and value >= least
     )
     require(ok, f"{name} is {value!r}; expected a whole number from {least}{also}.")
-
-
-def _plain(name: str) -> str:
-    """The name of a tensor in an average, which leaves out what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _shared_or_copied(value: Any, *held: Any) -> Any:
-    """One of the tensors that are kept anyway, if it has this value; files then hold it once."""
-    if not isinstance(value, Tensor):
-        return value
-    for tensor in held:
-        if isinstance(tensor, Tensor) and _is_same(tensor, value):
-            return tensor
-    return value.detach().clone()
-
-
-def _is_same(tensor: Any, other: Any) -> bool:
-    if not (isinstance(tensor, Tensor) and isinstance(other, Tensor)):
-        return bool(tensor is other)
-    if (tensor.dtype, tensor.shape, tensor.device) != (other.dtype, other.shape, other.device):
-        return False
-    return torch.equal(tensor, other)
-
-
-def _equal(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
-    return state.keys() == other.keys() and all(_is_same(state[n], other[n]) for n in tensors)
-
-
-def _copied(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
-    """Copies of the tensors in a state dict."""
-    return {
-        name: value.detach().to(device or value.device, copy=True)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in state.items()
-    }
