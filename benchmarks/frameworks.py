@@ -115,9 +115,7 @@ def main() -> None:
         times = interleaved(candidates, rounds=options.rounds)
         rounds = range(options.rounds)
         added = {
-            key: statistics.median(
-                times.seconds[key][i] - times.seconds["none"][i] for i in rounds
-            )
+            key: statistics.median(times.seconds[key][i] - times.seconds["none"][i] for i in rounds)
             / options.steps
             for key in candidates
             if key != "none"

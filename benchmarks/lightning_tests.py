@@ -32,7 +32,9 @@ class Tally:
 def substituted(source: str) -> str:
     ours = "from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging"
     assert ours in source, "this is not the test file that was meant"
-    source = source.replace(ours, "from lightning_stand_in import EMAWeightAveraging, WeightAveraging")
+    source = source.replace(
+        ours, "from lightning_stand_in import EMAWeightAveraging, WeightAveraging"
+    )
     helper = "from tests_pytorch.helpers.runif import RunIf"
     return source.replace(helper, "from lightning_stand_in import RunIf")
 
@@ -49,7 +51,18 @@ def main() -> int:
         test.write_text(substituted(options.file.read_text(encoding="utf-8")), encoding="utf-8")
         sys.path.insert(0, folder)
         pytest.main(
-            [str(test), "-q", "-k", options.k, "-p", "no:cacheprovider", "-W", "ignore", "-c", "/dev/null"],
+            [
+                str(test),
+                "-q",
+                "-k",
+                options.k,
+                "-p",
+                "no:cacheprovider",
+                "-W",
+                "ignore",
+                "-c",
+                "/dev/null",
+            ],
             plugins=[tally],
         )
     for outcome, names in tally.outcomes.items():

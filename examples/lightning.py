@@ -5,7 +5,7 @@ import warnings
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyak.integrations.lightning import WeightAveraging
@@ -20,20 +20,20 @@ data = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16)
 class Regression(LightningModule):
     """Any module; nothing in it knows of averages."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
 
-    def loss(self, batch):
+    def loss(self, batch: list[Tensor]) -> Tensor:
         return (self.net(batch[0]) - batch[1]).square().mean()
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         return self.loss(batch)
 
-    def validation_step(self, batch, index):
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
         self.log("val_loss", self.loss(batch))
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 

@@ -8,17 +8,15 @@ module do from `on_validation_start` to `on_validation_end` sees the average.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 
 from polyak import After, Average, Averages, Profile
 from polyak.errors import (
-    ArgumentError,
     MismatchError,
     MissingExtra,
     UsageError,
@@ -36,7 +34,6 @@ try:
         FSDPStrategy,
         ModelParallelStrategy,
     )
-    from lightning.pytorch.utilities.seed import isolate_rng
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("lightning"):
         raise
@@ -50,8 +47,11 @@ if tuple(map(int, re.findall(r"\d+", lightning.__version__)[:2])) < _NEEDED:
     )
 from lightning.pytorch.callbacks import WeightAveraging as _LightningsOwn  # noqa: E402 - new in 2.6
 
+_AVERAGING = (_LightningsOwn, StochasticWeightAveraging)
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _ONLY = "average"  # the name of a single average in a checkpoint
+_OF_A_RUN = {"_averages", "_left", "_restored", "_fitting", "_attached", "_epoch", "_refreshed"}
+_OF_A_RUN |= {"_loan", "_guest", "_closing"}
 
 
 class WeightAveraging(Callback):
@@ -80,7 +80,7 @@ class WeightAveraging(Callback):
         optimizer: which of several optimizers counts the steps: its index, or a list of indices; then a
             step is complete when each of these has stepped.
         update_bn: a number of training batches, or a loader: BatchNorm statistics are measured on it
-            under the averaged weights, before each validation and when training ends.
+            under the averaged weights, before each validation and checkpoint, and when training ends.
         forward: how to run the model on a batch for `update_bn`, `forward(module, batch)`; by default
             `module(batch)`, or its first entry for a tuple or list.
         include, exclude, dtype, device, nonfinite, average_buffers: as for `polyak.Average`.
@@ -110,16 +110,16 @@ class WeightAveraging(Callback):
         nonfinite: Literal["skip", "raise"] | None = None,
         average_buffers: str | Iterable[str] | None = None,
     ) -> None:
-        _whole("every", every, 1)
-        _whole("start", start, 0)
-        _whole("start_epoch", start_epoch, 0)
+        parts.check_whole("every", every, 1)
+        parts.check_whole("start", start, 0)
+        parts.check_whole("start_epoch", start_epoch, 0)
         require(
             start_epoch is None or (start is None and not per_epoch),
             "start_epoch= is for an average of steps that begins with an epoch. Pass start= alone: it "
             "counts steps, or epochs with per_epoch=True.",
         )
         if not isinstance(update_bn, Iterable):
-            _whole("update_bn", update_bn, 1, " of batches, or a loader")
+            parts.check_whole("update_bn", update_bn, 1, " of batches, or a loader")
         self._options: dict[str, Any] = {
             "unit": "epochs" if per_epoch else None,
             "include": include,
@@ -147,29 +147,23 @@ class WeightAveraging(Callback):
 
     def _forget(self) -> None:
         self._averages: Averages | None = None
-        self._left: dict[str, Any] | None = (
-            None  # the weights that trained, when the last fit ended
-        )
+        self._left: dict[str, Any] | None = None  # what trained, when the last fit ended
         self._restored: Mapping[str, Any] | None = None  # a checkpoint, until the model is in place
         self._fitting = False
         self._attached = False
         self._epoch = -1  # the last one that was averaged
-        self._refreshed: dict[
-            str, int
-        ] = {}  # how many weights were in it when statistics were measured
+        self._refreshed: dict[str, int] = {}  # counts at which statistics were measured
         self._loan: Any = None
         self._guest: Average | None = None  # another average that is evaluated now
         self._closing = _Closing(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What was asked for: an average stays with its model, in its process."""
-        plain = copy.copy(self)
-        plain._forget()
-        return vars(plain)
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._closing = _Closing(self)
+        self._forget()
 
     @property
     def average(self) -> Average | Averages:
@@ -201,7 +195,7 @@ class WeightAveraging(Callback):
         """Make the average; or continue that of the last fit, from the weights with which it ended."""
         if stage != "fit":
             return
-        self._refuse(trainer)
+        parts.refuse(trainer, self, (WeightAveraging, *_AVERAGING), _SHARDED)
         self._end()
         if self._averages is not None and self._main.model is pl_module:
             self._continue(pl_module)
@@ -230,7 +224,7 @@ class WeightAveraging(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Load what was restored, and take the first and the last place among the callbacks."""
-        _check_forward(pl_module, self._update_bn, self._forward)
+        parts.check_forward(pl_module, self._update_bn, self._forward)
         if self._restored is not None:
             self._load(self._restored)
             self._restored = None
@@ -244,8 +238,13 @@ class WeightAveraging(Callback):
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Attach the average to the optimizer, unless it begins with a later epoch."""
         if not self._attached and trainer.current_epoch >= self._start_epoch:
-            optimizers = self._chosen(trainer)
-            if self._per_epoch and not any(o.param_groups for o in optimizers):
+            optimizers = parts.chosen_optimizers(trainer.optimizers, self._optimizer)
+            if not any(o.param_groups for o in optimizers):
+                require(
+                    self._per_epoch,
+                    "configure_optimizers() returned no optimizer, so there are no steps to count. Pass "
+                    "per_epoch=True.",
+                )
                 return
             every = {"by_hand": True} if self._per_epoch else {"every": self._every}
             self._all.attach(optimizers, **every)
@@ -291,8 +290,7 @@ class WeightAveraging(Callback):
         if not self._fitting:
             return
         self._all.detach()
-        for name in self._profiles:
-            self._refresh(trainer, name)
+        self._refresh(trainer, *self._profiles)
         self._finish(pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -326,6 +324,7 @@ class WeightAveraging(Callback):
         """Put the average in the place of the weights, and these beside it."""
         if self._averages is None or self._main.model is not pl_module:
             return
+        self._refresh(trainer, *self._profiles)
         with self._own_weights():
             raw = pl_module.state_dict()
             if self._left is not None and not self._fitting and not self._unchanged(pl_module):
@@ -348,27 +347,18 @@ class WeightAveraging(Callback):
             return
         if "current_model_state" not in checkpoint:  # weights alone
             with self._own_weights():
+                self._refresh(self._main.model.trainer, next(iter(self._profiles)))
                 checkpoint["state_dict"] = self._averaged_state({})
         averaged = dict(checkpoint["state_dict"])
         with self._main.applied():
             hook(checkpoint)
-            ours = {id(value) for value in averaged.values()}
-            checkpoint["state_dict"] = {
-                name: value if id(value) in ours else parts.copied({name: value})[name]
-                for name, value in checkpoint["state_dict"].items()
-            }
-        current = checkpoint.get("current_model_state", {})
-        for name in averaged.keys() - checkpoint["state_dict"].keys():
-            if current.get(name) is averaged[name]:  # frozen, and left out by the module
-                del current[name]
+            checkpoint["state_dict"] = parts.own_copies(checkpoint["state_dict"], averaged)
+        parts.leave_out_frozen(checkpoint, averaged)
 
     def _ended(self, hook: Callable[[], Any]) -> None:
         """The module's own on_validation_end, which comes after those of all callbacks."""
         average = self._guest or self._main
-        if average.empty:
-            hook()
-            return
-        with average.applied():
+        with nullcontext() if average.empty else average.applied():
             hook()
 
     def _averaged_state(self, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,9 +379,7 @@ class WeightAveraging(Callback):
             for average in self._all.values() if count else ():
                 average.import_state(checkpoint)
             progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-            if (
-                progress["processed"] == progress["ready"]
-            ):  # the epoch had ended: it is in the average
+            if progress["processed"] == progress["ready"]:  # the epoch is in the average
                 self._epoch = checkpoint["epoch"]
             return
         if saved["averages"].keys() != self._profiles.keys():
@@ -474,89 +462,30 @@ class WeightAveraging(Callback):
             self._averages.detach()
         self._attached = False
 
-    def _refresh(self, trainer: Any, name: str) -> None:
-        """Measure statistics under an average, unless they have been since it last changed."""
-        average = self._all[name]
-        if self._update_bn is None or average.empty or trainer.sanity_checking:
+    def _refresh(self, trainer: Any, *names: str) -> None:
+        """Measure statistics under averages, unless they have been since these last changed."""
+        if self._update_bn is None or not self._fitting or trainer.sanity_checking:
             return
-        if self._refreshed.get(name) == average.count:
-            return
-        self._refreshed[name] = average.count
-        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            average.update_bn(parts.batches(trainer, self._update_bn), forward=self._forward)
+        for name in names:
+            average = self._all[name]
+            if not average.empty and self._refreshed.get(name) != average.count:
+                self._refreshed[name] = average.count
+                with self._own_weights(), parts.undisturbed(trainer):
+                    batches = parts.batches(trainer, self._update_bn)
+                    average.update_bn(batches, forward=self._forward)
 
     def _evaluate(self, trainer: Any, module: LightningModule, name: str) -> None:
         """One more validation, without callbacks; what the module logs gets the name of the average."""
         self._refresh(trainer, name)
-        log, callbacks = module.log, trainer.callbacks
-        epoch_loop = trainer.fit_loop.epoch_loop
-        ours = epoch_loop.val_loop
-        loop = type(ours)(trainer, ours._trainer_fn, ours._stage, verbose=False)
-        for shared in (
-            "inference_mode",
-            "_combined_loader",
-            "_max_batches",
-            "_last_val_dl_reload_epoch",
-        ):
-            setattr(loop, shared, getattr(ours, shared))
-
-        prefix = f"val/{name}/"
-
-        def log_renamed(name: str, *args: Any, **kwargs: Any) -> None:
-            log(prefix + name, *args, **kwargs)
-
-        with ExitStack() as undo:
-            undo.callback(setattr, epoch_loop, "val_loop", ours)
-            undo.callback(setattr, trainer, "callbacks", callbacks)
-            undo.callback(vars(module).pop, "log", None)
-            epoch_loop.val_loop, trainer.callbacks = loop, []
-            vars(module)["log"] = log_renamed
-            self._guest = self._all[name]
-            undo.callback(setattr, self, "_guest", None)
-            undo.enter_context(self._guest.applied())
-            loop.run()
-
-    def _chosen(self, trainer: Any) -> list[Any]:
-        """The optimizers whose steps count."""
-        optimizers, chosen = trainer.optimizers, self._optimizer
-        names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
-        if chosen is None:
-            require(
-                len(optimizers) == 1,
-                f"The module has {len(optimizers)} optimizers ({names}), and which of them counts the steps "
-                "is not known. Pass optimizer=, an index or a list of indices, and include= to average only "
-                "the part of the module that it trains.",
-            )
-            chosen = 0
-        wanted = [chosen] if isinstance(chosen, int) else list(chosen)
-        if not wanted or not all(type(i) is int and 0 <= i < len(optimizers) for i in wanted):
-            raise ArgumentError(
-                f"optimizer is {chosen!r}; expected an index, or a list of indices, of the module's "
-                f"optimizers ({names})."
-            )
-        require(
-            self._per_epoch or any(optimizers[i].param_groups for i in wanted),
-            "configure_optimizers() returned no optimizer, so there are no steps to count. Pass "
-            "per_epoch=True.",
-        )
-        return [optimizers[i] for i in wanted]
-
-    def _refuse(self, trainer: Any) -> None:
-        own = (WeightAveraging, _LightningsOwn, StochasticWeightAveraging)
-        others = [c for c in trainer.callbacks if isinstance(c, own) and c is not self]
-        if others or trainer.callbacks.count(self) > 1:
-            names = ", ".join(f"{type(c).__module__}.{type(c).__qualname__}" for c in others)
-            raise UsageError(
-                "The trainer has another callback that averages the weights and puts its own into the "
-                f"module: {names or 'this one, twice'}. Remove it. For several averages give one callback "
-                "several profiles: WeightAveraging({'swa': 'swa', 'short': 'ema:half_life=500'})."
-            )
-        if isinstance(trainer.strategy, _SHARDED):
-            raise UsageError(
-                f"WeightAveraging does not work with {type(trainer.strategy).__name__} yet, which splits the "
-                "weights among the ranks. Use strategy='ddp' if the model fits into each, or save checkpoints "
-                "and average these afterwards: polyak average."
-            )
+        self._guest = self._all[name]
+        try:
+            with (
+                parts.validation_logged_below(f"val/{name}/", trainer, module) as loop,
+                self._guest.applied(),
+            ):
+                loop.run()
+        finally:
+            self._guest = None
 
 
 class _Closing(Callback):
@@ -567,19 +496,3 @@ class _Closing(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
         self._owner._give_back()
-
-
-def _check_forward(module: LightningModule, update_bn: object, forward: object) -> None:
-    own = type(module).forward is not LightningModule.forward or "forward" in vars(module)
-    require(
-        update_bn is None or forward is not None or own,
-        f"update_bn= runs {type(module).__name__} on batches, and it has no forward(). Pass forward=, for "
-        "example forward=lambda module, batch: module.net(batch[0]).",
-    )
-
-
-def _whole(name: str, value: Any, least: int, also: str = "") -> None:
-    ok = value is None or (
-        isinstance(value, int) and not isinstance(value, bool) and value >= least
-    )
-    require(ok, f"{name} is {value!r}; expected a whole number from {least}{also}.")

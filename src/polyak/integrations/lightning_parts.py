@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from polyak.errors import ArgumentError, UsageError, require
 
 
 class _OnAverage:
@@ -37,6 +40,15 @@ def unwrap_hooks(module: Any) -> None:
     """Let them run as they are again."""
     for name in [name for name, value in vars(module).items() if isinstance(value, _OnAverage)]:
         del vars(module)[name]
+
+
+@contextmanager
+def undisturbed(trainer: Any) -> Iterator[None]:
+    """Run the module as the trainer does, but outside inference mode, and give random numbers back."""
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+        yield
 
 
 def batches(trainer: Any, wanted: int | Iterable[Any]) -> Iterator[Any]:
@@ -123,3 +135,106 @@ def copied(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any
         else value
         for name, value in state.items()
     }
+
+
+def chosen_optimizers(optimizers: Sequence[Any], chosen: int | Sequence[int] | None) -> list[Any]:
+    """The optimizers whose steps count. Raises ArgumentError if that is not clear."""
+    names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
+    if chosen is None:
+        require(
+            len(optimizers) == 1,
+            f"The module has {len(optimizers)} optimizers ({names}), and which of them counts the steps is "
+            "not known. Pass optimizer=, an index or a list of indices, and include= to average only the "
+            "part of the module that it trains.",
+        )
+        chosen = 0
+    wanted: list[Any] = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+    if not wanted or not all(type(i) is int and 0 <= i < len(optimizers) for i in wanted):
+        raise ArgumentError(
+            f"optimizer is {chosen!r}; expected an index, or a list of indices, of the module's optimizers "
+            f"({names})."
+        )
+    return [optimizers[i] for i in wanted]
+
+
+@contextmanager
+def validation_logged_below(prefix: str, trainer: Any, module: Any) -> Iterator[Any]:
+    """A validation loop like that of the fit, whose callbacks do not see it; metrics get the prefix.
+
+    A loop of its own, because Lightning's knows from its counters where in an epoch a file was saved.
+    """
+    log, callbacks, epoch_loop = module.log, trainer.callbacks, trainer.fit_loop.epoch_loop
+    ours = epoch_loop.val_loop
+    loop = type(ours)(trainer, ours._trainer_fn, ours._stage, verbose=False)
+    for shared in (
+        "inference_mode",
+        "_combined_loader",
+        "_max_batches",
+        "_last_val_dl_reload_epoch",
+    ):
+        setattr(loop, shared, getattr(ours, shared))
+
+    def log_below(name: str, *args: Any, **kwargs: Any) -> None:
+        log(prefix + name, *args, **kwargs)
+
+    epoch_loop.val_loop, trainer.callbacks = loop, []
+    vars(module)["log"] = log_below
+    try:
+        yield loop
+    finally:
+        del vars(module)["log"]
+        epoch_loop.val_loop, trainer.callbacks = ours, callbacks
+
+
+def refuse(
+    trainer: Any, callback: object, averaging: tuple[type, ...], sharded: tuple[type, ...]
+) -> None:
+    """Raise UsageError for a second averaging callback, and for a strategy that splits the weights."""
+    others = [c for c in trainer.callbacks if isinstance(c, averaging) and c is not callback]
+    if others or trainer.callbacks.count(callback) > 1:
+        names = ", ".join(f"{type(c).__module__}.{type(c).__qualname__}" for c in others)
+        raise UsageError(
+            "The trainer has another callback that averages the weights and puts its own into the module: "
+            f"{names or 'this one, twice'}. Remove it. For several averages give one callback several "
+            "profiles: WeightAveraging({'swa': 'swa', 'short': 'ema:half_life=500'})."
+        )
+    if isinstance(trainer.strategy, sharded):
+        raise UsageError(
+            f"WeightAveraging does not work with {type(trainer.strategy).__name__} yet, which splits the "
+            "weights among the ranks. Use strategy='ddp' if the model fits into each, or save checkpoints "
+            "and average these afterwards: polyak average."
+        )
+
+
+def check_forward(module: Any, update_bn: object, forward: object) -> None:
+    """Raise ArgumentError if update_bn has no way to run the module."""
+    from lightning.pytorch import LightningModule
+
+    own = type(module).forward is not LightningModule.forward or "forward" in vars(module)
+    require(
+        update_bn is None or forward is not None or own,
+        f"update_bn= runs {type(module).__name__} on batches, and it has no forward(). Pass forward=, for "
+        "example forward=lambda module, batch: module.net(batch[0]).",
+    )
+
+
+def check_whole(name: str, value: Any, least: int, also: str = "") -> None:
+    """Raise ArgumentError unless it is a whole number from `least`, or None."""
+    ok = value is None or (
+        isinstance(value, int) and not isinstance(value, bool) and value >= least
+    )
+    require(ok, f"{name} is {value!r}; expected a whole number from {least}{also}.")
+
+
+def own_copies(state: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of what a module has put into a state dict itself: it may be lent."""
+    known = {id(value) for value in ours.values()}
+    return {n: v if id(v) in known else copied({n: v})[n] for n, v in state.items()}
+
+
+def leave_out_frozen(checkpoint: dict[str, Any], averaged: Mapping[str, Any]) -> None:
+    """What a module does not save, such as a frozen backbone, is not saved as a raw weight either."""
+    current = checkpoint.get("current_model_state", {})
+    for name in averaged.keys() - checkpoint["state_dict"].keys():
+        if current.get(name) is averaged[name]:
+            del current[name]

@@ -135,7 +135,7 @@ def test_real_steps_are_averaged_and_validation_sees_the_average(every):
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"limit_train_batches": 3}])
 def test_an_epoch_is_averaged_before_its_validation(options):
     callback = WeightAveraging("swa", per_epoch=True)
-    of, module = fitted(callback, **options)
+    _, module = fitted(callback, **options)
     n = len(module.steps) // 2
     assert callback.average.count == 2
     assert callback.average.unit == "epochs"
@@ -224,9 +224,7 @@ def test_a_checkpoint_holds_both_and_resumes_to_the_bit(tmp_path):
         whole = WeightAveraging(profile, every=3)
         _, module = fitted(whole, saver, max_epochs=4)
         resumed = WeightAveraging(profile, every=3)
-        _, again = fitted(
-            resumed, module=Net(), max_epochs=4, ckpt_path=folder / "epoch=1.ckpt"
-        )
+        _, again = fitted(resumed, module=Net(), max_epochs=4, ckpt_path=folder / "epoch=1.ckpt")
         assert same(weights(again), weights(module))
         assert same(resumed.raw_weights(), whole.raw_weights())
         last = torch.load(folder / "last.ckpt", weights_only=True)
@@ -406,7 +404,13 @@ def test_a_checkpoint_without_an_average_begins_one(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 0}, {"start": -1}, {"update_bn": True}, {"start": 1, "start_epoch": 1}, {"dtype": 3}],
+    [
+        {"every": 0},
+        {"start": -1},
+        {"update_bn": True},
+        {"start": 1, "start_epoch": 1},
+        {"dtype": 3},
+    ],
 )
 def test_options_out_of_their_domain_are_refused_at_once(options):
     with pytest.raises(ArgumentError):
@@ -430,7 +434,9 @@ class Adapters(Net):
 
 
 def test_what_the_module_saves_itself_is_the_average(tmp_path):
-    of, module = fitted(WeightAveraging("swa"), ModelCheckpoint(tmp_path, filename="a"), module=Adapters())
+    _, module = fitted(
+        WeightAveraging("swa"), ModelCheckpoint(tmp_path, filename="a"), module=Adapters()
+    )
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {"net.2.weight", "net.2.bias"}
     assert torch.equal(saved["state_dict"]["net.2.weight"], module.net[2].weight)
