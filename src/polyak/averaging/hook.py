@@ -389,8 +389,12 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _checked_every(every: Any, at: Any, *, by_hand: bool) -> int:
-    if (every is not None) + (at is not None) + by_hand > 1:
-        raise ArgumentError("attach() takes every=, at= or by_hand=True, not two of them.")
+    if every is not None and at is not None:
+        raise ArgumentError("attach() takes every= or at=, not both.")
+    if by_hand and (every is not None or at is not None):
+        raise ArgumentError(
+            "attach(by_hand=True) never updates, so it takes neither every= nor at=."
+        )
     steps = 1 if every is None else every
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"every is {every!r}; expected a number of steps, 1 or more.")
