@@ -26,6 +26,7 @@ ROOMS = (
     "reference_run",
     "study",
     "swa_utils",
+    "sharded",
     "averaging",
     "batchnorm",
     "checkpoints",

@@ -106,6 +106,16 @@ def require(condition: bool, message: str) -> None:
         raise ArgumentError(message)
 
 
+def some(names: Iterable[str]) -> str:
+    """The first four of several names, for a message that would be too long with all.
+
+    >>> some("abcde")
+    'a, b, c, d, ...'
+    """
+    several = list(names)
+    return ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
+
+
 def check_match(
     have: Mapping[str, Any],
     expected: Mapping[str, Any],
@@ -134,7 +144,7 @@ def check_match(
 # Packages whose frames may stand between the user's call and the warning that it causes: our own,
 # hooks that torch and frameworks call, and the standard library's context managers, copying and pickling.
 _STANDARD = {"contextlib", "copy", "functools", "multiprocessing", "pickle"}
-_NOT_THE_CALLER = {"polyak", "torch", "lightning", *_STANDARD}
+_NOT_THE_CALLER = {"polyak", "torch", "lightning", "transformers", *_STANDARD}
 
 
 def warn(message: str, category: type[PolyakWarning] = PolyakWarning) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,30 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         finally:
             with suppress(OSError):  # where it could not be made it cannot be removed either
                 part.unlink()
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """As `replacing`, with a folder to fill; what is written into it is synced by whoever wrote it.
+
+    A folder cannot replace another in one step: between two renames the old one is a hidden folder beside
+    `path`. A block that fails leaves the old one where it was.
+    """
+    target = Path(path)
+    refuse_existing(target, overwrite=overwrite)
+    part, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    with writing_errors(target, "try again; nothing was changed"):
+        try:
+            part.mkdir()
+            yield part
+            sync(part)
+            if target.exists():
+                target.replace(old)
+            part.replace(target)
+            sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from reference import averages as reference
 from torch import nn
 
 import polyak
-from polyak import EMA, SWA, After, Average, Averages, PowerEMA, Window
+from polyak import EMA, SWA, After, Average, Averages, PolynomialEMA, PowerEMA, Window
 from polyak.errors import PolyakError
 
 PROFILES = {
@@ -20,6 +20,8 @@ PROFILES = {
     "ema keeping the first": EMA(decay=0.9, keep_initial=True),
     "slow ema, in blocks": EMA(decay=0.99999, keep_initial=True),
     "power": PowerEMA(gamma=6.94),
+    "polynomial": PolynomialEMA(c=1, k=0.5),
+    "slow polynomial, in blocks": PolynomialEMA(c=1e-4, k=0.3),
     "window": Window(length=7),
     "after": After(5, SWA()),
     "window after": After(4, Window(length=6)),

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from reference import profiles as twin
 
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile, Window
+from polyak.maths.profiles import (
+    EMA,
+    SWA,
+    After,
+    Annealed,
+    PolynomialEMA,
+    PowerEMA,
+    Profile,
+    Window,
+)
 
 # The profile, and what it averages from one tensor a step, as its source computes it.
 TABLE: list[tuple[Profile, Callable[[list[float]], float]]] = [
@@ -24,6 +33,9 @@ TABLE: list[tuple[Profile, Callable[[list[float]], float]]] = [
     (EMA(0.9, keep_initial=True), lambda w: twin.ema_as_torch(w, 0.9)),
     (PowerEMA(gamma=6.94), lambda w: twin.power_ema(w, 6.94)),
     (PowerEMA(gamma=-0.5), lambda w: twin.power_ema(w, -0.5)),
+    (PolynomialEMA(c=1, k=0.5), lambda w: twin.polynomial_ema(w, 1, 0.5)),
+    (PolynomialEMA(c=0.02, k=0), lambda w: twin.polynomial_ema(w, 0.02, 0)),
+    (PolynomialEMA(c=3, k=0.95), lambda w: twin.polynomial_ema(w, 3, 0.95)),
     (Window(length=7), lambda w: twin.window(w, 7)),
     (Window(length=1000), lambda w: twin.window(w, 1000)),
     (Annealed.from_shape("linear"), twin.swa),
@@ -32,6 +44,7 @@ TABLE: list[tuple[Profile, Callable[[list[float]], float]]] = [
     (After(4, SWA()), lambda w: twin.swa(w[4:])),
     (After(4, EMA(0.9)), lambda w: twin.ema_debiased(w[4:], 0.9)),
     (After(4, PowerEMA(gamma=2)), lambda w: twin.power_ema(w[4:], 2)),
+    (After(4, PolynomialEMA(c=1, k=0.5)), lambda w: twin.polynomial_ema(w[4:], 1, 0.5)),
     (After(4, Window(length=7)), lambda w: twin.window(w[4:], 7)),
     (After(3, After(1, SWA())), lambda w: twin.swa(w[4:])),
 ]

@@ -84,8 +84,11 @@ class MemoryFolder:
 
     path = "fuzz"
 
+    names = ()
+
     def __init__(self, files: dict[str, bytes], name: str = ""):
         self.files, self.name = files, name
+        self.names = sorted(files)
 
     def inside(self, name):
         return MemoryFolder(self.files, name)

@@ -39,6 +39,21 @@ def power_ema(weights: Sequence[float], gamma: float) -> float:
     return average
 
 
+def polynomial_ema(weights: Sequence[float], c: float, k: float) -> float:
+    """The share of each weight is the difference of E over its interval, of the total that has come in."""
+    now = len(weights)
+    e = [math.exp(-c * (now ** (1 - k) - x ** (1 - k)) / (1 - k)) for x in range(now + 1)]
+    return sum((e[i + 1] - e[i]) * w for i, w in enumerate(weights)) / (1 - e[0])
+
+
+def p_ema(weights: Sequence[float], p: float) -> float:
+    """arXiv 2505.10605: the n-th weights enter with (n + 1)^-p, after the first as they are."""
+    average = weights[0]
+    for n, w in enumerate(weights[1:], start=1):
+        average += (n + 1) ** -p * (w - average)
+    return average
+
+
 def window(weights: Sequence[float], length: int) -> float:
     """LAWA: the mean of the last `length`."""
     last = weights[-length:]

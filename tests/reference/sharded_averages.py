@@ -1,4 +1,4 @@
-"""A process of two that try to average FSDP1 and FSDP2 models, and write down what they were told."""
+"""A process of two that try to average FSDP1 models, and write down what they were told."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def try_all(rank, folder):
     torch.set_num_threads(1)
     init = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    found = {**fsdp1(use_orig_params=False), **fsdp1(use_orig_params=True), **fsdp2()}
+    found = {**fsdp1(use_orig_params=False), **fsdp1(use_orig_params=True)}
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -54,26 +54,3 @@ def fsdp1(*, use_orig_params):
         calls_full = {"summoned": told(make(outer))}
     results = {name: told(call) for name, call in calls.items()} | calls_full
     return {f"fsdp1 {use_orig_params} {name}": text for name, text in results.items()}
-
-
-def fsdp2():
-    from torch.distributed.fsdp import fully_shard
-
-    import polyak
-
-    model = build()
-    early = polyak.Average(model, polyak.SWA())
-    mesh = dist.init_device_mesh("cpu", (2,))
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    make = lambda part: lambda: polyak.Average(part, polyak.SWA())  # noqa: E731
-    calls = {
-        "whole": make(model),
-        "sharded since, attach": lambda: early.attach(optimizer),
-        "sharded since, update": early.update,
-        "a layer of it": lambda: polyak.Average(model[1], polyak.SWA()).update(),
-    }
-    found = {f"fsdp2 {name}": told(call) for name, call in calls.items()}
-    model.unshard()
-    return found | {"fsdp2 unsharded": told(make(model))}

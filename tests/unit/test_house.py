@@ -101,6 +101,11 @@ WRITERS_OF_THEIR_OWN = {
     ("checkpoints/merging/outputs.py", "write_bytes"): "in that staging folder",
     ("checkpoints/merging/execute.py", "touch"): "in that staging folder, when all of it is synced",
     ("checkpoints/merging/journal.py", "os.open"): "the journal and lock of the staging folder",
+    ("integrations/accelerate.py", "torch.save"): "a part of the checkpoint that Accelerate writes",
+    (
+        "integrations/transformers.py",
+        "torch.save",
+    ): "a part of the checkpoint that the Trainer writes",
     ("reference_run/run.py", "open"): "the lock of a run's folder; metrics, cut back on resume",
     ("reference_run/loop.py", "torch.save"): "into memory, to be hashed",
     ("report/drawing.py", "figure.savefig"): "into memory, to be put into the page",

@@ -17,7 +17,8 @@ from torch import Tensor
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
 from polyak.maths.arguments import flag
-from polyak.maths.profiles import Profile, Window
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import Window
 from polyak.tensors.blend import (
     GroupedTensors,
     Update,
@@ -63,6 +64,9 @@ class Accumulator(ABC):
     @abstractmethod
     def update(self, before: Clock, now: Clock) -> Update | None:
         """Take the weights of `now`, by itself or by the update that is returned; None if it did."""
+
+    def restart(self) -> None:  # noqa: B027 - nothing to do for most
+        """Time begins again: the next weights enter with share 1, whatever is held now."""
 
     def settle(self, now: Clock) -> None:  # noqa: B027 - nothing to do for most
         """Called once the returned update has been applied."""
@@ -174,6 +178,10 @@ class RunningAverage(Accumulator):
         if self.block_updates >= BLOCK_UPDATES:
             self._fold(now)
 
+    def restart(self) -> None:
+        """The open block belongs to the time before."""
+        self.block_is_open = False
+
     def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
         """Group the accumulators as the live tensors are grouped."""
         if grouped is None:
@@ -204,7 +212,7 @@ class RunningAverage(Accumulator):
         average = self.tensors[index]
         if not self.block_is_open:
             return average
-        return average + _correction(average, self.block[index], self._growth(now.on_host()))
+        return average + _correction(average, self.block[index], self._growth(now))
 
     def swap_targets(self) -> list[Tensor]:
         """The average, unless an open block holds a part of it."""
@@ -311,6 +319,10 @@ class WindowAverage(Accumulator):
         self.kept = [k for k in self.kept if profile.interval_mass(k[0], k[1], end) > 0]
         return None
 
+    def restart(self) -> None:
+        """No snapshot is in the window."""
+        self.kept = []
+
     def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
         """Copy these from now on."""
         self._live = live
@@ -407,9 +419,12 @@ def accumulator_class(profile: Profile) -> type[Accumulator]:
 
 def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
     """`(average + block) / growth - average`, without cancelling the digits of the average."""
+    excess: Any = growth - 1  # before rounding to the dtype of the average: it is small
     if isinstance(growth, Tensor):
-        growth = growth.to(average.device, average.real.dtype)
-    return (block - average * (growth - 1)) / growth
+        kind = (average.device, average.real.dtype)
+        growth, excess = growth.to(*kind), excess.to(*kind)
+    correction: Tensor = (block - average * excess) / growth
+    return correction
 
 
 def _is_small(before: Clock, now: Clock) -> bool:

@@ -13,17 +13,14 @@ from torch.nn import Module
 from torch.optim.lr_scheduler import LRScheduler
 
 from polyak.averaging import diagnostics, interop, saving, state, values
+from polyak.averaging.followers import Follower, WriteBack
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.batches import Forward
 from polyak.batchnorm.update import update_bn, warn_unsupported
-from polyak.errors import (
-    EmptyAverage,
-    StaleStatistics,
-    UsageError,
-    warn,
-)
-from polyak.maths.profiles import Profile
+from polyak.errors import EmptyAverage, StaleStatistics, UsageError, warn
+from polyak.maths.profile import Profile
+from polyak.maths.text import profile_text
 
 
 class Average:
@@ -146,6 +143,11 @@ class Average:
         self._tracker.take_due()
         return self._member.is_empty()
 
+    @property
+    def lent(self) -> bool:
+        """Whether the model holds an average now, this one or another of its weights: `applied()`."""
+        return self._tracker.owner_of_loan() is not None
+
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
         """Update the average with the model's current weights.
 
@@ -195,9 +197,8 @@ class Average:
             before_next_step: for loops that change the weights after `optimizer.step()`, by clipping or
                 normalising them: take them as late as possible, when the next step begins or the
                 average is read, whichever comes first.
-            by_hand: never update, you call `update()`: once an epoch, say. What else the hook does stays:
-                a parameter that is unfrozen is averaged from before its first step, and steps inside
-                `applied()` are refused.
+            by_hand: never update; you call `update()`, say once an epoch. Unfrozen parameters are still
+                averaged from before their first step, and steps inside `applied()` refused.
 
         Warns (PolyakWarning) if parameters that train and are averaged are not among those of the
         optimizer, or if it has steps besides `step()` that no hook can see.
@@ -239,6 +240,8 @@ class Average:
     def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
         """Swap the average into the model for the block, then restore the model's own weights.
 
+        Of a sharded model contents are exchanged, shard by shard, through a few megabytes.
+
         Memory is shared, not copied: about ten microseconds per tensor. Copies are made only where the
         accumulators cannot serve as they are (another dtype or device, an open block, a window): as
         much as the live weights, in their dtype. `in_place=True` exchanges contents instead, so that
@@ -270,6 +273,30 @@ class Average:
         self._tracker.ready_to_read()
         values.refuse_nonfinite_average(self._member, "copy_to()")
         values.copy_into(model, self._member)
+
+    def follower(
+        self,
+        module: Module,
+        *,
+        part: str | None = None,
+        buffers: bool = False,
+        freeze: bool = False,
+        evaluation: bool = False,
+    ) -> Follower:
+        """Keep another module equal to the average after each update: a teacher, a target, an anchor.
+
+        See `polyak.averaging.Follower`, which it returns, for the arguments and what it raises.
+        """
+        return Follower(
+            self._member, module, part=part, buffers=buffers, freeze=freeze, evaluation=evaluation
+        )
+
+    def write_back(self, *, every: float) -> WriteBack:
+        """Put the average into the model after every `every` units of time, and train on from there.
+
+        See `polyak.averaging.WriteBack`, which it returns, for what happens and what it raises.
+        """
+        return WriteBack(self._member, every)
 
     def update_bn(
         self,
@@ -320,6 +347,8 @@ class Average:
         *,
         layout: Literal["model", "averaged_model"] = "model",
         overwrite: bool = False,
+        shards: bool = False,
+        carry: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write the averaged model to a file, with what it is made of; `load` reads it.
 
@@ -327,14 +356,21 @@ class Average:
         `.ckpt`), a bare state dict that `model.load_state_dict(torch.load(path))` takes. Profile,
         time and count are stored in the metadata of the one, and in the `_metadata` of the other.
         `layout="averaged_model"` (torch's suffixes only) writes the state of a
-        `torch.optim.swa_utils.AveragedModel` around the model.
+        `torch.optim.swa_utils.AveragedModel` around the model. `shards=True` writes a folder of
+        `model-0000x-of-0000y.safetensors` with an index instead; `carry` is then a folder from which
+        what `from_pretrained` needs beside weights is copied (configuration, tokenizer, code).
+
+        Of a sharded model every rank must call this, and writes what it holds into the one file
+        (`.safetensors`), which all ranks must see.
 
         Warns (StaleStatistics) and records it where BatchNorm statistics are not the average's own.
         Raises OutputError if `path` exists and `overwrite` is False, or cannot be written;
         NonFiniteError, naming the tensors; UsageError while nothing has been averaged; ArgumentError
         for another suffix or a layout that the format has no room for.
         """
-        saving.save(self._member, path, layout=layout, overwrite=overwrite)
+        saving.save(
+            self._member, path, layout=layout, overwrite=overwrite, shards=shards, carry=carry
+        )
 
     def load(self, path: str | os.PathLike[str], *, updates: int | None = None) -> None:
         """Continue from a file: what `save` wrote, a saved `state_dict()`, or another library's average.
@@ -357,7 +393,8 @@ class Average:
         """Everything needed to resume bitwise, as plain values that `torch.load(weights_only=True)` reads.
 
         As in torch's state dicts, the tensors are the average's own: save them, or deep-copy them,
-        before the next update.
+        before the next update. Of a sharded model they are DTensors, for torch.distributed.checkpoint,
+        and `polyak.sharded.load` reads what it has saved.
         """
         return state.state_dict(self._member)
 
@@ -370,6 +407,11 @@ class Average:
         self._tracker.refuse_during_loan("load_state_dict()")
         state.check_state(self._member, state_dict)
         state.load_state(self._member, state_dict)
+
+    def reset(self) -> None:
+        """Forget everything that was averaged: the next update is the first. Attachments stay."""
+        self._tracker.refuse_during_loan("reset()")
+        state.reset(self._member)
 
     def import_state(self, state_dict: Mapping[str, Any], *, updates: int | None = None) -> None:
         """Continue from the average that another library has taken of the same model.
@@ -401,7 +443,8 @@ class Average:
     def metrics(self) -> dict[str, float]:
         """Figures to log: distance to the weights, effective samples, age, next share, skipped updates.
 
-        It reads every weight: call it now and then, not every step. Before the first update all but
+        It reads every weight: call it now and then, not every step. The figures of a sharded model are
+        those of the whole, on every rank, and every rank must call this. Before the first update all but
         `skipped` are NaN.
 
         - `distance`: L2 norm of average minus live weights, over all that is averaged;
@@ -414,7 +457,7 @@ class Average:
 
     def __repr__(self) -> str:
         return (
-            f"Average({type(self.model).__name__}, {state.profile_text(self.profile)}, "
+            f"Average({type(self.model).__name__}, {profile_text(self.profile)}, "
             f"time={self.time:g} {self.unit or 'updates'}, count={self.count})"
         )
 

@@ -15,7 +15,7 @@ from polyak.averaging.average import Average
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.tracker import Tracker
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 
 class Averages(Mapping[str, Average]):
@@ -83,6 +83,11 @@ class Averages(Mapping[str, Average]):
         """Whether nothing has been averaged yet in any of them."""
         return all(average.empty for average in self.values())
 
+    @property
+    def lent(self) -> bool:
+        """Whether the model holds one of its averages now: `applied()`."""
+        return self._tracker.owner_of_loan() is not None
+
     def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
         """Update every average with the model's current weights; see `Average.update`."""
         self._tracker.take_due()
@@ -129,6 +134,11 @@ class Averages(Mapping[str, Average]):
             state.check_state(average._member, state_dicts[name])
         for name, average in self.items():
             state.load_state(average._member, state_dicts[name])
+
+    def reset(self) -> None:
+        """Forget everything that was averaged, in all of them; see `Average.reset`."""
+        for average in self.values():
+            average.reset()
 
     def __repr__(self) -> str:
         return f"Averages({', '.join(f'{n}: {a!r}' for n, a in self.items())})"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 Number = float | Tensor
 

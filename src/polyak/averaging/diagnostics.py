@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
-from polyak.averaging.values import as_model_dtype
+from polyak.averaging.values import model_value
 from polyak.tensors.memory import shape_of
 from polyak.tensors.policy import Kind
 
@@ -98,10 +98,12 @@ def metrics(member: Member) -> dict[str, float]:
     if member.accumulator is None or member.is_empty():
         names = ("distance", "relative_distance", "effective_samples", "mean_age", "next_share")
         return dict.fromkeys(names, math.nan) | {"skipped": skipped}
-    live = tracker.tensors.live
-    pairs = zip(as_model_dtype(member), live, strict=True)
-    distance = math.sqrt(sum(_squares(a.to(w.device) - w) for a, w in pairs))
-    norm = math.sqrt(sum(map(_squares, live)))
+    tensors = tracker.tensors
+    pairs = [
+        (_squares(model_value(member, i).to(w.device) - w), _squares(w))
+        for i, w in enumerate(tensors.live)
+    ]
+    distance, norm = map(math.sqrt, tensors.ranks.total(tensors.whole, pairs))
     clock = member.clock.on_host()
     dt = float(clock.dt) or 1.0
     time: Any = clock.time

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,9 +24,10 @@ from polyak.averaging.optimizer_steps import (
     in_evaluation_mode,
     partial_steps,
 )
-from polyak.averaging.state import profile_text
 from polyak.averaging.tracker import Member, Tracker
-from polyak.errors import ArgumentError, UsageError, warn
+from polyak.errors import ArgumentError, UsageError, some, warn
+from polyak.maths.text import profile_text
+from polyak.tensors.fsdp import reshard
 
 
 class Customer(ABC):
@@ -118,11 +119,21 @@ class Attachment:
         """Steps counted since the last update: all, the real ones, and which optimizers began one."""
         return [self._steps, float(self._real), sorted(self._stepped)]
 
+    def check_parameters(self) -> None:
+        """Refuse a model whose parameters have been replaced since: the optimizer steps the old ones."""
+        for optimizer, watch in zip(self._optimizers, self._watches, strict=True):
+            _refuse_foreign(self._customer.model, optimizer, watch)
+
     def resume(self, pending: Sequence[Any]) -> None:
         """Continue counting from what `pending` returned."""
         self._due = None
         self._steps, self._real = pending[0], pending[1]
         self._stepped = dict.fromkeys(pending[2], 1.0)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether weights are taken as late as possible, when the next step begins."""
+        return self._before_next_step
 
     def unused(self) -> str:
         """What to say of an average that is empty because no step was ever seen; often nothing."""
@@ -327,6 +338,7 @@ class Members(Customer):
 def _check_optimizers(
     customer: Customer, optimizers: Sequence[Any], watches: Sequence[StepWatch]
 ) -> None:
+    reshard(customer.model)  # gathered parameters are not those that an optimizer steps
     counted = [layer for watch in watches for layer in watch.layers]
     if not watches or len({id(layer) for layer in counted}) < len(counted):
         raise ArgumentError(
@@ -351,10 +363,11 @@ def _refuse_foreign(model: Module, optimizer: Any, watch: StepWatch) -> None:
     if not any(id(p) in own for p in stepped):
         raise ArgumentError(
             f"None of the {len(stepped)} parameters of this {type(optimizer).__name__} is one of "
-            f"the {len(own)} of this {type(model).__name__} ({_some(own.values())}). Attach after the "
-            "model is in its final form (moved, copied, wrapped), to an optimizer made from its "
-            "parameters. If a framework steps copies of them (float32 master weights, DeepSpeed "
-            "ZeRO), call update() after each step that it has taken."
+            f"the {len(own)} of this {type(model).__name__} ({some(own.values())}). Attach after the "
+            "model is in its final form (moved, copied, wrapped, sharded), to an optimizer made from its "
+            "parameters then. If a framework steps copies of them (float32 master weights), call update() "
+            "after each step that it has taken; with DeepSpeed ZeRO stages 1 and 2, "
+            "average.update() after engine.step() if engine.was_step_applied()."
         )
 
 
@@ -377,15 +390,10 @@ def _warn_unstepped(
         names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
         warn(
             f"{names} steps {len(trained) - len(left)} of the {len(trained)} parameters that train and "
-            f"are averaged, not {_some(left)}. These enter the average as they are whenever the others "
+            f"are averaged, not {some(left)}. These enter the average as they are whenever the others "
             "have stepped. Pass all optimizers in a list, attach([first, second]). If nothing trains "
             "them, freeze them, requires_grad_(False), or leave them out with exclude=."
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    several = list(names)
-    return ", ".join(several[:4]) + (", ..." if len(several) > 4 else "")
 
 
 def _checked_every(every: Any, at: Any, *, by_hand: bool) -> int:

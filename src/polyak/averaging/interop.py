@@ -10,6 +10,7 @@ would have, which `Average.load_state_dict` takes.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.averaging.state import VERSION, profile_text
+from polyak.averaging.state import VERSION
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, warn
 from polyak.files import as_path
 from polyak.maths.arguments import number
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
+from polyak.maths.text import profile_text
 from polyak.tensors.blend import accumulator_dtype
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.names import named_tensors
+from polyak.tensors.sharding import boxes, is_sharded, local, narrowed, part_of, sharded_as
 
 _EXACT, _PIECES = 2**20, 2**16
 _ADVICE = "Nothing was imported. Is it the state of another model?"
@@ -49,7 +52,9 @@ def read_state(
     member: Member, path: str | os.PathLike[str], updates: int | None = None
 ) -> Mapping[str, Any]:
     """The state in a file, for `Average.load_state_dict`; what `Average.load` documents."""
-    state, metadata = _read(as_path(path))
+    bound = member.tracker.tensors
+    whole = {n: t for n, t in zip(bound.names, bound.whole, strict=True) if is_sharded(t)}
+    state, metadata = _read(as_path(path), whole)
     if isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}:
         if updates is not None:
             raise ArgumentError(
@@ -186,7 +191,8 @@ def _state(
     fresh_layers: Iterable[str],
 ) -> dict[str, Any]:
     bound, options = member.tracker.tensors, member.tracker.options
-    refuse_nonfinite(values.items(), "The state", "Nothing was imported.")
+    read = [(name, local(value)) for name, value in values.items()]
+    refuse_nonfinite(read, "The state", "Nothing was imported.", bound.ranks)
     if missing := set(bound.names) - values.keys():
         raise MismatchError.of(
             "This is not a state of the model that is averaged.",
@@ -202,8 +208,8 @@ def _state(
         **numbers,
         "time_if_none_skipped": numbers["time"],
         "tensors": {
-            name: values[name].detach().to(accumulator_dtype(tensor.dtype, options.dtype))
-            for name, tensor in zip(bound.names, bound.live, strict=True)
+            name: _fitted(values[name], tensor, accumulator_dtype(tensor.dtype, options.dtype))
+            for name, tensor in zip(bound.names, bound.whole, strict=True)
         },
         "block": None,
         "statistics": {n: values.get(n, t).to(t).clone() for n, t in live.items()},
@@ -223,8 +229,11 @@ def _refuse_snapshots(member: Member) -> None:
         )
 
 
-def _read(path: Path) -> tuple[Any, Mapping[str, str]]:
-    """What is in a file, and what it says about itself, without running code from it."""
+def _read(path: Path, whole: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, str]]:
+    """What is in a file, and what it says about itself, without running code from it.
+
+    whole: the sharded tensors of the model, of which only this rank's part is read.
+    """
     if path.is_dir():
         raise ArgumentError(
             f"{path} is a folder; load() takes a file, as save() writes it or torch.save(state_dict())."
@@ -235,8 +244,10 @@ def _read(path: Path) -> tuple[Any, Mapping[str, str]]:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, "pt") as file:
                 names = file.keys()  # not a mapping: it cannot be iterated
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                read = {n: _part(file, n, whole.get(_plain(n, whole.keys()))) for n in names}
+                return read, file.metadata() or {}
+        mapped = bool(whole) and zipfile.is_zipfile(path)  # then parts are read when they are used
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (
         UnpicklingError,
         SafetensorError,
@@ -254,6 +265,26 @@ def _read(path: Path) -> tuple[Any, Mapping[str, str]]:
     metadata = getattr(state, "_metadata", None)
     said = metadata.get("polyak") if isinstance(metadata, Mapping) else None
     return state, said if isinstance(said, Mapping) else {}
+
+
+def _part(file: Any, name: str, like: Tensor | None) -> Tensor:
+    """A tensor in a safetensors file; of one that the model has sharded, the part of this rank."""
+    stored = file.get_slice(name)
+    if like is None or not like.dim() or tuple(stored.get_shape()) != tuple(like.shape):
+        whole: Tensor = file.get_tensor(name)
+        return whole
+    here = local(like)
+    part = torch.empty(here.shape, dtype=stored[0:0].dtype)
+    for spans, own in boxes(like):
+        narrowed(part, own).copy_(stored[tuple(slice(*span) for span in spans)])
+    return sharded_as(part, like)
+
+
+def _fitted(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value of the state in the accumulators' dtype, this rank's part of it where it is sharded."""
+    if not is_sharded(like) or value.shape != like.shape:
+        return value.detach().to(dtype)
+    return sharded_as(part_of(value.detach(), like).to(dtype), like)
 
 
 def _below(state: Mapping[str, Any], prefix: str, names: Set[str]) -> dict[str, Tensor]:

@@ -15,12 +15,14 @@ pending                steps that the hook has counted since the last update: al
 
 `torch.distributed.checkpoint` loads only those entries that the given state has. So an average that is
 still empty has room for its tensors in its state, and whatever may be there or not is in a tuple, which
-is one entry, whatever it holds.
+is one entry, whatever it holds. Of a sharded model the tensors are DTensors, which must be entries of their
+own to be stored whole: blocks and snapshots are in lists, and `parts` says how many there must be.
+`polyak.sharded.load` makes room for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set, Sized
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -28,17 +30,19 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.accumulators import accumulator_class
-from polyak.averaging.tracker import Member
-from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
-from polyak.maths.profiles import Profile
-from polyak.maths.text import format_profile
+from polyak.averaging.clock import Clock
+from polyak.averaging.tracker import Member, Tracker
+from polyak.errors import FormatError, MismatchError, PolyakError
+from polyak.maths.text import profile_text
 from polyak.tensors.policy import Kind
+from polyak.tensors.sharding import fits, is_sharded, layout, local, part_of, sharded_as
 from polyak.version import __version__
 
 VERSION = 2
 _NUMBERS = ("time", "count", "sum_squared_shares", "time_if_none_skipped")
 _NEEDED = {*_NUMBERS, "version", "profile", "unit", "tensors", "statistics", "pending"}
 _NEEDED |= {"fresh_layers", "measured_buffers", "layer_modes"}
+_PARTS = ("block", "snapshots")  # what may be there or not
 _NOTHING_PENDING = (0, 0.0, ())
 _NO_TENSORS = (
     "This state stands for {} updates, but holds no tensors. torch.distributed.checkpoint loads only "
@@ -48,12 +52,10 @@ _NO_TENSORS = (
 )
 
 
-def profile_text(profile: Profile) -> str:
-    """The profile as the command line spells it; a custom one as it prints."""
-    try:
-        return format_profile(profile)
-    except ArgumentError:
-        return repr(profile)
+_PARTS_LEFT_OUT = (
+    "block or snapshots (not loaded, because the given state had no room for them: polyak.sharded.load "
+    "makes it)"
+)
 
 
 def state_dict(member: Member) -> dict[str, Any]:
@@ -86,8 +88,9 @@ def _held(member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, held = member.tracker.tensors, member.accumulator
     if held is not None:
         statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
-        return held.state(tensors.names), statistics
+        return _as_dtensors(held.state(tensors.names), tensors.names, tensors.whole), statistics
     try:
+        tensors.settle()
         named, kinds = tensors.inspect()
     except PolyakError:  # a lazy module, ...: the first update will say so
         return {"tensors": {}}, {}
@@ -98,9 +101,75 @@ def _held(member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
     live = of[Kind.AVERAGED]
     if any(tensor.is_meta for tensor in live.values()):
         return {"tensors": {}}, {}
-    empty = accumulator_class(member.profile)(list(live.values()), member.tracker.options)
-    statistics = {n: torch.zeros_like(t) for n, t in of[Kind.STATISTIC].items()}
-    return empty.state(list(live)), statistics
+    values = list(map(local, live.values()))
+    empty = accumulator_class(member.profile)(values, member.tracker.options)
+    statistics = {n: torch.zeros_like(local(t)) for n, t in of[Kind.STATISTIC].items()}
+    return _as_dtensors(empty.state(list(live)), list(live), list(live.values())), statistics
+
+
+def refuse_other_profile(member: Member, state: Mapping[str, Any]) -> None:
+    """Raise FormatError or MismatchError if a state, or this much of it, cannot be this average's."""
+    if state.get("version") != VERSION or "profile" not in state:
+        raise FormatError(
+            f"This is not the state of a polyak average of version {VERSION}: it has version "
+            f"{state.get('version')!r}. Nothing was loaded."
+        )
+    if (found := state["profile"]) != (own := profile_text(member.profile)):
+        _refuse({"profile": f"{found!r}, but this average has {own!r}"})
+
+
+def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict[str, Any]:
+    """The state of an average that is still empty, with room for blocks and snapshots."""
+    tracker = member.tracker
+    with tracker.tensors.bound_temporarily():
+        state = state_dict(Member(tracker, Clock(member.profile), member.unit))
+        tensors = tracker.tensors
+        if n_blocks:
+            block = [{n: _zeros(t, t.dtype) for n, t in state["tensors"].items()}]
+            state["block"] = [{"updates": 0, "start": 0.0, "tensors": b} for b in block]
+        if n_snapshots:
+            state["snapshots"] = [
+                {
+                    "from": 0.0,
+                    "to": 0.0,
+                    "tensors": {
+                        n: _zeros(t, t.dtype)
+                        for n, t in zip(tensors.names, tensors.whole, strict=True)
+                    },
+                }
+                for _ in range(n_snapshots)
+            ]
+    return state
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    values = torch.zeros_like(local(like).detach(), dtype=dtype)
+    return sharded_as(values, like) if is_sharded(like) else values
+
+
+def _as_dtensors(
+    held: dict[str, Any], names: Sequence[str], whole: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What an accumulator holds of a sharded model, as torch.distributed.checkpoint stores it whole."""
+    like = {name: tensor for name, tensor in zip(names, whole, strict=True) if is_sharded(tensor)}
+    if not like:
+        return held
+    wrapped = _mapped(held, lambda n, t: sharded_as(t, like[n]) if n in like else t)
+    return wrapped | {"parts": sum(len(wrapped.get(key, ())) for key in _PARTS)}
+
+
+def _mapped(held: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """The same with every tensor changed, blocks and snapshots in lists."""
+
+    def group(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: change(name, tensor) for name, tensor in tensors.items()}
+
+    parts = {
+        key: [{**part, "tensors": group(part["tensors"])} for part in held[key] or ()]
+        for key in _PARTS
+        if key in held
+    }
+    return {**held, **parts, "tensors": group(held["tensors"])}
 
 
 def check_state(member: Member, state: Any) -> None:
@@ -152,10 +221,10 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
             tracker.add(sorted(thawed), known_to=member)
         tracker.prepare()
         if member.accumulator is not None:
-            member.accumulator.load_state(state, tracker.tensors.names)
+            member.accumulator.load_state(_on_this_rank(state, tracker), tracker.tensors.names)
         with torch.no_grad():
             for kept, name in zip(member.statistics, tracker.tensors.statistic_names, strict=True):
-                kept.copy_(state["statistics"][name])
+                kept.copy_(local(state["statistics"][name]))
     else:
         member.accumulator = None
     member.fresh_layers = set(state["fresh_layers"])
@@ -169,6 +238,23 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     member.pending = list(state["pending"])
     if attachment := member.attachment or tracker.attachment:
         attachment.resume(member.pending)
+    for one in member.fed:
+        one.after_load()
+
+
+def reset(member: Member) -> None:
+    """Back to an average that has seen nothing; its unit stays, which an attachment may have set."""
+    nothing: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0.0), "count": 0, "unit": member.unit}
+    nothing |= {"fresh_layers": (), "measured_buffers": (), "layer_modes": None}
+    load_state(member, {**nothing, "tensors": {}, "pending": _NOTHING_PENDING})
+
+
+def _on_this_rank(state: Mapping[str, Any], tracker: Tracker) -> Mapping[str, Any]:
+    """The state with this rank's part of what is sharded, here or there."""
+    whole = dict(zip(tracker.tensors.names, tracker.tensors.whole, strict=True))
+    if not any(map(is_sharded, [*whole.values(), *state["tensors"].values()])):
+        return state
+    return _mapped(state, lambda name, tensor: part_of(tensor, whole[name]))
 
 
 def _check_layout(state: Any) -> None:
@@ -198,6 +284,8 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
         set(state["fresh_layers"])
         if _holds_weights(state) and state["profile"] == profile_text(member.profile):
             groups = accumulator_class(member.profile).check_state(state)
+        if "parts" in state and state["parts"] != sum(len(state.get(k) or ()) for k in _PARTS):
+            bad.append(_PARTS_LEFT_OUT)
         steps, real, stepped = state["pending"]
         float(steps + real + sum(stepped))
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError):
@@ -239,11 +327,11 @@ def _check_tensors(
 ) -> None:
     tensors, options = member.tracker.tensors, member.tracker.options
     held_by = accumulator_class(member.profile)
-    live = dict(zip(tensors.names, tensors.live, strict=True))
+    whole = dict(zip(tensors.names, tensors.whole, strict=True))
     # What trained when the state was saved may still be frozen here: a run that resumes thaws later.
-    live |= {n: t for n, t in tensors.frozen().items() if n in _tensors_of(state)}
+    whole |= {n: t for n, t in tensors.frozen().items() if n in _tensors_of(state)}
     weights = {
-        n: f"{tuple(t.shape)} {held_by.dtype_held(t.dtype, options)}" for n, t in live.items()
+        n: f"{tuple(t.shape)} {held_by.dtype_held(t.dtype, options)}" for n, t in whole.items()
     }
     statistics = {
         n: str(tuple(t.shape))
@@ -255,6 +343,9 @@ def _check_tensors(
     changed: dict[str, str] = {}
     for group in groups.values():
         found = {n: f"{tuple(t.shape)} {t.dtype}" for n, t in group.items()}
+        found |= {
+            n: f"{found[n]}, {layout(t)}" for n, t in group.items() if not fits(t, whole.get(n, t))
+        }
         found |= {n: str(tuple(t.shape)) for n, t in state["statistics"].items()}
         missing |= expected.keys() - found.keys()
         unexpected |= found.keys() - expected.keys()

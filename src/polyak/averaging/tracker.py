@@ -17,7 +17,7 @@ from polyak.averaging.offload import Staging, stages
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError, require
 from polyak.maths.arguments import number
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
@@ -40,6 +40,7 @@ class Member:
     measured_buffers: dict[str, Tensor] = field(default_factory=dict)  # of averaged statistics
     pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
     attachment: Any = None  # of this member alone; `tracker.attachment` updates the others
+    fed: list[Any] = field(default_factory=list)  # what is fed after each update, as `Fed`
     is_applied: bool = False
     warned_empty: bool = False
     warned_stale: bool = False
@@ -55,6 +56,12 @@ class Member:
         if self.take_measured is not None:
             self.take_measured()
         return sorted(self.tracker.moving_layers() - self.fresh_layers)
+
+    def restart(self) -> None:
+        """Begin to average again, as if nothing had been; what was held may be overwritten."""
+        self.clock = Clock(self.profile)
+        if self.accumulator is not None:
+            self.accumulator.restart()
 
     def is_empty(self) -> bool:
         """Whether nothing has been averaged yet; this waits for a device that holds the time."""
@@ -131,13 +138,20 @@ class Tracker:
                 self.prepare()
                 self._accumulate(members, moments)
         for member, now in zip(members, moments, strict=True):
-            member.clock = now.copied_into(member.clock) if capturing else now
+            before = member.clock
+            member.clock = now.copied_into(before) if capturing else now
+            if member.fed and (now.on_device or now.share):
+                for one in member.fed:
+                    one.after_update(before)
         if not self.is_attached():
             # No hook will order the next step after what is still being read.
             self.wait_before_step()
 
     def prepare(self) -> None:
         """Make what the averages need, once the model is bound."""
+        if self._grouped_at != self.tensors.generation:
+            for attachment in self._attachments():
+                attachment.check_parameters()
         live = self.tensors.live
         for member in self.members:
             if member.accumulator is None:
@@ -149,10 +163,8 @@ class Tracker:
 
     def take_due(self) -> None:
         """Take weights that an attachment has left for later."""
-        attachments = [self.attachment, *(member.attachment for member in self.members)]
-        for attachment in attachments:
-            if attachment is not None:
-                attachment.take_due()
+        for attachment in self._attachments():
+            attachment.take_due()
 
     def ready_to_read(self) -> None:
         """Complete what is under way, and check that the model has not changed."""
@@ -166,7 +178,7 @@ class Tracker:
 
     def is_attached(self) -> bool:
         """Whether an attachment updates any of the members."""
-        return self.attachment is not None or any(m.attachment is not None for m in self.members)
+        return bool(self._attachments())
 
     def owner_of_loan(self) -> object | None:
         """Whose average is in the model now; None while it holds its own weights."""
@@ -223,6 +235,10 @@ class Tracker:
         if self.options.capturable:
             member.clock = member.clock.to(self._device())
 
+    def _attachments(self) -> list[Any]:
+        found = [self.attachment, *(member.attachment for member in self.members)]
+        return [attachment for attachment in found if attachment is not None]
+
     def _bind(self) -> None:
         self.tensors.bind()
         for member in self.members:
@@ -233,9 +249,10 @@ class Tracker:
         if mode is None:
             return True
         tensors = list(zip(self.tensors.names, self.tensors.live, strict=True))
+        ranks = self.tensors.ranks  # which decide together, or their counts would part ways
         if mode == "raise":
-            refuse_nonfinite(tensors, "update()", "Nothing was averaged.")
-        elif nonfinite(tensors):
+            refuse_nonfinite(tensors, "update()", "Nothing was averaged.", ranks)
+        elif ranks.union(nonfinite(tensors)):
             self.skipped += 1
             return False
         return True
@@ -264,7 +281,6 @@ class Tracker:
             if now.on_device or now.share:
                 torch._foreach_copy_(member.statistics, self.tensors.statistics)
                 member.fresh_layers, member.measured_buffers = set(), {}
-                member.warned_stale = False
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None

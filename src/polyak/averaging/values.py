@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 
@@ -14,9 +14,11 @@ from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
+from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
+from polyak.tensors.sharding import is_sharded, layout, local, sharded_as
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 _SMALL = 4096  # values
@@ -53,18 +55,36 @@ class Loan:
 
 def as_model_dtype(member: Member) -> list[Tensor]:
     """The average of each weight in the weight's dtype: the accumulator itself wherever it can be."""
+    return [model_value(member, i) for i in range(len(member.tracker.tensors.names))]
+
+
+def model_value(member: Member, index: int, *, exchanged: bool = False) -> Tensor:
+    """The same of one weight; where contents are exchanged only the dtype has to be the weight's."""
     tensors, targets = member.tracker.tensors, _swap_targets(member)
-    measured = member.measured_buffers
-    return [
-        measured[name] if name in measured else _value(member, targets, i, live)
-        for i, (name, live) in enumerate(zip(tensors.names, tensors.live, strict=True))
-    ]
+    live = tensors.live[index]
+    if (measured := member.measured_buffers.get(tensors.names[index])) is not None:
+        return measured
+    if targets:
+        kept = targets[index]
+        if _same_memory(kept, live) or (exchanged and kept.dtype == live.dtype):
+            return kept
+    if member.accumulator is None:
+        return live.detach()
+    with torch.no_grad(), torch.inference_mode(False):
+        return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
 
 
 @torch.no_grad()
-def copied_values(member: Member, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Everything a state dict of the averaged model holds: by name, ties under all their names."""
+def copied_values(
+    member: Member, device: torch.device | None = None, leave: Set[int] = frozenset()
+) -> dict[str, Tensor]:
+    """Everything a state dict of the averaged model holds: by name, ties under all their names.
+
+    As in the state dict of the model, what is sharded is a DTensor. `leave` are the ids of tensors of
+    the model to leave out.
+    """
     tensors = member.tracker.tensors
+    tensors.settle()
     if member.take_measured is not None:
         member.take_measured()
     named, _ = tensors.inspect()
@@ -72,10 +92,11 @@ def copied_values(member: Member, device: torch.device | None = None) -> dict[st
     statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
     result: dict[str, Tensor] = {}
     for name, slot in named.slots.items():
-        value = averaged.get(name, statistics.get(name, slot.tensor)).detach()
-        if slot.persistent:
+        value = averaged.get(name, statistics.get(name, local(slot.tensor))).detach()
+        if slot.persistent and id(slot.tensor) not in leave:
             odd = odd_form(value)  # those can be cloned, but not all can be moved
-            result[name] = value.clone() if odd else value.to(device or value.device, copy=True)
+            copy = value.clone() if odd else value.to(device or value.device, copy=True)
+            result[name] = sharded_as(copy, slot.tensor) if is_sharded(slot.tensor) else copy
     return result | {alias: result[n] for alias, n in named.ties.items() if n in result}
 
 
@@ -90,14 +111,17 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     from then on.
     """
     tensors = member.tracker.tensors
+    tensors.settle()
     stay = {id(tensor) for tensor in tensors.everything()} if in_place else tensors.shares_memory()
     acting = ActingModules(tensors.model)
     acting.neutralise()
-    live, values = _to_swap(member, stay)
-    writes = _Writes(live, values, stay)
+    live, values, originals = _to_swap(member, stay)
+    writes = _Writes(live, originals, stay)
     try:
         with (
-            swapped(live, values, owner=owner, in_place=stay),
+            _settled_after(member),
+            swapped(live, values, owner=owner, in_place=stay, stepped=tensors.whole),
+            _settled_after(member),
             _track_swapped(member, live, values, stay),
             derived_tensors_recomputed(tensors.model),
             _statistics_taken(member),
@@ -110,7 +134,7 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
                 writes.end()
                 acting.leave()
     finally:
-        acting.restore(written=bool(writes.shared or writes.exchanged))
+        acting.restore(writes.changed - _of_norms(member))
     _warn_of_writes(member, writes.exchanged)
 
 
@@ -118,10 +142,15 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
 def copy_into(model: Module, member: Member) -> None:
     """Copy an average into a model by name. Raises MismatchError, naming all that does not fit."""
     require_module(model, "copy_to()")
-    values = copied_values(member)
-    newest = {id(tensor) for tensor in member.tracker.tensors.others}  # of its own model: the same
+    # What its own model holds already (the frozen base of an adapter) needs no copy.
+    own = model is member.tracker.tensors.model
+    newest = {id(tensor) for tensor in member.tracker.tensors.others}
+    values = copied_values(member, leave=newest if own else set())
+    reshard(model)
     named = named_tensors(model)
     persistent = {n: s.tensor for n, s in named.slots.items() if s.persistent}
+    if own:
+        persistent = {n: t for n, t in persistent.items() if id(t) not in newest}
     source = {n: t for n, t in values.items() if n not in named.ties}
     check_match(
         {n: _shape_and_form(t) for n, t in persistent.items()},
@@ -130,13 +159,22 @@ def copy_into(model: Module, member: Member) -> None:
         "Nothing was copied. Build the model as the averaged one was built.",
     )
     for name, tensor in persistent.items():
-        if id(tensor) not in newest:
+        if id(local(tensor)) not in newest:
             overwrite(model, tensor, source[name])
     recompute_derived(model)
 
 
 def _shape_and_form(tensor: Tensor) -> str:
-    return f"shape {shape_of(tensor)} {odd_form(tensor)}".rstrip()
+    return f"shape {shape_of(tensor)} {odd_form(tensor) or layout(tensor)}".rstrip()
+
+
+@contextmanager
+def _settled_after(member: Member) -> Iterator[None]:
+    """Weights that were gathered in the block are not those that the model holds after it."""
+    try:
+        yield
+    finally:
+        member.tracker.tensors.settle()
 
 
 def refuse_nonfinite_average(member: Member, what: str) -> None:
@@ -150,38 +188,47 @@ def refuse_nonfinite_average(member: Member, what: str) -> None:
         what,
         "One bad update spoils an average for good: load an earlier state, and construct it with "
         "nonfinite='skip' or 'raise' to keep such weights out.",
+        tensors.ranks,
     )
 
 
-def _value(member: Member, targets: Sequence[Tensor], index: int, live: Tensor) -> Tensor:
-    if targets:
-        kept = targets[index]
-        if (kept.dtype, kept.device, kept.stride()) == (live.dtype, live.device, live.stride()):
-            return kept
-    if member.accumulator is None:
-        return live.detach()
-    with torch.no_grad(), torch.inference_mode(False):
-        return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device, a.stride()) == (b.dtype, b.device, b.stride())
 
 
 class _Writes:
-    """Which tensors a block has written to: shared ones have moved, exchanged ones have a new version."""
+    """Which tensors a block has written to: shared ones have moved, exchanged ones have a new version.
 
-    def __init__(self, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]) -> None:
-        pairs = zip(live, values, strict=True)
-        self._addresses = [(t, address(value)) for t, value in pairs if id(t) not in stay]
+    changed: the ids of those whose values are others now. Some kernels (LSTMs) move what they only read.
+    """
+
+    def __init__(self, live: Sequence[Tensor], originals: Sequence[Tensor], stay: set[int]) -> None:
+        pairs = zip(live, originals, strict=True)
+        self._shared = [(t, before, address(before)) for t, before in pairs if id(t) not in stay]
         self._exchanged = [tensor for tensor in live if id(tensor) in stay]
         self._versions: list[int] = []
-        self.shared: list[Tensor] = []
         self.exchanged: list[Tensor] = []
+        self.changed: set[int] = set()
 
     def begin(self) -> None:
         self._versions = [tensor._version for tensor in self._exchanged]
 
     def end(self) -> None:
-        self.shared = [tensor for tensor, before in self._addresses if address(tensor) != before]
+        moved = [(t, before) for t, before, where in self._shared if address(t) != where]
         exchanged = zip(self._exchanged, self._versions, strict=True)
         self.exchanged = [tensor for tensor, before in exchanged if tensor._version != before]
+        changed = [tensor for tensor, before in moved if not _equal(tensor, before)]
+        self.changed = {id(tensor) for tensor in (*changed, *self.exchanged)}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b)
+
+
+def _of_norms(member: Member) -> set[int]:
+    """The ids of what norms keep for themselves: their statistics and counters."""
+    norms = member.tracker.tensors.norms.values()
+    return {id(buffer) for norm in norms for buffer in norm._buffers.values()}
 
 
 def _warn_of_writes(member: Member, written: Sequence[Tensor]) -> None:
@@ -195,31 +242,32 @@ def _warn_of_writes(member: Member, written: Sequence[Tensor]) -> None:
         )
 
 
-def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """The live tensors and what they hold in the block, copies only where contents are exchanged."""
+def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The live tensors, what they hold in the block, and the originals that this is shared from."""
     tensors = member.tracker.tensors
-    own = {id(tensor) for tensor in _swap_targets(member)}
-    live: list[Tensor] = []
-    values: list[Tensor] = []
-    for weight, value in zip(tensors.live, as_model_dtype(member), strict=True):
-        live.append(weight)
-        shares = id(value) in own and id(weight) not in stay
-        values.append(_protected(value) if shares else value)
-    for buffer, value in zip(tensors.statistics, member.statistics, strict=True):
-        live.append(buffer)
-        values.append(value.clone() if id(buffer) in stay else _protected(value))
+    kept = {id(tensor) for tensor in (*member.statistics, *member.measured_buffers.values())}
+    own = kept | {id(tensor) for tensor in _swap_targets(member)}
+    live = [*tensors.live, *tensors.statistics]
+    originals = [
+        *(model_value(member, i, exchanged=id(w) in stay) for i, w in enumerate(tensors.live)),
+        *member.statistics,
+    ]
+    values = []
+    for tensor, original in zip(live, originals, strict=True):
+        if id(tensor) in stay:
+            values.append(original.clone() if id(original) in kept else original)
+        elif (shared := copy_on_write(original)) is not None:
+            values.append(shared)
+        else:
+            values.append(original.clone() if id(original) in own else original)
     for other in tensors.others:
         if id(other) in stay or not _may_be_written(other):
             continue
         if (shared := copy_on_write(other)) is not None:
             live.append(other)
             values.append(shared)
-    return live, values
-
-
-def _protected(value: Tensor) -> Tensor:
-    shared = copy_on_write(value)
-    return value.clone() if shared is None else shared
+            originals.append(other.detach())
+    return live, values, originals
 
 
 def _may_be_written(tensor: Tensor) -> bool:

@@ -185,14 +185,19 @@ def is_distributed() -> bool:
     )
 
 
-def merge_ranks(collectors: Sequence[StatisticsCollector], n_batches: int) -> int:
+def merge_ranks(
+    collectors: Sequence[StatisticsCollector], n_batches: int, *, counts: bool = True
+) -> int:
     """Merge each layer's moments over all ranks, in rank order; returns the batches of all.
 
-    Every rank must call this, with the same layers; all end with the same bits.
+    Every rank must call this, with the same layers; all end with the same bits. counts: False on a
+    rank whose data another one has counted.
     """
     if not is_distributed():
         return n_batches
     mine = _packed(collectors, n_batches)
+    if not counts:
+        mine.zero_()
     parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, mine)
     for collector in collectors:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from polyak.batchnorm.batches import Forward, checked, one_pass, run
 from polyak.batchnorm.collector import Buffers, StatisticsCollector, merge_ranks
+from polyak.batchnorm.in_step import in_step, sees_data_of_its_own
 from polyak.batchnorm.layers import chosen_layers, norm_layers, unsupported_norm_layers
 from polyak.batchnorm.moments import Moments
 from polyak.batchnorm.record import note_measured
@@ -117,6 +118,7 @@ def update_bn(  # noqa: PLR0913 - one job, each argument a fact about the data o
     _refuse_without_values(model)
     if layers is None:
         warn_unsupported(model)
+    batches = in_step(model, batches, limit)
     titles = [f"update_bn, pass {n} of {passes}" for n in range(1, passes + 1)]
     feeds = [one_pass(batches, limit=limit, title=title if progress else None) for title in titles]
     if estimator == "torch":
@@ -149,12 +151,13 @@ def _pool(
 ) -> None:
     """One pass in training mode, the others with the statistics of the pass before."""
     found: dict[_NormBase, Buffers] = {}
+    counts = sees_data_of_its_own(model)
     with _restored(model, chosen.values()):
         for number, batches in enumerate(feeds):
             collectors = _collectors(model, chosen, training=number == 0)
             with replaced_forwards(collectors):
                 n_batches = run(model, batches, forward)
-            found = _statistics(collectors, n_batches)
+            found = _statistics(collectors, n_batches, counts=counts)
             for layer, statistics in found.items():
                 layer._buffers.update(statistics)
     _store(found)
@@ -193,12 +196,12 @@ def _collectors(
 
 
 def _statistics(
-    collectors: Mapping[str, StatisticsCollector], n_batches: int
+    collectors: Mapping[str, StatisticsCollector], n_batches: int, *, counts: bool
 ) -> dict[_NormBase, Buffers]:
-    """What each layer that was reached should store, checked."""
+    """What each layer that was reached should store, checked; `counts`: whether this rank's data do."""
     for collector in collectors.values():
         collector.flush()
-    n_batches = merge_ranks(list(collectors.values()), n_batches)
+    n_batches = merge_ranks(list(collectors.values()), n_batches, counts=counts)
     reached = {name: collector for name, collector in collectors.items() if collector.calls}
     if n_batches == 0:
         raise ArgumentError(_NO_BATCHES)

@@ -21,6 +21,7 @@ _HOME_OF = {
     "iter_averaged_tensors": "polyak.checkpoints.merging.average",
     "open_checkpoint": "polyak.checkpoints.reading.opening",
     "select_checkpoints": "polyak.checkpoints.merging.selection",
+    "thin_record": "polyak.checkpoints.thinning",
 }
 
 if TYPE_CHECKING:
@@ -38,5 +39,6 @@ if TYPE_CHECKING:
     from polyak.checkpoints.reading.opening import open_checkpoint as open_checkpoint
     from polyak.checkpoints.reading.stored import Checkpoint as Checkpoint
     from polyak.checkpoints.reading.stored import StoredTensor as StoredTensor
+    from polyak.checkpoints.thinning import thin_record as thin_record
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

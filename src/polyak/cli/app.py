@@ -30,6 +30,9 @@ app.command("polyak.cli.report:report", help="Write the page of a run.")
 app.command("polyak.cli.report:compare", help="Put finished runs side by side.")
 app.command("polyak.cli.average:average", help="Average checkpoints, or convert one.")
 app.command(
+    "polyak.cli.trajectory:thin", help="Merge neighbouring intervals of the record of a run."
+)
+app.command(
     "polyak.cli.update_bn:update_bn",
     name="update-bn",
     help="Set the BatchNorm statistics of averaged weights in a file.",

@@ -53,6 +53,7 @@ def train(
 
     The run is written to its own folder: recipe, metrics, weights, the averaged model
     (swa.safetensors) and a report. You can stop it at any time and continue with --resume.
+    With torchrun --nproc-per-node N -m polyak train, N processes share each batch.
 
     Args:
         recipe: default, batchnorm, annealing-wins, note, fashion, or the path of a TOML file.
@@ -67,19 +68,23 @@ def train(
     if quick:
         chosen = quick_version(chosen)
     chosen = load_recipe(recipe, {**dataclasses.asdict(chosen), **overrides})
-    folder = output or _default_folder(chosen.name, resume=resume)
+    from polyak.cli.train_display import carry_out
+
+    carry_out(chosen, lambda: _chosen_folder(output, chosen.name, resume=resume), resume=resume)
+
+
+def _given(fields: Any) -> dict[str, Any]:
+    return {} if fields is None else vars(fields)
+
+
+def _chosen_folder(output: Path | None, name: str, *, resume: bool) -> Path:
+    folder = output or _default_folder(name, resume=resume)
     if resume and not folder.exists():
         raise ArgumentError(
             f"There is no run in {folder} to resume. Leave out --resume to start one there, or name "
             "the folder of a run with --output."
         )
-    from polyak.cli.train_display import carry_out
-
-    carry_out(chosen, folder, resume=resume)
-
-
-def _given(fields: Any) -> dict[str, Any]:
-    return {} if fields is None else vars(fields)
+    return folder
 
 
 def _default_folder(name: str, *, resume: bool) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from rich.table import Table
 
 from polyak.errors import MissingExtra, OutputError
 from polyak.reference_run.flatness import measure_landscape
+from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.loop import Watch, plan, train
+from polyak.reference_run.ranks import joined
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run
 from polyak.report.page import write_report
@@ -35,8 +37,21 @@ _HEADINGS = {
 _NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA"}
 
 
-def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
-    """Train with a live table, or with plain lines if there is no terminal, then print the results."""
+def carry_out(recipe: Recipe, choose_folder: Callable[[], Path], *, resume: bool) -> None:
+    """Train with a live table, or with plain lines if there is no terminal, then print the results.
+
+    Of several processes only the first one prints.
+    """
+    with joined(recipe.strategy, Hardware.named(recipe.device).device) as ranks:
+        folder = ranks.first(choose_folder)
+        if ranks.index:
+            train(recipe, folder, resume=resume)
+            return
+        console, run = _train(recipe, folder, resume=resume)
+    _print_results(console, run)
+
+
+def _train(recipe: Recipe, folder: Path, *, resume: bool) -> tuple[Console, Run]:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
@@ -45,12 +60,11 @@ def carry_out(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
     try:
         with _display(console, recipe, before) as watch:
-            run = train(recipe, folder, resume=resume, watch=watch)
+            return console, train(recipe, folder, resume=resume, watch=watch)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Stopped. Continue with the same command and --resume --output {folder}."
         ) from None
-    _print_results(console, run)
 
 
 @contextmanager

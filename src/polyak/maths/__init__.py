@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
-    "Profile": "polyak.maths.profiles",
+    "Profile": "polyak.maths.profile",
     "Schedule": "polyak.maths.schedules",
     "effective_samples": "polyak.maths.pieces",
     "format_profile": "polyak.maths.text",
@@ -19,7 +19,7 @@ _HOME_OF = {
 if TYPE_CHECKING:
     from polyak.maths.pieces import effective_samples as effective_samples
     from polyak.maths.pieces import piece_weights as piece_weights
-    from polyak.maths.profiles import Profile as Profile
+    from polyak.maths.profile import Profile as Profile
     from polyak.maths.schedules import Schedule as Schedule
     from polyak.maths.text import format_profile as format_profile
     from polyak.maths.text import parse_profile as parse_profile

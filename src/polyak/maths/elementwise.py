@@ -22,6 +22,13 @@ def expm1(x: float) -> float:
     return _elementwise("expm1", x)
 
 
+def log(x: float) -> float:
+    """`ln x`, and minus infinity at 0, where the math module raises."""
+    if isinstance(x, int | float):
+        return math.log(x) if x > 0 else -math.inf
+    return _elementwise("log", x)
+
+
 def log1p(x: float) -> float:
     """`ln(1 + x)`, and minus infinity at -1, where the math module raises."""
     if isinstance(x, int | float):
@@ -51,6 +58,6 @@ def _elementwise(name: str, x: Any) -> float:
     if hasattr(x, name):
         of_tensor: float = getattr(x, name)()
         return of_tensor
-    with np.errstate(divide="ignore"):  # log1p(-1) is intended
+    with np.errstate(divide="ignore"):  # log(0) is intended
         of_array: float = getattr(np, name)(x)
     return of_array

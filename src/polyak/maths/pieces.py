@@ -9,6 +9,14 @@ $$c_i = F(s_i - s_0,\; s_n - s_0) - F(s_{i-1} - s_0,\; s_n - s_0), \qquad \sum_i
 
 So irregular spacing is handled: weights that represent a longer interval count more. Only `SWA`
 counts all stored weights equally, as its paper does.
+
+For a *centred* profile (`EMA`, `PowerEMA`) that interval is around the weights instead: with
+$\bar F_i$ the mean of $F$ over the gap $(s_i, s_{i+1}]$,
+
+$$c_1 = \bar F_1, \qquad c_i = \bar F_i - \bar F_{i-1}, \qquad c_n = 1 - \bar F_{n-1}.$$
+
+No other step function that is 0 before the first weights is closer to $F$ in the mean square, which
+is what the error of an average of weights that move like a random walk depends on.
 """
 
 from __future__ import annotations
@@ -20,7 +28,8 @@ from numpy.typing import NDArray
 
 from polyak.errors import ArgumentError
 from polyak.maths.arguments import numbers
-from polyak.maths.profiles import SWA, After, Profile, check_profile
+from polyak.maths.profile import Profile, check_profile
+from polyak.maths.profiles import SWA, After
 
 
 def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float64]:
@@ -50,9 +59,28 @@ def piece_weights(profile: Profile, steps: Sequence[float]) -> NDArray[np.float6
         return np.asarray(counted / counted.sum())
     if len(moments) == 1:
         return np.ones(1)
+    if profile.innermost.centred and profile.streaming:
+        return _centred(profile.innermost, moments, counted, profile.start if later else None)
     origin = 2 * moments[0] - moments[1]
-    weights = _since(profile, origin).weights((moments - origin).tolist())
+    weights = since(profile, origin).weights((moments - origin).tolist())
     return np.asarray(weights / weights.sum())
+
+
+def _centred(
+    profile: Profile, moments: NDArray[np.float64], counted: NDArray[np.bool_], start: float | None
+) -> NDArray[np.float64]:
+    """The mean of F over the gap after each of the weights minus that over the gap before it."""
+    weights = np.zeros(len(moments))
+    if counted.sum() == 1:
+        return np.asarray(counted / 1.0)
+    origin = 2 * moments[0] - moments[1]
+    times = moments[counted] - (origin if start is None else max(start, origin))
+    now = float(times[-1])
+    # A streaming F(x, now) is F(x, t) F(t, now), so its integral up to t is F(t, now) mean_age(t).
+    areas = np.array([float(profile.mass(t, now) * profile.mean_age(t)) for t in times.tolist()])
+    means = np.diff(areas) / np.diff(times)
+    weights[counted] = np.diff(np.clip(means, 0.0, 1.0), prepend=0.0, append=1.0)
+    return np.asarray(np.maximum(weights, 0.0) / np.maximum(weights, 0.0).sum())
 
 
 def effective_samples(weights: Sequence[float] | NDArray[np.float64]) -> float:
@@ -84,7 +112,7 @@ def _moments(steps: Sequence[float]) -> NDArray[np.float64]:
     return moments
 
 
-def _since(profile: Profile, origin: float) -> Profile:
+def since(profile: Profile, origin: float) -> Profile:
     """The same profile with time counted from `origin`, before which nothing was stored."""
     if not isinstance(profile, After):
         return profile

@@ -1,35 +1,19 @@
-r"""Profiles: how much each moment of training counts in an average.
-
-A profile is one function, the cumulative share $F(x, t)$: the share of the average, seen from now
-$= t$, that comes from the time up to $x$, $0 \le x \le t$. Both are counted from the start of
-averaging in any unit that only grows (steps, captures, samples, tokens). The rest follows:
-
-- an interval $(a, b]$ holds $F(b, t) - F(a, t)$ (`interval_mass`);
-- when time moves from $t - dt$ to $t$ the newest weights enter with $1 - F(t - dt, t)$ (`share`),
-  and ``average += share * (weights - average)`` is exact for every *streaming* profile: one in
-  which $F(x, t) / F(y, t)$ does not depend on $t$;
-- weights taken at $t_1 < t_2 < \dots$ represent $(t_{i-1}, t_i]$, the first all before it
-  (`weights`), which gives the effective number of samples; `mean_age` and `half_life` likewise.
-
-Every formula is written in operators that floats, NumPy arrays and 0-d tensors share, so that the
-share can be computed on a device from a time that lives there.
-"""
+"""The profiles: the mean, exponential and power averages, windows, annealing, and a later start."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from polyak.errors import ArgumentError, require
-from polyak.maths.arguments import flag, number, numbers
-from polyak.maths.elementwise import at_least, at_most, exp, expm1, log1p
+from polyak.errors import require
+from polyak.maths.arguments import flag, number
+from polyak.maths.elementwise import at_least, at_most, exp, expm1, log, log1p
+from polyak.maths.profile import Profile, check_profile, take_number
 
 __all__ = [
     "EMA",
@@ -37,136 +21,11 @@ __all__ = [
     "SWA",
     "After",
     "Annealed",
+    "PolynomialEMA",
     "PowerEMA",
     "Profile",
     "Window",
 ]
-
-
-class Profile(ABC):
-    """How much each moment counts. Subclasses are frozen dataclasses that define `mass`.
-
-    Times are at least 0 and `now` is positive: before any time has passed the formulas give 0 / 0.
-    Only `After` is defined before its start.
-    """
-
-    streaming: ClassVar[bool] = True
-    """Whether one running average is exact; if not, stored snapshots or files are needed."""
-
-    has_horizon: ClassVar[bool] = False
-    """Whether a parameter is a length of time, so that the unit of time changes the meaning."""
-
-    @abstractmethod
-    def mass(self, x: float, now: float) -> float:
-        """`F(x, now)`: the share of the average at `now` that comes from the time up to `x`."""
-
-    def interval_mass(self, a: float, b: float, now: float) -> float:
-        """`F(b, now) - F(a, now)`: the share that comes from the interval `(a, b]`, a < b."""
-        if self.streaming:
-            # F(a, now) / F(b, now) = F(a, b): no digits cancel, however short the interval is.
-            return self.mass(b, now) * self.share(b, b - a)
-        return self.mass(b, now) - self.mass(a, now)
-
-    def share(self, now: float, dt: float) -> float:
-        """`1 - F(now - dt, now)`: the share of the weights of the last `dt` at `now`."""
-        return 1 - self.mass(now - dt, now)
-
-    def initial_mass(self, now: float) -> float:
-        """The share kept by the very first weights, an atom at time 0."""
-        return 0.0
-
-    @property
-    def start(self) -> float:
-        """The time before which nothing is averaged."""
-        return 0.0
-
-    @property
-    def innermost(self) -> Profile:
-        """The profile inside any `After`; itself for all others."""
-        return self
-
-    @abstractmethod
-    def mean_age(self, now: float) -> float:
-        """`integral over x from 0 to now of F(x, now)`: how old the average is, in time units."""
-
-    def half_life(self, now: float) -> float:
-        """The age that half of the average does not exceed, in time units, by bisection."""
-        young, old = 0.0, float(now)
-        for _ in range(200):
-            middle = (young + old) / 2
-            if self.mass(now - middle, now) > 0.5:  # more than half is older
-                young = middle
-            else:
-                old = middle
-        return old
-
-    def weights(self, times: Sequence[float], now: float | None = None) -> NDArray[np.float64]:
-        """The share of each of the weights taken at `times`, which increase; they sum to 1.
-
-        `now` is the last of the times by default; with a later one all weights are older, and
-        their shares are scaled to sum to 1. Raises ArgumentError if the times do not increase from
-        0 on, or if none of the weights counts at `now`.
-        """
-        moments = _increasing(times)
-        now = moments[-1] if now is None else number("now", now)
-        if not math.isfinite(now):
-            raise ArgumentError(f"now is {now}; expected a finite time.")
-        if now < moments[-1]:
-            raise ArgumentError(f"now is {now}, but weights were taken after it, at {moments[-1]}.")
-        if now <= self.start and not self.initial_mass(now):
-            raise ArgumentError(f"{self} is empty until {self.start}; the time is {now}.")
-        shares = np.empty(len(moments))
-        shares[0] = self.mass(moments[0], now)
-        for i in range(1, len(moments)):
-            shares[i] = self.interval_mass(moments[i - 1], moments[i], now)
-        return self._among_seen(shares, moments[-1], now)
-
-    def effective_samples(self, times: Sequence[float], now: float | None = None) -> float:
-        """`1 / sum of squared weights`: the number of equal weights that cancel as much noise."""
-        return float(1 / np.square(self.weights(times, now)).sum())
-
-    def _among_seen(
-        self, shares: NDArray[np.float64], newest: float, now: float
-    ) -> NDArray[np.float64]:
-        if now == newest:
-            return shares
-        total = shares.sum()
-        if not total > 0:
-            raise ArgumentError(
-                f"None of the weights taken up to {newest} counts in {self} at {now}."
-            )
-        return np.asarray(shares / total)
-
-
-def check_profile(profile: object) -> None:
-    """ArgumentError unless it is a profile, rather than its class or a number."""
-    hint = f" Call it: {profile.__name__}(...)." if isinstance(profile, type) else ""
-    require(
-        isinstance(profile, Profile),
-        f"Expected a profile, such as polyak.SWA() or polyak.EMA.from_half_life(3000); found "
-        f"{profile!r}.{hint}",
-    )
-
-
-def _take_number(profile: Profile, name: str, what: str) -> None:
-    """Make a field of a frozen profile a plain number, or refuse it."""
-    object.__setattr__(profile, name, number(what, getattr(profile, name)))
-
-
-def _increasing(times: Sequence[float]) -> list[float]:
-    moments = numbers("times", times)
-    if moments.ndim != 1 or not moments.size:
-        raise ArgumentError(f"Expected a list of times; found shape {moments.shape}.")
-    if not (np.isfinite(moments).all() and moments[0] >= 0):
-        raise ArgumentError(f"The times must be finite and at least 0; found {moments.min()}.")
-    steps = np.diff(moments)
-    if not (steps > 0).all():
-        i = int(np.argmin(steps > 0))
-        raise ArgumentError(
-            f"The times must increase; found {moments[i + 1]} after {moments[i]} (place {i + 1})."
-        )
-    return [float(moment) for moment in moments]
-
 
 RELATIVE_STD_LIMIT = 1 / math.sqrt(12)
 """The relative standard deviation of the plain mean, 0.2887; that of a power profile is smaller."""
@@ -187,6 +46,8 @@ class SWA(Profile):
     >>> [SWA().share(now=n, dt=1) for n in (1, 2, 4)]
     [1.0, 0.5, 0.25]
     """
+
+    centred: ClassVar[bool] = False
 
     def mass(self, x: float, now: float) -> float:
         """`x / now`."""
@@ -233,7 +94,7 @@ class EMA(Profile):
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_number(self, "decay", "EMA decay")
+        take_number(self, "decay", "EMA decay")
         flag("EMA keep_initial", self.keep_initial)
         require(
             0 < self.decay < 1,
@@ -311,7 +172,7 @@ class PowerEMA(Profile):
     gamma: float
 
     def __post_init__(self) -> None:
-        _take_number(self, "gamma", "PowerEMA gamma")
+        take_number(self, "gamma", "PowerEMA gamma")
         require(
             -1 < self.gamma < math.inf,
             f"PowerEMA gamma is {self.gamma}; expected a finite gamma > -1.",
@@ -356,6 +217,81 @@ class PowerEMA(Profile):
 
 @final
 @dataclass(frozen=True)
+class PolynomialEMA(Profile):
+    r"""Between the exponential and the power average: its horizon grows as a power of time below 1.
+
+    $$F(x, t) = \frac{E(x, t) - E(0, t)}{1 - E(0, t)}, \qquad
+      E(x, t) = \exp\left(-c \, \frac{t^{1-k} - x^{1-k}}{1 - k}\right), \qquad
+      share = \frac{1 - E(t - dt, t)}{1 - E(0, t)}$$
+
+    $k$ = `k`, $0 \le k < 1$, says how the horizon grows: a weight's share fades at the rate
+    $c \, t^{-k}$, so the average looks back over about $t^k / c$. $k = 0$ is `EMA` with the decay
+    $e^{-c}$, and $k \to 1$ is `PowerEMA` with $\gamma = c - 1$; debiased as they are. $c$ = `c` > 0.
+    For $c = 1$ and large $t$ it is the p-EMA with $p = k$, whose n-th share is $(n + 1)^{-p}$: for
+    $k > 1/2$ its noise vanishes almost surely, where that of an EMA stays.
+
+    Raises ArgumentError unless 0 <= k < 1 and c is from 1e-12 to 1e12.
+
+    Source: the p-EMA of arXiv 2505.10605; the EMA of BEMA, arXiv 2508.00180, is near k = 0.5.
+
+    >>> profile = PolynomialEMA(c=1, k=0.5)
+    >>> [round(profile.mean_age(now), 1) for now in (100, 10_000, 1_000_000)]
+    [9.5, 99.5, 999.5]
+    >>> PolynomialEMA(c=1, k=0).share(now=5, dt=1) == EMA(decay=math.exp(-1)).share(now=5, dt=1)
+    True
+    """
+
+    c: float
+    k: float
+    has_horizon: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        take_number(self, "c", "PolynomialEMA c")
+        take_number(self, "k", "PolynomialEMA k")
+        require(
+            0 <= self.k < 1,
+            f"PolynomialEMA k is {self.k}; expected 0 <= k < 1 (k = 1 is PowerEMA(gamma=c - 1)).",
+        )
+        require(
+            1e-12 <= self.c <= 1e12,
+            f"PolynomialEMA c is {self.c}; expected a number from 1e-12 to 1e12.",
+        )
+
+    def mass(self, x: float, now: float) -> float:
+        """`(E(x, now) - E(0, now)) / (1 - E(0, now))`."""
+        newer = at_least(x, now / 2)  # log(x / now) in two parts, exact near 0 and near now
+        faded = self._faded(log(x / newer) + log1p((newer - now) / now), now)
+        return exp(faded) * (expm1(-self._total(x)) / expm1(-self._total(now)))
+
+    def share(self, now: float, dt: float) -> float:
+        """`(1 - E(now - dt, now)) / (1 - E(0, now))`, without cancelling digits."""
+        return expm1(self._faded(log1p(-dt / now), now)) / expm1(-self._total(now))
+
+    def mean_age(self, now: float) -> float:
+        """`integral of F(x, now)`, over `s = -ln E(x, now)` by Gauss-Legendre with 128 nodes."""
+        nodes, weights = np.polynomial.legendre.leggauss(128)
+        y = (nodes + 1) / 2
+        total, curve = self._total(now), self.k / (1 - self.k)
+        end = min(total, 40 / (1 + curve / total))  # what is older holds 4e-18
+        s = end * (1 - y * y)  # y^2: a power of y, where the oldest part of F ends steeply
+        left = total - end + end * y * y
+        heights = np.exp(curve * np.log1p(-s / total) - s) * -np.expm1(-left)
+        area = float(weights @ (heights * y)) * end
+        age: float = area * now**self.k / self.c / -math.expm1(-total)
+        return age
+
+    def _total(self, x: float) -> float:
+        """`-ln E(0, x)`."""
+        total: float = self.c * x ** (1 - self.k) / (1 - self.k)
+        return total
+
+    def _faded(self, log_ratio: float, now: float) -> float:
+        """`ln E(x, now)`, from `ln(x / now)`."""
+        return self._total(now) * expm1((1 - self.k) * log_ratio)
+
+
+@final
+@dataclass(frozen=True)
 class Window(Profile):
     r"""The mean of the last `length` units of time: LAWA, or the tail average.
 
@@ -374,10 +310,11 @@ class Window(Profile):
 
     length: float
     streaming: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_number(self, "length", "Window length")
+        take_number(self, "length", "Window length")
         require(
             0 < self.length < math.inf,
             f"Window length is {self.length}; expected a positive, finite time.",
@@ -413,6 +350,7 @@ class Annealed(Profile):
 
     curve: Callable[[float], float]
     streaming: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         curve: object = self.curve
@@ -521,7 +459,7 @@ class After(Profile):
     has_horizon: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_number(self, "start_at", "The start of After")
+        take_number(self, "start_at", "The start of After")
         check_profile(self.profile)
         require(
             0 <= self.start_at < math.inf,

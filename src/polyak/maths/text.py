@@ -4,6 +4,7 @@
 ``swa``                                             ``SWA()``
 ``ema:half_life=3000``, ``ema:decay=0.999``         ``EMA``; ``keep_initial=true`` may follow
 ``power:std=0.1``, ``power:gamma=6.94``             ``PowerEMA``
+``polynomial:c=1,k=0.5``                            ``PolynomialEMA``
 ``window:length=10000``                             ``Window``
 ``annealed:shape=cosine``                           ``Annealed.from_shape``: linear, cosine or sqrt
 ``ema:half_life=3000,start=50000``                  ``After``: any of these with a later start
@@ -24,15 +25,15 @@ from typing import Any
 
 from polyak.errors import ArgumentError
 from polyak.maths import schedules
+from polyak.maths.profile import Profile, check_profile
 from polyak.maths.profiles import (
     EMA,
     SWA,
     After,
     Annealed,
+    PolynomialEMA,
     PowerEMA,
-    Profile,
     Window,
-    check_profile,
 )
 
 Reader = Callable[[str, str], Any]
@@ -174,6 +175,8 @@ def format_profile(profile: Profile) -> str:
             text = _format_ema(profile)
         case PowerEMA(gamma):
             text = f"power:{_shortest('gamma', gamma, 'std', profile.relative_std, _gamma_of)}"
+        case PolynomialEMA(c, k):
+            text = f"polynomial:c={number(c)},k={number(k)}"
         case Window(length):
             text = f"window:length={number(length)}"
         case Annealed() if profile.shape:
@@ -183,6 +186,14 @@ def format_profile(profile: Profile) -> str:
                 f"{profile} cannot be written as text; expected one like {', '.join(EXAMPLES)}."
             )
     return text
+
+
+def profile_text(profile: Profile) -> str:
+    """The profile as the command line spells it; a custom one as it prints."""
+    try:
+        return format_profile(profile)
+    except ArgumentError:
+        return repr(profile)
 
 
 def parse_schedule(pieces: Iterable[str]) -> schedules.Chain:
@@ -233,6 +244,12 @@ _PROFILES = {
         {"std": parse_float, "gamma": parse_float, **_START},
         needs=(("std", "gamma"),),
         examples=("power:std=0.1",),
+    ),
+    "polynomial": Method(
+        _profile(PolynomialEMA),
+        {"c": parse_float, "k": parse_float, **_START},
+        needs=(("c",), ("k",)),
+        examples=("polynomial:c=1,k=0.5",),
     ),
     "window": Method(
         _profile(Window),

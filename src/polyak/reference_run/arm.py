@@ -21,6 +21,7 @@ from polyak.maths.schedules import Constant, Cosine, CyclicLinear, Linear, Sched
 from polyak.reference_run.data import Augmentation, Data, Split, permutation
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
+from polyak.reference_run.ranks import Ranks, shard_momenta, sharded_like, whole
 from polyak.reference_run.recipe import Recipe
 from polyak.study.metrics import best_temperature, error, nll, reliability
 from polyak.tensors.modes import restored_modes
@@ -37,12 +38,20 @@ class Arm:
     """
 
     def __init__(
-        self, recipe: Recipe, data: Data, hardware: Hardware, *, seed: int, name: str
+        self,
+        recipe: Recipe,
+        data: Data,
+        hardware: Hardware,
+        *,
+        seed: int,
+        name: str,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     ) -> None:
-        self.recipe, self.data, self.hardware = recipe, data, hardware
+        self.recipe, self.data, self.hardware, self.ranks = recipe, data, hardware, ranks
         self.seed, self.name = seed, name
         torch.manual_seed(seed)
         self.model = hardware.place(build_model(recipe, data))
+        self._trained = ranks.trained(self.model)
         self.steps_per_epoch = steps_per_epoch(recipe, len(data.train))
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -67,14 +76,11 @@ class Arm:
         """
         n, recipe = len(self.data.train), self.recipe
         augment = Augmentation.draw(self.seed, epoch, n, flips=recipe.flips, shift=recipe.shift)
-        self.model.train()
-        losses, sizes = [], []
-        order = permutation(self.seed, epoch, n)
-        for start in range(0, n, recipe.batch_size):
-            indices = order[start : start + recipe.batch_size]
-            losses.append(self._step(augment, indices))
-            sizes.append(len(indices))
-        return self._mean_loss(torch.stack(losses).double().cpu(), sizes, epoch)
+        self._trained.train()
+        batches = permutation(self.seed, epoch, n).split(recipe.batch_size)  # type: ignore[no-untyped-call]
+        losses = torch.stack([self._step(augment, indices) for indices in batches]).double()
+        sizes = [len(indices) for indices in batches]
+        return self._mean_loss(self.ranks.total(losses).cpu(), sizes, epoch)
 
     @contextmanager
     def weights_applied(self, kind: str) -> Iterator[nn.Module]:
@@ -96,18 +102,19 @@ class Arm:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, as plain values and tensors."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "lr": self.lr.state_dict(),
-            "averages": {kind: average.state_dict() for kind, average in self.averages.items()},
+            "averages": {kind: whole(a.state_dict()) for kind, a in self.averages.items()},
             "random": self.hardware.random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`; an average that is not in it starts empty."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(sharded_like(state["model"], self.model.state_dict()))
         # A copy: torch uses the momenta as they are, and would write into a state that other arms load.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        shard_momenta(self.optimizer)
         self.lr.load_state_dict(state["lr"])
         for kind, average in state["averages"].items():
             self.averages[kind].load_state_dict(average)
@@ -117,13 +124,15 @@ class Arm:
         return EMA.from_half_life(self.recipe.ema_half_life * self.steps_per_epoch)
 
     def _step(self, augment: Augmentation, indices: Tensor) -> Tensor:
-        train = self.data.train
-        images = self.hardware.images(augment(train.images[indices], indices))
-        labels = train.labels[indices].to(self.hardware.device)
+        """One step; returns this process's part of the mean loss of the batch."""
+        train, own = self.data.train, self.ranks.share(indices)
+        images = self.hardware.images(augment(train.images[own], own))
+        labels = train.labels[own].to(self.hardware.device)
         self.optimizer.zero_grad()
         with self.hardware.precision():
-            loss = cross_entropy(self.model(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = cross_entropy(self._trained(images), labels) * (len(own) / len(indices))
+        # Gradients become the mean over the processes, and should be their sum.
+        (loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.lr.step()
         return loss.detach()
@@ -139,7 +148,10 @@ class Arm:
         )
 
     def _statistics_batches(self) -> Iterator[Tensor]:
-        return map(self.hardware.images, self.data.train.batches(_BATCH))
+        # update_bn merges the processes: equally many batches in each, none of them empty.
+        own = self.ranks.share(self.data.train.images)
+        n = -(-len(self.data.train) // (_BATCH * self.ranks.count))
+        return map(self.hardware.images, own.tensor_split(n))
 
 
 def steps_per_epoch(recipe: Recipe, n_images: int) -> int:

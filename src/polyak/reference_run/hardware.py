@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -25,7 +26,9 @@ class Hardware:
         available = torch.cuda.is_available()
         if name == "cuda" and not available:
             raise ArgumentError("device is 'cuda', but torch finds none; use cpu or auto.")
-        return cls(torch.device("cuda" if available and name != "cpu" else "cpu"))
+        if not available or name == "cpu":
+            return cls(torch.device("cpu"))
+        return cls(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))  # torchrun's
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, channels-last."""

@@ -12,13 +12,15 @@ import hashlib
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from polyak.averaging.average import Average
 from polyak.checkpoints.writing.save import write_checkpoint
 from polyak.errors import FormatError, NonFiniteError, UsageError, require
 from polyak.files import replacing, writing_errors
@@ -26,6 +28,7 @@ from polyak.reference_run.arm import Arm, final_record, validation_record
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
+from polyak.reference_run.ranks import Ranks, joined, whole
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import MetricsLog, Run, run_folder, weights_path
 
@@ -42,6 +45,9 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | 
     With `resume`, continue after the last checkpoint in the folder and end in the same bits as a run
     that was never interrupted. torch's random state is restored.
 
+    In processes that torchrun started (or that have a default process group), all train together, each
+    on its share of every batch, and the first one writes: the folder must be one that all can read.
+
     Raises ArgumentError for a model or data that do not fit, before the folder is created;
     OutputError if the folder is not empty or cannot be written; UsageError if the run in it was
     started with another recipe, other data or another number of threads, or is being written;
@@ -56,11 +62,23 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, watch: Watch | 
         "most that many.",
     )
     devices = [hardware.device] if hardware.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), joined(recipe.strategy, hardware.device) as ranks:
+        _check_shares(recipe, len(data.train), ranks.count)
         build_model(recipe, data)  # refused before the folder is created if it does not fit
-        with run_folder(folder, recipe, resume=resume):
-            _Loop(recipe, data, hardware, folder, watch).run()
+        with ExitStack() as stack:
+            locked = run_folder(folder, recipe, resume=resume)
+            ranks.first(lambda: stack.enter_context(locked))
+            _Loop(recipe, data, hardware, ranks, folder, watch).run()
     return Run(folder)
+
+
+def _check_shares(recipe: Recipe, n_images: int, n_processes: int) -> None:
+    smallest = n_images % recipe.batch_size or recipe.batch_size
+    require(
+        smallest >= n_processes,
+        f"batch_size is {recipe.batch_size}, so the last batch of {n_images} training images has "
+        f"{smallest}, too few for {n_processes} processes. Choose another, or fewer processes.",
+    )
 
 
 @dataclass(frozen=True)
@@ -88,13 +106,22 @@ def plan(recipe: Recipe) -> list[Unit]:
 
 class _Loop:
     def __init__(
-        self, recipe: Recipe, data: Data, hardware: Hardware, folder: Path, watch: Watch | None
+        self,
+        recipe: Recipe,
+        data: Data,
+        hardware: Hardware,
+        ranks: Ranks,
+        folder: Path,
+        watch: Watch | None,
     ) -> None:
-        self.recipe, self.data, self.hardware, self.folder = recipe, data, hardware, folder
+        self.recipe, self.data, self.folder = recipe, data, folder
+        self.hardware, self.ranks = hardware, ranks
+        self.environment = hardware.environment() | ranks.environment()
         self.watch = watch or (lambda record, done: None)
         self.units = plan(recipe)
         self.path = folder / "checkpoints" / "latest.polyak"
         self.digest = data.digest()
+        self.log: MetricsLog  # of the first process
         self.arm: Arm | None = None
         self.branch: dict[str, Any] | None = None
         self.done = 0
@@ -102,20 +129,21 @@ class _Loop:
     def run(self) -> None:
         """Train all units that are not done yet."""
         checkpoint = self._resume()
-        self.log = MetricsLog(
-            self.folder / "metrics.jsonl", checkpoint.metrics_bytes if checkpoint else 0
-        )
-        try:
+        length = checkpoint.metrics_bytes if checkpoint else 0
+        with ExitStack() as stack:
+            self.ranks.first(lambda: self._open_log(length, stack))
             for unit in self.units[self.done :]:
                 self._run_unit(unit)
-        finally:
-            self.log.close()
+
+    def _open_log(self, length: int, stack: ExitStack) -> None:
+        self.log = MetricsLog(self.folder / "metrics.jsonl", length)
+        stack.callback(self.log.close)
 
     def _resume(self) -> RunCheckpoint | None:
         checkpoint = read_checkpoint(self.path)
         if checkpoint is None:
             return None
-        checkpoint.check(self.hardware.environment(), self.digest)
+        checkpoint.check(self.environment, self.digest)
         self.done, self.branch = checkpoint.done, checkpoint.branch
         if checkpoint.arm is not None:
             self.arm = self._new_arm(self.units[self.done])
@@ -136,13 +164,13 @@ class _Loop:
         loss = arm.train_epoch(unit.epoch)
         records = [self._epoch_record(arm, unit, loss)]
         if records[0]["averaged"]:
-            keep_averaged(self.folder, arm, unit.epoch + 1)
+            self._keep_averaged(arm, unit.epoch + 1)
         if unit.arm == "sgd" and unit.epoch + 1 == self.recipe.branch_epoch:
             self.branch = copy.deepcopy(arm.state_dict())
         self.arm = arm
         if unit.epoch + 1 == self.recipe.epochs:
             records += self._finals(arm, unit)
-            keep_arm(self.folder, arm)
+            self._keep_arm(arm)
             self.arm = None
         return records
 
@@ -151,25 +179,64 @@ class _Loop:
         if unit.arm != "sgd" and self.branch is not None:
             arm.load_state_dict(self.branch)
             if arm.schedule.averages_after(arm.lr.last_epoch):  # the first step averages these
-                keep_averaged(self.folder, arm, unit.epoch)
+                self._keep_averaged(arm, unit.epoch)
         return arm
 
     def _new_arm(self, unit: Unit) -> Arm:
-        return Arm(self.recipe, self.data, self.hardware, seed=unit.seed, name=unit.arm)
+        return Arm(
+            self.recipe,
+            self.data,
+            self.hardware,
+            seed=unit.seed,
+            name=unit.arm,
+            ranks=self.ranks,
+        )
 
     def _commit(self, records: list[dict[str, Any]]) -> None:
-        self.log.append(records)
         self.done += 1
+        state = self.arm.state_dict() if self.arm else None
+        self.ranks.first(lambda: self._write(records, state))
+
+    def _write(self, records: list[dict[str, Any]], arm: dict[str, Any] | None) -> None:
+        self.log.append(records)
         RunCheckpoint(
-            environment=self.hardware.environment(),
+            environment=self.environment,
             data=self.digest,
             done=self.done,
             metrics_bytes=self.log.length,
-            arm=self.arm.state_dict() if self.arm else None,
+            arm=arm,
             branch=self.branch,
         ).save(self.path)
         for record in records:
             self.watch(record, self.done / len(self.units))
+
+    def _keep_averaged(self, arm: Arm, epoch: int) -> None:
+        """Keep the weights that were averaged after `epoch` epochs."""
+        if arm.seed == _KEPT_SEED:
+            self._keep_iterate(arm, f"epoch-{epoch:03d}")
+
+    def _keep_arm(self, arm: Arm) -> None:
+        """Keep an arm's last iterate and averages; the first SWA is the run's `swa.safetensors`."""
+        if arm.seed != _KEPT_SEED:
+            return
+        self._keep_iterate(arm, "iterate")
+        for kind, average in arm.averages.items():
+            self._save(average, weights_path(self.folder, arm.seed, arm.name, kind))
+        if arm.name == next((name for name in arm.recipe.arms if name != "sgd"), None):
+            self._save(arm.averages["swa"], self.folder / "swa.safetensors")
+
+    def _keep_iterate(self, arm: Arm, name: str) -> None:
+        path, state = (
+            weights_path(self.folder, arm.seed, arm.name, name),
+            whole(arm.model.state_dict()),
+        )
+        self.ranks.first(lambda: _write_iterate(path, state))
+
+    def _save(self, average: Average, path: Path) -> None:
+        if self.ranks.is_sharded:  # each process writes its part
+            average.save(path, overwrite=True)
+        else:
+            self.ranks.first(lambda: average.save(path, overwrite=True))
 
     def _epoch_record(self, arm: Arm, unit: Unit, loss: float) -> dict[str, Any]:
         evaluations = {}
@@ -272,26 +339,7 @@ def read_checkpoint(path: Path) -> RunCheckpoint | None:
         raise FormatError(f"{path} cannot be read: {error}.") from error
 
 
-def keep_averaged(folder: Path, arm: Arm, epoch: int) -> None:
-    """Keep the weights that were averaged after `epoch` epochs."""
-    if arm.seed == _KEPT_SEED:
-        path = weights_path(folder, arm.seed, arm.name, f"epoch-{epoch:03d}")
-        _keep_iterate(path, arm.model)
-
-
-def keep_arm(folder: Path, arm: Arm) -> None:
-    """Keep an arm's last iterate and averages; the first SWA is the run's `swa.safetensors`."""
-    if arm.seed != _KEPT_SEED:
-        return
-    iterate = weights_path(folder, arm.seed, arm.name, "iterate")
-    _keep_iterate(iterate, arm.model)
-    for kind, average in arm.averages.items():
-        average.save(weights_path(folder, arm.seed, arm.name, kind), overwrite=True)
-    if arm.name == next((name for name in arm.recipe.arms if name != "sgd"), None):
-        arm.averages["swa"].save(folder / "swa.safetensors", overwrite=True)
-
-
-def _keep_iterate(path: Path, model: nn.Module) -> None:
+def _write_iterate(path: Path, state: dict[str, Tensor]) -> None:
     with writing_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(path, model.state_dict(), overwrite=True)
+    write_checkpoint(path, state, overwrite=True)

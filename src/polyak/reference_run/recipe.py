@@ -64,6 +64,9 @@ class Recipe:
     data_folder: str = _field("", "Folder with the four IDX files of a full MNIST-like set.")
     seeds: int = _field(3, "Number of seeds, counted from 0.")
     device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.")
+    strategy: str = _field(
+        "ddp", "Under torchrun: a whole model (ddp) or a shard (fsdp) in each process."
+    )
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe).items():
@@ -208,7 +211,11 @@ def _check_times(recipe: Recipe) -> None:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    choices = {"annealing": ("linear", "cosine"), "swa_average": ("epoch", "step")}
+    choices = {
+        "annealing": ("linear", "cosine"),
+        "swa_average": ("epoch", "step"),
+        "strategy": ("ddp", "fsdp"),
+    }
     for name, allowed in choices.items():
         value = getattr(recipe, name)
         require(value in allowed, f"{name} is {value!r}; expected {' or '.join(allowed)}.")

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "Piece": "polyak.study.plan",
+    "Plan": "polyak.study.plan",
     "Plane": "polyak.study.landscape",
     "Segments": "polyak.study.landscape",
     "Surface": "polyak.study.surface",
+    "Trajectory": "polyak.study.trajectory",
     "along_line": "polyak.study.landscape",
     "along_rays": "polyak.study.landscape",
     "along_segments": "polyak.study.landscape",
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from polyak.study.landscape import along_rays as along_rays
     from polyak.study.landscape import along_segments as along_segments
     from polyak.study.landscape import on_plane as on_plane
+    from polyak.study.plan import Piece as Piece
+    from polyak.study.plan import Plan as Plan
     from polyak.study.surface import Surface as Surface
+    from polyak.study.trajectory import Trajectory as Trajectory
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

@@ -15,14 +15,23 @@ from torch import Tensor
 from torch.nn import Module
 
 from polyak.errors import ArgumentError, MismatchError, UsageError
+from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import META, in_shared_memory, odd_form
 from polyak.tensors.names import Named, Slot, named_modules, named_tensors
 from polyak.tensors.policy import FROZEN, Decision, Kind, Policy, decisions
-from polyak.tensors.sharding import refuse_sharded_modules, refuse_sharded_tensor
+from polyak.tensors.ranks import ShardRanks
+from polyak.tensors.sharding import (
+    is_sharded,
+    layout,
+    local,
+    refuse_flat_modules,
+    refuse_partitioned,
+)
 
 _requires_grad = attrgetter("requires_grad")
 _shape = attrgetter("shape")
 _address = torch.Tensor.data_ptr
+_shard = attrgetter("_local_tensor")
 _length = torch.Tensor.numel
 
 
@@ -30,11 +39,14 @@ class BoundTensors:
     """Which tensors of a model are averaged, kept as statistics, or shared; and where they are now.
 
     The model may change freely until `bind`. From then on `refresh` notices every tensor that
-    appeared, vanished, was reshaped, converted, moved or unfrozen, before anything is written.
+    appeared, vanished, was reshaped, converted, moved, sharded or unfrozen, before anything is written.
+
+    `whole` are the averaged tensors as the model holds them; `live`, `statistics` and `others` are
+    values on this rank: of a DTensor its shard, of any other tensor the tensor itself.
     """
 
     def __init__(self, model: Module, policy: Policy) -> None:
-        refuse_sharded_modules(model)
+        refuse_flat_modules(model)
         self.model = model
         self.policy = policy
         self.generation = 0  # grows whenever `live` holds other tensors or memory than before
@@ -44,27 +56,34 @@ class BoundTensors:
         self.bound = False
         self.kinds: dict[str, Decision] = {}
         self.names: list[str] = []
+        self.whole: list[Tensor] = []
         self.live: list[Tensor] = []
         self.statistic_names: list[str] = []
         self.statistics: list[Tensor] = []
         self.norms: dict[str, Module] = {}  # what holds the statistics, by name
         self.others: list[Tensor] = []  # neither averaged nor statistics
+        self.ranks = ShardRanks(())  # over which the averaged tensors are sharded
         self._frozen: list[Tensor] = []
         self._noted: dict[int, int] | None = None  # of frozen tensors at a capture: their versions
         self._shared_at = -1
 
     def inspect(self) -> tuple[Named, dict[str, Decision]]:
         """The model's tensors as they are now; bound ones keep what was decided for them."""
-        refuse_sharded_modules(self.model)
+        refuse_flat_modules(self.model)
         named = named_tensors(self.model)
         for name, slot in named.slots.items():
-            refuse_sharded_tensor(name, slot.tensor)
+            refuse_partitioned(name, slot.tensor)
         kinds = {**decisions(named, self.policy), **self.kinds}
         _refuse_odd_forms(named, kinds)
         return named, kinds
 
+    def settle(self) -> None:
+        """Bring parameters that FSDP has gathered back to their shards, which are what is averaged."""
+        reshard(self.model)
+
     def bind(self) -> None:
         """Bind the model's tensors as they are now. Raises ArgumentError if none is averaged."""
+        self.settle()
         named, kinds = self.inspect()
         if not any(d.kind is Kind.AVERAGED for d in kinds.values()):
             raise ArgumentError(
@@ -94,6 +113,9 @@ class BoundTensors:
         """Check that the model is the one that was bound. Raises MismatchError, naming all changes."""
         if self._is_unchanged():
             return
+        self.settle()
+        if self._is_unchanged():
+            return
         named, kinds = self.inspect()
         self._refuse_changes(named, kinds)
         self.kinds = kinds
@@ -101,7 +123,8 @@ class BoundTensors:
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """The parameters that are averaged and take gradients, as the model is now."""
-        refuse_sharded_modules(self.model)
+        refuse_flat_modules(self.model)
+        self.settle()
         slots = [slot for slot in named_tensors(self.model).slots.values() if slot.is_parameter]
         return {
             slot.name: slot.tensor
@@ -113,12 +136,13 @@ class BoundTensors:
     def note_frozen(self) -> None:
         """Weights are about to be taken: note in what state frozen parameters are, as constants."""
         if self._noted is None:
-            self._noted = {id(tensor): _version(tensor) for tensor in self._frozen}
+            self._noted = {id(tensor): _version(local(tensor)) for tensor in self._frozen}
 
     def unfrozen(self) -> list[str]:
         """Names of parameters that were frozen when they were bound and require gradients now."""
         if not any(map(_requires_grad, self._frozen)):
             return []
+        self.settle()
         slots = named_tensors(self.model).slots
         return [n for n, s in slots.items() if self._is_unfrozen(n, s)]
 
@@ -133,6 +157,7 @@ class BoundTensors:
         Raises MismatchError if one has been written to since weights were first taken, unless it does
         not matter that it was `constant`, because its average is known.
         """
+        self.settle()
         named, _ = self.inspect()
         taken = [name for name in names if name in named.slots]
         if constant:
@@ -142,23 +167,24 @@ class BoundTensors:
                 Kind.AVERAGED, "a parameter that trains since it was unfrozen"
             )
         self._take(named, order=[*self.names, *taken])
-        return [named.slots[name].tensor for name in taken]
+        return [local(named.slots[name].tensor) for name in taken]
 
     def everything(self) -> list[Tensor]:
-        """All tensors of the model, each once."""
+        """The values of all tensors of the model, each once."""
         return [*self.live, *self.statistics, *self.others]
 
     def shares_memory(self) -> set[int]:
-        """Ids of tensors that share their storage: contents are exchanged there, not pointers."""
+        """Ids of values whose contents are exchanged, not pointers: shards, and what shares its storage."""
         if self._shared_at != self.generation:
             self._shared, self._shared_at = self._find_shared(), self.generation
         return self._shared
 
     def _find_shared(self) -> set[int]:
         slots = named_tensors(self.model).slots.values()
-        tensors = [s.tensor for s in slots if not odd_form(s.tensor)]
+        sharded = {id(local(s.tensor)) for s in slots if is_sharded(s.tensor)}
+        tensors = [local(s.tensor) for s in slots if not odd_form(s.tensor)]
         users = Counter(map(_storage, tensors))
-        return {
+        return sharded | {
             id(t)
             for t in tensors
             if users[_storage(t)] > 1
@@ -169,12 +195,16 @@ class BoundTensors:
     def _take(self, named: Named, order: list[str] | None = None) -> None:
         of_kind = {kind: [n for n in named.slots if self.kinds[n].kind is kind] for kind in Kind}
         self.names = order or self.names or of_kind[Kind.AVERAGED]
-        self.live = [named.slots[name].tensor for name in self.names]
+        self.whole = [named.slots[name].tensor for name in self.names]
+        self.live = list(map(local, self.whole))
+        self.ranks = ShardRanks(self.whole)
         self.statistic_names = of_kind[Kind.STATISTIC]
-        self.statistics = [named.slots[name].tensor for name in self.statistic_names]
+        self.statistics = [local(named.slots[name].tensor) for name in self.statistic_names]
         self.norms = {n.rpartition(".")[0]: named.slots[n].module for n in self.statistic_names}
         bound = {*self.names, *self.statistic_names}
-        self.others = [slot.tensor for name, slot in named.slots.items() if name not in bound]
+        self.others = [
+            local(slot.tensor) for name, slot in named.slots.items() if name not in bound
+        ]
         self._frozen = [
             slot.tensor
             for name, slot in named.slots.items()
@@ -182,7 +212,7 @@ class BoundTensors:
         ]
         self._noted = None
         self._signatures = {n: _signature(named.slots[n].tensor) for n in self._tracked_names()}
-        self._structure = _Structure.of(self.model)
+        self._structure = Structure.of(self.model)
         # For 1-D tensors numel() determines the shape and is cheaper to query: the check runs before
         # every update, and a model has more vectors than matrices.
         self._vectors = [tensor for tensor in self.live if tensor.dim() == 1]
@@ -190,11 +220,14 @@ class BoundTensors:
         self._lengths = list(map(_length, self._vectors))
         self._shapes = list(map(_shape, self._matrices))
         self._addresses = list(map(_address, self.live))
+        self._sharded = [tensor for tensor in self.whole if is_sharded(tensor)]
+        self._shards = list(map(local, self._sharded))
         self.generation += 1
 
     def _is_unchanged(self) -> bool:
         return (
             self._structure.holds()
+            and all(map(is_, map(_shard, self._sharded), self._shards))
             and list(map(_address, self.live)) == self._addresses
             and list(map(_length, self._vectors)) == self._lengths
             and list(map(_shape, self._matrices)) == self._shapes
@@ -222,14 +255,14 @@ class BoundTensors:
                 missing=missing,
                 unexpected=unexpected,
                 changed=changed,
-                advice="Nothing was updated. Make a new Average for the changed model, or undo the change.",
+                advice=_CHANGED,
             )
 
     def _refuse_written(self, tensors: dict[str, Tensor]) -> None:
         noted = self._noted
         if noted is None:
             return
-        written = [n for n, t in tensors.items() if noted.get(id(t)) != _version(t)]
+        written = [n for n, t in tensors.items() if noted.get(id(t)) != _version(local(t))]
         if written:
             raise MismatchError.of(
                 f"Frozen parameters of this {type(self.model).__name__} train now.",
@@ -240,6 +273,12 @@ class BoundTensors:
     def _change(self, slot: Slot) -> str:
         was, now = self._signatures[slot.name], _signature(slot.tensor)
         return "" if was == now else f"{now}, was {was}"
+
+
+_CHANGED = (
+    "Nothing was updated. Make a new Average for the changed model (of a sharded one, after it is "
+    "sharded), or undo the change."
+)
 
 
 _UNFROZEN = (
@@ -257,7 +296,7 @@ _WRITTEN = (
 
 
 @dataclass(frozen=True)
-class _Structure:
+class Structure:
     """What every module of the model holds, by identity: whether it still does is fast to tell."""
 
     holders: list[dict[str, Any]]
@@ -266,7 +305,8 @@ class _Structure:
     contents: list[Any]
 
     @classmethod
-    def of(cls, model: Module) -> _Structure:
+    def of(cls, model: Module) -> Structure:
+        """That of the model as it is now."""
         modules = {id(module): module for _, module in named_modules(model)}.values()
         holders = [h for m in modules for h in (m._modules, m._parameters, m._buffers)]
         filled = [holder.values for holder in holders if holder]
@@ -274,6 +314,7 @@ class _Structure:
         return cls(holders, list(map(len, holders)), filled, contents)
 
     def holds(self) -> bool:
+        """Whether every module still holds the same tensors and modules."""
         if list(map(len, self.holders)) != self.counts:
             return False
         return all(map(is_, chain.from_iterable([v() for v in self.filled]), self.contents))
@@ -281,7 +322,8 @@ class _Structure:
 
 def _signature(tensor: Tensor) -> str:
     shape = "x".join(map(str, tensor.shape)) or "scalar"
-    return f"{shape} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    text = f"{shape} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    return f"{text}, {how}" if (how := layout(tensor)) else text
 
 
 def _version(tensor: Tensor) -> int:
@@ -315,7 +357,7 @@ def _refuse_without_values(named: Named, kinds: dict[str, Decision]) -> None:
 
 def _odd_forms(named: Named, kinds: dict[str, Decision]) -> dict[str, str]:
     """Tensors that the average would hold, but that do not hold dense values of their own."""
-    held = {n: s.tensor for n, s in named.slots.items() if kinds[n].kind is not Kind.NEWEST}
+    held = {n: local(s.tensor) for n, s in named.slots.items() if kinds[n].kind is not Kind.NEWEST}
     return {n: form for n, t in held.items() if (form := odd_form(t) or _expanded(t))}
 
 

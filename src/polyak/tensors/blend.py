@@ -143,14 +143,21 @@ def ranges(n_values: int, length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + length, n_values)
 
 
-def paired_parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def paired_parts(
+    a: Tensor, b: Tensor, *, at_most: int = _GROUP_VALUES_ELSEWHERE
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of two tensors of one shape, part by part, small enough for the cache of a CPU."""
-    limit = _GROUP_VALUES.get(a.device.type, _GROUP_VALUES_ELSEWHERE)
-    if a.numel() <= limit or a.stride() != b.stride() or not is_dense(a):
+    limit = min(at_most, _GROUP_VALUES.get(a.device.type, at_most))
+    if a.numel() <= limit:
         yield a, b
-        return
-    for start, stop in ranges(a.numel(), limit):
-        yield _span(a, start, stop), _span(b, start, stop)
+    elif a.stride() == b.stride() and is_dense(a):
+        for start, stop in ranges(a.numel(), limit):
+            yield _span(a, start, stop), _span(b, start, stop)
+    else:
+        longest = max(range(a.dim()), key=a.size)
+        halves = zip(a.tensor_split(2, longest), b.tensor_split(2, longest), strict=True)
+        for x, y in halves:
+            yield from paired_parts(x, y, at_most=at_most)
 
 
 def is_dense(tensor: Tensor) -> bool:

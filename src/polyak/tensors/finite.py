@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import NonFiniteError
+from polyak.tensors.ranks import ShardRanks
 
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -25,9 +26,12 @@ def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     return list(dict.fromkeys(name for name, _ in floating if name in bad))
 
 
-def refuse_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str, advice: str) -> None:
-    """Raise NonFiniteError that names every tensor with a NaN or an infinity."""
-    if names := nonfinite(tensors):
+def refuse_nonfinite(
+    tensors: Iterable[tuple[str, Tensor]], what: str, advice: str, ranks: ShardRanks | None = None
+) -> None:
+    """Raise NonFiniteError that names every tensor with a NaN or an infinity, on any of the ranks."""
+    found = nonfinite(tensors)
+    if names := ranks.union(found) if ranks else found:
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise NonFiniteError(f"{what}: NaN or infinity in {shown}. {advice}")
 

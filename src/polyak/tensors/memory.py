@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyak.tensors.sharding import local
+
 
 def odd_form(tensor: Tensor) -> str:
     """What a tensor is that does not hold dense values in memory of its own: "sparse_coo", "a FakeTensor".
 
     Empty for all others, those with a conjugate or negative bit included. Classes that take over
-    torch's dispatch keep their values in a way of their own, whatever they are called.
+    torch's dispatch keep their values in a way of their own, whatever they are called; of a DTensor
+    the local values count.
     """
+    tensor = local(tensor)
     kind = type(tensor)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {kind.__name__}"

@@ -66,13 +66,19 @@ class ActingModules:
         self._exit = _modes(self._model)
         self._switch(self._neutral)
 
-    def restore(self, *, written: bool) -> None:
-        """The model's own weights are back: undo what was noted of the others, keep the user's modes."""
-        if written:
-            for module, attributes in self._attributes:
-                for name, value in attributes.items():
-                    if module.__dict__.get(name, value) != value:
-                        module.__dict__[name] = value
+    def restore(self, changed: set[int]) -> None:
+        """The model's own weights are back: undo what was noted of the others, keep the user's modes.
+
+        changed: the ids of tensors that were written to. What goes with that stands in the module that
+        holds one, in the one above, or as a flag further up; numbers and lists further up are the
+        loop's own, such as a best score.
+        """
+        for module, attributes in self._attributes if changed else ():
+            near = _holds(module, changed)
+            below = near or any(_holds(one, changed) for one in module.modules())
+            for name, value in attributes.items():
+                if (near or (below and type(value) is bool)) and _differs(module, name, value):
+                    module.__dict__[name] = value
         if self._acts:
             _write_modes(self._neutral)
             self._switch(self._exit)
@@ -98,6 +104,19 @@ def _write_modes(modes: list[tuple[Module, bool]]) -> None:
 def _acts_on_mode(module: Module) -> bool:
     kind = type(module)
     return kind.train is not Module.train or kind.eval is not Module.eval
+
+
+def _holds(module: Module, ids: set[int]) -> bool:
+    """Whether one of these tensors is in the module, or in one that it holds."""
+    return any(
+        id(tensor) in ids
+        for one in (module, *module.children())
+        for tensor in (*one._parameters.values(), *one._buffers.values())
+    )
+
+
+def _differs(module: Module, name: str, value: Any) -> bool:
+    return bool(module.__dict__.get(name, value) != value)
 
 
 def _attributes(module: Module) -> dict[str, Any]:

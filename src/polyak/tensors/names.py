@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from polyak.errors import require
 from polyak.tensors.memory import odd_form
+from polyak.tensors.sharding import local
 
 # What wrappers insert into the names of a model's tensors. The underscored ones belong to nobody
 # else; `module` is taken off only below classes that are known to put it there, because a user's
@@ -89,7 +90,7 @@ def overwrite(model: Module, tensor: Tensor, source: Tensor) -> None:
     One of an odd form, which cannot always be written to, is replaced by a copy wherever it is held.
     """
     if not odd_form(tensor):
-        tensor.detach().copy_(source)
+        local(tensor).detach().copy_(local(source))
         return
     copy = source.detach().clone()
     new = Parameter(copy, requires_grad=False) if isinstance(tensor, Parameter) else copy

@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from polyak.errors import UsageError
 from polyak.tensors.blend import paired_parts
 
+_SCRATCH_VALUES = 1 << 22  # exchanged at a time: 16 MiB of float32
 _owners: dict[int, object] = {}  # id of a live tensor -> whose values are swapped into it
 
 
@@ -34,15 +35,21 @@ def current_owner(tensors: Iterable[Tensor]) -> object | None:
 
 @contextmanager
 def swapped(
-    live: Sequence[Tensor], values: Sequence[Tensor], *, owner: object, in_place: set[int]
+    live: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    owner: object,
+    in_place: set[int],
+    stepped: Sequence[Tensor] = (),
 ) -> Iterator[None]:
     """Swap `values` into the live tensors for the block, then restore their own.
 
     `in_place` holds the ids of the live tensors whose memory must not be replaced. Writing to a
     live tensor within the block writes to its value, or to a copy of it if that came from
-    `copy_on_write`. An optimizer that steps one of them meanwhile is refused with UsageError.
+    `copy_on_write`. An optimizer that steps one of them meanwhile is refused with UsageError, or one of
+    `stepped`: the DTensors of which the live tensors are the shards.
     """
-    with _marked(live, owner):
+    with _marked([*live, *stepped], owner):
         undo: list[tuple[Tensor, Tensor, bool]] = []
         try:
             for tensor, value in zip(live, values, strict=True):
@@ -138,7 +145,7 @@ def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _exchange(a: Tensor, b: Tensor) -> None:
     """Exchange the contents of two tensors of one shape and dtype."""
     with torch.no_grad():
-        for x, y in paired_parts(a.detach(), b.detach()):
+        for x, y in paired_parts(a.detach(), b.detach(), at_most=_SCRATCH_VALUES):
             kept = x.clone()
             x.copy_(y)
             y.copy_(kept)

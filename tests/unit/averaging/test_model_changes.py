@@ -459,19 +459,6 @@ def test_results_are_plain_tensors():
     )
 
 
-def test_a_sharded_model_is_refused_clearly():
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        model = fully_shard(nn.Linear(4, 4), mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(ArgumentError, match="sharded"):
-            Average(model, SWA()).update()
-    finally:
-        dist.destroy_process_group()
-
-
 def test_reading_notices_a_changed_model_too():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     average = two_updates(Average(model, SWA()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -145,9 +146,13 @@ class TestLayersThatFoldThemselves:
             torch.testing.assert_close(model[0].weight, frozen, rtol=0, atol=1e-5)
 
 
-def test_layers_that_rescale_their_weights_in_the_forward_pass():
+@pytest.mark.parametrize(
+    ("profile", "options"),
+    [(SWA(), {}), (SWA(), {"dtype": torch.float64}), (Window(length=2), {})],
+)
+def test_layers_that_rescale_their_weights_in_the_forward_pass(profile, options):
     model = Rescaling()
-    average, x = trained(model), torch.randn(5, 4)
+    average, x = trained(model, profile, **options), torch.randn(5, 4)
     own, live = average.averaged_tensors(), copy.deepcopy(model.state_dict())
     for _ in range(3):
         with average.applied():
@@ -161,6 +166,73 @@ def test_layers_that_rescale_their_weights_in_the_forward_pass():
         for name, tensor in average.averaged_tensors().items():
             assert torch.equal(tensor, own[name])
         model.train()
+
+
+class Loop(nn.Module):
+    """A module that keeps the scores of its own validation, as Lightning's do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.best, self.epochs = inner, None, []
+
+    def validate(self, x):
+        self.eval()
+        self.inner(x)
+        self.best = 0.9
+        self.epochs.append(1)
+
+
+class Observed(nn.Module):
+    """A layer of quantisation-aware training: a buffer is written to in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+        self.inner.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        torch.maximum(self.inner.largest, x.abs().max(), out=self.inner.largest)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("inner", [nn.LSTM(4, 4), nn.BatchNorm1d(4), Observed()])
+def test_what_the_loop_notes_in_the_block_stays(inner):
+    model = Loop(inner)
+    average, x = trained(model), torch.randn(5, 4)
+    for turn in range(2):  # the warning comes once
+        stale = turn == 0 and isinstance(inner, nn.BatchNorm1d)
+        warns = pytest.warns(StaleStatistics) if stale else nullcontext()
+        with warns, average.applied():
+            inner(x)  # in training mode
+            model.validate(x)
+        average.update()
+        model.train()
+    assert (model.best, model.epochs) == (0.9, [1, 1])
+
+
+class Loosely(nn.Module):
+    """A flag far above the weight that it is about."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Sequential(nn.Sequential(nn.Linear(4, 4)))])
+        self.is_halved = False
+
+    def forward(self, x):
+        if not self.training and not self.is_halved:
+            self.parts[0][0][0].weight.data.mul_(0.5)
+            self.is_halved = True
+        return self.parts[0](x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flags_further_up(dtype):
+    model = Loosely().to(dtype)
+    average = trained(model)
+    with average.applied():
+        model.eval()(torch.randn(5, 4, dtype=dtype))
+        assert model.is_halved
+    assert not model.is_halved
 
 
 def test_in_place_there_is_nothing_to_restore_the_average_from():

@@ -1,4 +1,4 @@
-"""Sharded models are refused by what they are, before anything of them is taken."""
+"""Averages of sharded models on real processes; and the kinds of sharding that are refused."""
 
 from __future__ import annotations
 
@@ -7,37 +7,76 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import sharded_averages
+from reference import sharded_averages, sharded_runs
 from torch import multiprocessing, nn
 
 from polyak import SWA, Average, Averages
 from polyak.errors import ArgumentError
 
 
-def test_fsdp_in_two_processes(tmp_path: Path) -> None:
+def launch(target, n_ranks: int, *args: object) -> None:
+    """Run `target(rank, n_ranks, *args)` in as many forked processes, which share our imports."""
     context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=sharded_averages.try_all, args=(rank, str(tmp_path)))
-        for rank in range(2)
-    ]
-    for process in processes:
+    ranks = [context.Process(target=target, args=(r, n_ranks, *args)) for r in range(n_ranks)]
+    for process in ranks:
         process.start()
-    for process in processes:
-        process.join(60)
+    for process in ranks:
+        process.join(90)
+    for process in ranks:
         if process.is_alive():
             process.kill()
-        assert process.exitcode == 0
+            process.join()
+
+
+NAMES = {2: tuple(sharded_runs.CHECKS), 4: sharded_runs.ON_FOUR}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[int, list[dict[str, str]]]:
+    """What each rank says of each check. Those that follow a failure have not been run."""
+    for n_ranks, names in NAMES.items():
+        launch(sharded_runs.run, n_ranks, str(folder), names)
+    return {
+        n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)]
+        for n in NAMES
+    }
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "name"), [(n_ranks, name) for n_ranks in NAMES for name in NAMES[n_ranks]]
+)
+def test_sharded(said: dict[int, list[dict[str, str]]], n_ranks: int, name: str) -> None:
+    for rank, texts in enumerate(said[n_ranks]):
+        text = texts.get(name, "was not run: an earlier one has failed, or hangs")
+        assert text == "ok", f"rank {rank} of {n_ranks}: {text}"
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3, 4])
+@pytest.mark.usefixtures("said")
+def test_resumed_on_other_ranks(folder: Path, n_ranks: int) -> None:
+    saved = folder / "distributed_checkpoint-2"
+    launch(sharded_runs.run_resume, n_ranks, str(folder), str(saved))
+    for rank in range(n_ranks):
+        text = json.loads((folder / f"resume-{n_ranks}-{rank}.json").read_text())["resume"]
+        assert text == "ok", text
+
+
+def test_fsdp1_in_two_processes(tmp_path: Path) -> None:
+    launch(lambda rank, n, folder: sharded_averages.try_all(rank, folder), 2, str(tmp_path))
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert len(found) == 2 * 6 + 5
+        assert len(found) == 2 * 6
         for name, text in found.items():
             assert "is sharded (a" in text, f"{name}: {text}"
-            assert "not supported yet" in text
+            assert "fully_shard (FSDP2)" in text
             assert "polyak.average_checkpoints" in text
         assert "FullyShardedDataParallel" in found["fsdp1 True whole"]
         assert "0 is sharded" in found["fsdp1 True wrapped since, update"]
-        assert "FSDPModule" in found["fsdp2 unsharded"]
-        assert "weight is sharded (a DTensor)" in found["fsdp2 a layer of it"]
 
 
 @pytest.mark.parametrize("status", ["partitioned", "gathered"])
@@ -77,5 +116,8 @@ def test_master_copies_and_partitions_are_told_what_to_do() -> None:
             self.optimizer.step()
 
     model = nn.Linear(3, 2)
-    with pytest.raises(ArgumentError, match=r"DeepSpeed ZeRO\), call update\(\) after each step"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"DeepSpeed ZeRO stages 1 and 2, average.update\(\) after engine.step\(\)",
+    ):
         Average(model, SWA()).attach(Partitioned(list(model.parameters())))

@@ -320,3 +320,48 @@ def test_a_state_loads_while_what_was_thawed_is_still_frozen(profile, several):
         expected, found = one.averaged_tensors(), other.averaged_tensors()
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("profile", ["swa", "ema:half_life=3", polyak.Window(3)])
+def test_reset_begins_anew_as_a_new_average_would(profile):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = polyak.Average(model, profile)
+    average.attach(optimizer, every=2)
+
+    def train(steps):
+        for _ in range(steps):
+            model(torch.randn(4, 2)).square().mean().backward()
+            optimizer.step()
+
+    train(5)  # one is pending
+    average.update_bn([torch.randn(4, 2)])
+    average.reset()
+    assert average.empty
+    assert (average.time, average.count) == (0, 0)
+    fresh = polyak.Average(model, profile)
+    fresh.attach(optimizer, every=2)
+    train(5)
+    assert average.count == fresh.count == 2
+    new = fresh.averaged_tensors()
+    assert all(torch.equal(t, new[name]) for name, t in average.averaged_tensors().items())
+
+
+def test_reset_of_several_and_during_a_loan():
+    model = nn.Linear(2, 1)
+    averages = polyak.Averages(model, {"swa": "swa", "ema": "ema:decay=0.5"})
+    other = polyak.Average(model, "swa")
+    averages.update()
+    other.update()
+    assert not averages.lent
+    with other.applied():
+        assert averages.lent
+        assert averages["ema"].lent
+        assert other.lent
+        with pytest.raises(UsageError, match=r"reset\(\) inside applied"):
+            averages.reset()
+    averages.reset()
+    assert averages.empty
+    assert not other.lent
+    assert not other.empty

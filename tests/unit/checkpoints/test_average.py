@@ -148,7 +148,7 @@ def test_several_outputs_equal_single_ones(tmp_path):
 
 def test_equals_the_average_kept_while_training(tmp_path):
     model = torch.nn.Linear(20, 20)
-    average = polyak.Average(model, polyak.EMA.from_half_life(3), unit="steps")
+    average = polyak.Average(model, polyak.Window(3), unit="steps")
     paths = []
     for step in range(1, 9):
         with torch.no_grad():
@@ -156,7 +156,7 @@ def test_equals_the_average_kept_while_training(tmp_path):
         average.update()
         paths.append(tmp_path / f"step-{step}.safetensors")
         save_file(model.state_dict(), paths[-1])
-    found = merged(paths, tmp_path, "ema:half_life=3")
+    found = merged(paths, tmp_path, "window:length=3")
     for name, tensor in average.averaged_tensors().items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
 

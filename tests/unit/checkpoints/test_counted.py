@@ -53,6 +53,17 @@ def test_numbered_files_always_count(tmp_path):
     assert found(tmp_path) == (["step-1.pt", "step-2.pt", "step-3.pt"], {})
 
 
+@pytest.mark.parametrize("name", ["best_coco_bbox_mAP_epoch_2.pt", "best-epoch=2.pt"])
+def test_a_numbered_copy_under_another_kind_of_name(tmp_path, name):
+    keep(tmp_path, **{"epoch_1.pt": 1, "epoch_2.pt": 2, "epoch_3.pt": 3, name: 2})
+    kept, left_out = found(tmp_path)
+    assert kept == ["epoch_1.pt", "epoch_2.pt", "epoch_3.pt"]
+    assert left_out == {name: f"its tensors are those of {tmp_path / 'epoch_2.pt'}"}
+    keep(tmp_path, **{name: 9})
+    with pytest.raises(ArgumentError, match="two kinds"):
+        found(tmp_path)
+
+
 def test_a_link_is_a_copy(tmp_path):
     keep(tmp_path, **{"9epoch.pth": 9, "10epoch.pth": 10})
     (tmp_path / "latest.pth").symlink_to(tmp_path / "10epoch.pth")

@@ -32,6 +32,8 @@ TAKE_NUMBERS = {
     "decay": polyak.EMA,
     "half-life": polyak.EMA.from_half_life,
     "gamma": polyak.PowerEMA,
+    "c": lambda value: polyak.PolynomialEMA(value, 0.5),
+    "k": lambda value: polyak.PolynomialEMA(1, value),
     "std": polyak.PowerEMA.from_relative_std,
     "length": polyak.Window,
     "After": lambda x: polyak.After(x, polyak.SWA()),

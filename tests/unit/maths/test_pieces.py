@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.trajectory import centred_weights
 
 from polyak.errors import ArgumentError
 from polyak.maths.pieces import effective_samples, piece_weights
-from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PolynomialEMA, PowerEMA, Window
 
 PROFILES = [
-    SWA(), EMA(0.99), EMA(0.9, keep_initial=True), PowerEMA(6.94), Window(1000), Annealed.from_shape("cosine"),
+    SWA(), EMA(0.99), EMA(0.9, keep_initial=True), PowerEMA(6.94), PolynomialEMA(1, 0.5), Window(1000), Annealed.from_shape("cosine"),
     After(0, SWA()),
 ]  # fmt: skip
 
@@ -29,9 +30,9 @@ def test_sums_to_one_and_nothing_is_negative(profile, steps):
     assert (weights >= 0).all()
 
 
-@given(steps=steps_lists)
-def test_equals_the_mass_of_every_interval(steps):
-    profile = EMA(0.999)
+@given(steps=steps_lists, length=st.integers(1, 10**5))
+def test_equals_the_mass_of_every_interval(steps, length):
+    profile = Window(length)
     if len(steps) == 1:
         return
     first = steps[0] - (steps[1] - steps[0])
@@ -41,6 +42,25 @@ def test_equals_the_mass_of_every_interval(steps):
         for a, b in itertools.pairwise(borders)
     ]
     np.testing.assert_allclose(piece_weights(profile, steps), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "profile", [EMA(0.9), EMA(0.999), EMA(0.9, keep_initial=True), PowerEMA(6.94), PowerEMA(-0.5)]
+)
+@pytest.mark.parametrize("steps", [[100, 200, 300], [3, 5, 70, 71, 500], [1000, 1001]])
+def test_a_centred_snapshot_stands_for_the_time_around_it(profile, steps):
+    assert profile.centred
+    np.testing.assert_allclose(
+        piece_weights(profile, steps), centred_weights(profile, steps), atol=1e-5
+    )
+
+
+def test_which_profiles_are_centred():
+    kinds = {type(p).__name__: p.innermost.centred and p.streaming for p in PROFILES}
+    assert kinds == {
+        "SWA": False, "EMA": True, "PowerEMA": True, "PolynomialEMA": True, "Window": False,
+        "Annealed": False, "After": False,
+    }  # fmt: skip
 
 
 def test_known_values():
@@ -59,7 +79,9 @@ def test_known_values():
 
 
 def test_a_longer_stretch_counts_more():
-    assert piece_weights(PowerEMA(0), [100, 200, 400]).tolist() == [0.25, 0.25, 0.5]
+    assert piece_weights(PowerEMA(0), [100, 200, 400]).tolist() == [0.375, 0.375, 0.25]
+    found = piece_weights(Annealed.from_shape("linear"), [100, 200, 400])
+    np.testing.assert_allclose(found, [0.25, 0.25, 0.5])
 
 
 def test_one_file():
@@ -69,8 +91,10 @@ def test_one_file():
 
 def test_a_start_is_a_training_step():
     assert piece_weights(After(250, SWA()), [100, 200, 300, 400]).tolist() == [0, 0, 0.5, 0.5]
-    found = piece_weights(After(200, PowerEMA(0)), [100, 200, 300, 400])
+    found = piece_weights(After(200, Annealed.from_shape("linear")), [100, 200, 300, 400])
     np.testing.assert_allclose(found, [0, 0, 0.5, 0.5])
+    found = piece_weights(After(200, PowerEMA(0)), [100, 200, 300, 400])
+    np.testing.assert_allclose(found, [0, 0, 0.75, 0.25])
     with pytest.raises(ArgumentError, match="starts at step 500"):
         piece_weights(After(500, EMA(0.9)), [100, 400])
 

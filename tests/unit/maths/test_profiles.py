@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from reference import profiles as twin
 
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PolynomialEMA, PowerEMA, Window
 
 
 @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
@@ -72,6 +74,50 @@ def test_before_its_start_nothing_enters():
         profile.weights([50, 100])
 
 
+TIMES = [1.0, 2.5, 3.0, 40.0, 1e6, 1e6 + 1]
+
+
+@pytest.mark.parametrize("c", [1e-3, 1.0, 7.94])
+def test_polynomial_average_runs_from_exponential_to_power(c):
+    pairs = [(0.0, EMA(math.exp(-c)), 1e-11)]
+    pairs += [
+        (1 - gap, PowerEMA(c - 1), 100 * (1 + c) * gap + 1e-11) for gap in (1e-5, 1e-9, 2**-53)
+    ]
+    for k, other, limit in pairs:
+        profile = PolynomialEMA(c, k)
+        for before, now in itertools.pairwise(TIMES):
+            for found, expected in (
+                (profile.share(now, now - before), other.share(now, now - before)),
+                (profile.mass(before, now), other.mass(before, now)),
+                (profile.interval_mass(1.0, before, now), other.interval_mass(1.0, before, now)),
+                (profile.mean_age(now), other.mean_age(now)),
+            ):
+                assert found == pytest.approx(expected, rel=limit, abs=limit / 100), k
+
+
+def test_polynomial_average_keeps_its_digits_at_huge_times():
+    # By hand: where dt is far below the horizon t^k / c, the share is dt c t^-k.
+    assert PolynomialEMA(1, 0.5).share(1e12, 1) == pytest.approx(1e-6 - 0.5e-12, rel=1e-9)
+    assert PolynomialEMA(2, 1 - 1e-12).share(1e15, 1) == pytest.approx(2e-15, rel=1e-9)
+    assert PolynomialEMA(1, 0.5).mass(1e12 - 1e6, 1e12) == pytest.approx(math.exp(-1), rel=1e-6)
+    assert PolynomialEMA(1, 0.5).mean_age(1e12) == pytest.approx(1e6, rel=1e-6)
+    assert PolynomialEMA(1, 0.5).half_life(1e12) == pytest.approx(math.log(2) * 1e6, rel=1e-6)
+    assert PolynomialEMA(1e12, 0).share(1e9, 1) == 1.0
+    assert PolynomialEMA(1e-12, 0.5).share(2, 1) == pytest.approx(1 - math.sqrt(0.5), rel=1e-11)
+
+
+@pytest.mark.parametrize("p", [0.55, 0.75, 0.9])
+def test_polynomial_average_is_the_p_ema_in_the_long_run(p):
+    profile = PolynomialEMA(c=1, k=p)
+    gaps = [abs(profile.share(n, 1) * (n + 1) ** p - 1) for n in (100, 10_000, 1_000_000)]
+    assert all(gap < n**-p for gap, n in zip(gaps, (100, 10_000, 1_000_000), strict=True))
+    noise = np.random.default_rng(0).normal(size=20_000)
+    walk = noise.cumsum() / 100 + noise
+    ours = float(profile.weights(range(1, len(walk) + 1)) @ walk)
+    # Beside the noise that is left in either, the square root of half the share.
+    assert abs(ours - twin.p_ema(walk.tolist(), p)) < 0.02 * math.sqrt(profile.share(20_000, 1) / 2)
+
+
 @pytest.mark.parametrize("inner", [SWA(), EMA(0.99), PowerEMA(3)])
 def test_before_its_start_nothing_enters_on_a_device(inner):
     profile = After(100, inner)
@@ -123,6 +169,11 @@ def quadratic(u: float) -> float:
         (lambda: EMA.from_half_life(-3), "half-life"),
         (lambda: EMA.from_half_life(math.inf), "half-life"),
         (lambda: PowerEMA(-1), "gamma > -1"),
+        (lambda: PolynomialEMA(1, 1), r"k = 1 is PowerEMA\(gamma=c - 1\)"),
+        (lambda: PolynomialEMA(1, -0.1), "0 <= k < 1"),
+        (lambda: PolynomialEMA(1, math.nan), "0 <= k < 1"),
+        (lambda: PolynomialEMA(0, 0.5), "from 1e-12 to 1e12"),
+        (lambda: PolynomialEMA(math.inf, 0.5), "from 1e-12 to 1e12"),
         (lambda: PowerEMA(math.inf), "finite"),
         (lambda: PowerEMA.from_relative_std(0), r"0 < std < 0\.2887"),
         (lambda: PowerEMA.from_relative_std(0.2887), r"0 < std < 0\.2887"),

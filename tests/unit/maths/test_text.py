@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak.errors import ArgumentError
-from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Window
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PolynomialEMA, PowerEMA, Window
 from polyak.maths.schedules import Constant, Cosine, CyclicLinear, chain
 from polyak.maths.text import EXAMPLES, format_profile, parse_profile, parse_schedule
 
@@ -17,6 +17,7 @@ plain = st.one_of(
     st.builds(EMA.from_half_life, st.floats(0.001, 1e12)),
     st.builds(PowerEMA, st.floats(-1, 1e6, exclude_min=True)),
     st.builds(PowerEMA.from_relative_std, st.floats(1e-4, 0.2886)),
+    st.builds(PolynomialEMA, st.floats(1e-12, 1e12), st.floats(0, 1, exclude_max=True)),
     st.builds(Window, st.floats(1e-6, 1e15)),
     st.sampled_from(["linear", "cosine", "sqrt"]).map(Annealed.from_shape),
 )
@@ -62,6 +63,8 @@ def test_a_later_start_of_a_later_start_is_one():
         ("ema:decay=0.9,keep_initial=yes", "true or false"),
         ("ema:decay=3000", "0 < decay < 1"),
         ("power:std=0.5", "0.2887"),
+        ("polynomial:k=0.5", "needs c"),
+        ("polynomial:c=1,k=1", "k = 1 is PowerEMA"),
         ("window:length=ten", "not a number"),
         ("window", "needs length; found none"),
         ("annealed:shape=step", "cosine, linear, sqrt"),

@@ -21,6 +21,7 @@ from polyak.checkpoints.merging.prepare import (
     warn_of_lost_state,
     warn_of_stale,
 )
+from polyak.checkpoints.merging.spread import Spread, spread_of, warn_of_no_basin
 from polyak.checkpoints.merging.weights import Method, OutputWeights
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
@@ -61,6 +62,12 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
     max_memory: int | str = "128MiB",
     threads: int | None = None,
     part: str | None = None,
+    format: str | None = None,
+    dcp_files: int | None = None,
+    dcp_key: str | None = None,
+    keep_state: bool = False,
+    steps_unit: str | None = None,
+    steps_from: PathLike | None = None,
     resume: bool = False,
     verify: bool = False,
     overwrite: bool = False,
@@ -100,6 +107,15 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         max_memory: What all buffers together may take.
         threads: By default one per core, at most 16.
         part: `"1/4"` does the first quarter of the work; the last of the four processes to finish publishes.
+        format: Of the outputs that are folders: `"safetensors"`, the default, or `"dcp"`, which
+            `torch.distributed.checkpoint.load` reads on any number of ranks.
+        dcp_files: How many files a DCP folder has; by default as many as the newest input, if that is one.
+        dcp_key: Where the tensors are in a DCP folder, like `"model"`; by default where they are in
+            the newest input, and at the root if that is of another format.
+        keep_state: Carry over what the newest DCP folder holds beside the model (optimizer, schedule).
+        steps_unit: What a profile's lengths count, like `"tokens"`, in place of training steps: a column
+            of `steps_from`, or the number after this word in the names (`step100-tokens4B`).
+        steps_from: A CSV or JSONL file with the columns `step` (or `file`) and `steps_unit`.
         resume: Continue what was interrupted, to the same bytes.
         verify: Record the SHA-256 of the inputs in the output, then read the output back and check it.
         overwrite: Replace outputs that exist.
@@ -135,6 +151,12 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         max_memory=max_memory,
         threads=threads,
         part=part,
+        format=format,
+        dcp_files=dcp_files,
+        dcp_key=dcp_key,
+        keep_state=keep_state,
+        steps_unit=steps_unit,
+        steps_from=steps_from,
         resume=resume,
         verify=verify,
         overwrite=overwrite,
@@ -149,14 +171,16 @@ def run_merge(
     options: MergeOptions,
     method: Method | None = None,
     *,
-    announce: Callable[[Merge], None] = lambda merge: None,
+    announce: Callable[[Merge, Spread | None], None] = lambda merge, spread: None,
 ) -> MergeResult:
-    """As `average_checkpoints`; `announce` is called with the merge when it is laid out and checked."""
+    """As `average_checkpoints`; `announce` is called with the merge, laid out and checked, and its spread."""
     begin = time.perf_counter()
     with prepared(inputs, outputs, options, method) as merge:
         warn_of_stale(merge)
         warn_of_lost_state(merge)
-        announce(merge)
+        spread = spread_of(merge)
+        warn_of_no_basin(spread)
+        announce(merge, spread)
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 

@@ -32,6 +32,8 @@ def counted(found: Sequence[Checkpoint], *, named: bool) -> tuple[list[Checkpoin
     rest = _without_averages(ordered, left_out, named=named)
     numbered = _numbered(rest)
     if not named:
+        numbered = _without_twins(numbered, left_out)
+        rest = [one for one in rest if one.path not in left_out]
         _refuse_several_kinds(numbered)
     kept, unclear = list(numbered), []
     for one in [one for one in rest if one not in numbered]:
@@ -146,6 +148,17 @@ def _first_of_each(found: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 def _has_a_step_of_its_own(one: Checkpoint, numbered: Sequence[Checkpoint]) -> bool:
     return one.step is not None and one.step not in {other.step for other in numbered}
+
+
+def _without_twins(numbered: Sequence[Checkpoint], left_out: LeftOut) -> list[Checkpoint]:
+    """Without copies under another kind of name: `best_acc_epoch_2.pth` beside `epoch_2.pth`."""
+    kinds = _grouped(numbered, lambda one: _pattern(_label(one)))
+    usual = max(kinds.values(), key=len, default=[])
+    for one in numbered:
+        same = [] if one in usual else [other for other in usual if other.step == one.step]
+        if twin := next((other for other in same if is_copy(one, other)), None):
+            left_out[one.path] = f"its tensors are those of {twin.path}"
+    return [one for one in numbered if one.path not in left_out]
 
 
 def _refuse_several_kinds(numbered: Sequence[Checkpoint]) -> None:

@@ -24,6 +24,7 @@ from polyak.checkpoints.merging.outputs import (
 from polyak.checkpoints.merging.plan import ByteRuns, share_of_chunks
 from polyak.checkpoints.merging.prepare import Merge
 from polyak.checkpoints.merging.weights import UNHASHED, with_hashes
+from polyak.checkpoints.reading.dcp import DcpCheckpoint
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError, PolyakError, UsageError
@@ -207,11 +208,19 @@ def _is_published(merge: Merge) -> bool:
     if not merge.options.resume or merge.options.overwrite:
         return False
     expected: dict[str, object] = {t.name: (t.dtype, t.shape) for t in merge.alignment.tensors}
-    return all(_holds(one.target, expected, dict(one.metadata)) for one in merge.blueprints)
+    options, newest = merge.options, merge.inputs[-1]
+    if options.is_dcp:  # which holds tied tensors under all their names
+        aliases = merge.alignment.ties.items()
+        expected |= {alias: expected[name] for alias, name in aliases if name in expected}
+    kept = options.key if isinstance(newest, DcpCheckpoint) and options.dcp_key is None else None
+    key = options.dcp_key or kept if options.is_dcp else None
+    return all(_holds(one.target, key, expected, dict(one.metadata)) for one in merge.blueprints)
 
 
-def _holds(target: Path, tensors: dict[str, object], metadata: dict[str, str]) -> bool:
-    with suppress(PolyakError), open_checkpoint(target) as written:
+def _holds(
+    target: Path, key: str | None, tensors: dict[str, object], metadata: dict[str, str]
+) -> bool:
+    with suppress(PolyakError), open_checkpoint(target, key=key) as written:
         found = {name: (t.dtype, t.shape) for name, t in written.tensors.items()}
         said = _comparable(written.metadata)  # and more, where torch files hold scalars of the run
         return found == tensors and _comparable(metadata).items() <= said.items()

@@ -48,6 +48,12 @@ class MergeOptions:
     max_memory: int | str = "128MiB"
     threads: int | None = None
     part: str | None = None
+    format: str | None = None
+    dcp_files: int | None = None
+    dcp_key: str | None = None
+    keep_state: bool = False
+    steps_unit: str | None = None
+    steps_from: str | os.PathLike[str] | None = None
     resume: bool = False
     verify: bool = False
     overwrite: bool = False
@@ -58,19 +64,42 @@ class MergeOptions:
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
                 raise ArgumentError(f"{name} is {value!r}; expected a list of name patterns.")
-        for name in ("normalize", "resume", "verify", "overwrite"):
+        for name in ("normalize", "keep_state", "resume", "verify", "overwrite"):
             flag(name, getattr(self, name))
-        for name in ("key", "part"):
+        for name in ("key", "part", "format", "dcp_key", "steps_unit"):
             value = getattr(self, name)
             require(value is None or isinstance(value, str), f"{name} is {value!r}; expected text.")
-        if self.base is not None:
-            as_path(self.base)
+        for path in (self.base, self.steps_from):
+            if path is not None:
+                as_path(path)
+        self._check_format()
         require(
             self.progress is None or callable(self.progress),
             f"progress is {self.progress!r}; expected a function of two numbers.",
         )
         for name in ("written_dtype", "shard_bytes", "memory_bytes", "thread_count", "share"):
             getattr(self, name)
+
+    def _check_format(self) -> None:
+        require(
+            self.format in (None, "safetensors", "dcp"),
+            f"format is {self.format!r}; expected 'safetensors' or 'dcp', which is what a folder holds.",
+        )
+        if self.dcp_files is not None and not 1 <= count("dcp_files", self.dcp_files) <= 65536:
+            raise ArgumentError(f"dcp_files is {self.dcp_files}; expected 1 to 65536.")
+        given = {
+            "dcp_files": self.dcp_files,
+            "dcp_key": self.dcp_key,
+            "keep_state": self.keep_state,
+        }
+        idle = [name for name, value in given.items() if value not in (None, False)]
+        if idle and not self.is_dcp:
+            raise ArgumentError(f"{idle[0]} is about DCP folders. Pass format='dcp' to write them.")
+
+    @property
+    def is_dcp(self) -> bool:
+        """Whether the outputs are folders of `torch.distributed.checkpoint`."""
+        return self.format == "dcp"
 
     @cached_property
     def written_dtype(self) -> str | None:

@@ -6,9 +6,10 @@ the whole merge, so that a staging folder is only continued by the merge that it
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -46,14 +47,17 @@ _RETRY = "pass resume=True to continue this merge"
 class Blueprint:
     """One output before anything is written: where it goes, its files, and the tensors of each.
 
-    layouts: file name within a folder ("" for a single file) -> layout and number of tensors.
-    sidecars: file name -> contents, of what is copied along.
+    layouts: file name within a folder ("" for a single file) -> layout. places: (file, offset, bytes) of
+    the pieces of each tensor. sidecars: file name -> contents, of what is copied along. described_in: a
+    further file that holds the metadata, for a format that has no room for it.
     """
 
     target: Path
     metadata: Mapping[str, str]
-    layouts: Mapping[str, tuple[Layout, int]]
+    layouts: Mapping[str, Layout]
+    places: Sequence[Sequence[tuple[str, int, int]]]
     sidecars: Mapping[str, bytes] = field(default_factory=dict)
+    described_in: str = ""
 
     @property
     def is_folder(self) -> bool:
@@ -63,7 +67,7 @@ class Blueprint:
     @property
     def nbytes(self) -> int:
         """Bytes that will be written."""
-        sizes = (layout.size for layout, _ in self.layouts.values())
+        sizes = (layout.size for layout in self.layouts.values())
         return sum(sizes) + sum(map(len, self.sidecars.values()))
 
 
@@ -107,7 +111,7 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
     around = _around(target, contents.newest)
     single = layout_for(target, contents.tensors, contents.ties, metadata, around)
     if single is not None:
-        return Blueprint(target, metadata, {"": (single, len(contents.tensors))})
+        return Blueprint(target, metadata, {"": single}, [*_places("", single, contents.tensors)])
     suffix = target.suffix
     if suffix and not suffix[1:2].isdigit() and not target.is_dir():
         raise ArgumentError(
@@ -134,7 +138,8 @@ def _around(target: Path, newest: Checkpoint) -> Around:
 
 def _folder(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Blueprint:
     """Every model of the newest's folder under the name that it has there."""
-    layouts: dict[str, tuple[Layout, int]] = {}
+    layouts: dict[str, Layout] = {}
+    places: list[list[tuple[str, int, int]]] = []
     sidecars = sidecar_files(contents.newest, contents.dtype)
     for prefix, found in (contents.newest.components or {"": ""}).items():
         name, tensors = WeightsName.like(found), contents.of_component(prefix)
@@ -146,10 +151,19 @@ def _folder(target: Path, contents: Contents, metadata: Mapping[str, str]) -> Bl
         shards = split(tensors, contents.shard_size) if name.may_be_sharded else [tensors]
         files = dict(zip(name.files(len(shards)), shards, strict=True))
         for file, shard in files.items():
-            layouts[file] = (SafetensorsLayout(shard, metadata, ties), len(shard))
+            layouts[file] = SafetensorsLayout(shard, metadata, ties)
+            places += _places(file, layouts[file], shard)
         if len(files) > 1:
             sidecars[name.index] = index_of(files)
-    return Blueprint(target, metadata, layouts, sidecars)
+    return Blueprint(target, metadata, layouts, places, sidecars)
+
+
+def _places(
+    file: str, layout: Layout, tensors: Sequence[TensorSpec]
+) -> Iterator[list[tuple[str, int, int]]]:
+    """Each tensor in one piece."""
+    for tensor, offset in zip(tensors, layout.offsets, strict=True):
+        yield [(file, offset, tensor.nbytes)]
 
 
 def staging_errors(path: Path) -> AbstractContextManager[None]:
@@ -174,7 +188,7 @@ class Staged:
 
     def open(self) -> None:
         """Make the files at their full size, and write what goes before the values."""
-        for name, (layout, _) in self.blueprint.layouts.items():
+        for name, layout in self.blueprint.layouts.items():
             path = self.data / name if self._is_folder else self.data
             with staging_errors(self.folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,23 +197,19 @@ class Staged:
 
     def byte_runs(self, plan: MergePlan) -> list[ByteRuns[Sink]]:
         """Where the bytes of each segment go."""
-        places = iter(self._places())
-        found: list[ByteRuns[Sink]] = []
-        for segment in plan.segments:
-            runs: ByteRuns[Sink] = ByteRuns()
-            for tensor in segment.tensors:
-                file, offset = next(places)
-                runs.add(file, offset, tensor.nbytes)
-            found.append(runs)
-        return found
+        files = dict(zip(self.blueprint.layouts, self.files, strict=True))
+        return byte_runs(plan, self.blueprint.places, files)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write what is only known at the end, and sync everything."""
-        for file, (layout, _) in zip(self.files, self.blueprint.layouts.values(), strict=True):
+        for file, layout in zip(self.files, self.blueprint.layouts.values(), strict=True):
             layout.finish(file, metadata)
             file.sync()
         with staging_errors(self.data):
-            for name, content in self.blueprint.sidecars.items():
+            sidecars = dict(self.blueprint.sidecars)
+            if self.blueprint.described_in:
+                sidecars[self.blueprint.described_in] = json.dumps(metadata, indent=2).encode()
+            for name, content in sidecars.items():
                 (self.data / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.data / name).write_bytes(content)
                 sync(self.data / name)
@@ -238,9 +248,22 @@ class Staged:
         """Remove the staging folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _places(self) -> Sequence[tuple[OutputFile, int]]:
-        pairs = zip(self.files, self.blueprint.layouts.values(), strict=True)
-        return [(file, offset) for file, (layout, _) in pairs for offset in layout.offsets]
+
+def byte_runs(
+    plan: MergePlan,
+    places: Sequence[Sequence[tuple[str, int, int]]],
+    files: Mapping[str, OutputFile],
+) -> list[ByteRuns[Sink]]:
+    """Where the bytes of each segment go: a blueprint's `places`, in its files once they are open."""
+    left = iter(places)
+    found: list[ByteRuns[Sink]] = []
+    for segment in plan.segments:
+        runs: ByteRuns[Sink] = ByteRuns()
+        for _ in segment.tensors:
+            for file, offset, nbytes in next(left):
+                runs.add(files[file], offset, nbytes)
+        found.append(runs)
+    return found
 
 
 def staging_folder(target: Path, identity: str) -> Path:
@@ -301,7 +324,8 @@ def refuse_foreign(output: Blueprint) -> None:
 
 
 def _is_written_by_merges(path: Path) -> bool:
-    return path.is_dir() or path.suffix in (".safetensors", *SIDECAR_SUFFIXES)
+    suffixes = (".safetensors", ".distcp", *SIDECAR_SUFFIXES)
+    return path.is_dir() or path.suffix in suffixes or path.name in (".metadata", "meta.pt")
 
 
 def _was_merged(folder: Path) -> bool:

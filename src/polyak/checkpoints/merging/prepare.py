@@ -21,6 +21,12 @@ from pathlib import Path
 from polyak.checkpoints.merging.adapters import check_adapters
 from polyak.checkpoints.merging.align import Alignment, align
 from polyak.checkpoints.merging.counted import inputs_of
+from polyak.checkpoints.merging.dcp_output import (
+    as_tensors,
+    carried_from,
+    dcp_blueprint,
+    warn_of_left_out,
+)
 from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
@@ -32,13 +38,14 @@ from polyak.checkpoints.merging.weights import (
     metadata_of,
     weights_for,
 )
+from polyak.checkpoints.reading.dcp import DcpCheckpoint
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.extra_state import warn_of_lost
 from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
 from polyak.errors import ArgumentError, StaleStatistics, require, warn
 from polyak.files import as_path
-from polyak.maths.profiles import Profile
+from polyak.maths.profile import Profile
 
 PathLike = str | os.PathLike[str]
 Input = PathLike | Checkpoint
@@ -163,7 +170,8 @@ class Merge:
             "inputs": [
                 _stamp(file.path, file.size) for one in self.all_inputs for file in one.files
             ],
-            "layout": [[(k, v[0].size) for k, v in one.layouts.items()] for one in self.blueprints],
+            "layout": [[(k, v.size) for k, v in one.layouts.items()] for one in self.blueprints],
+            "places": [_digest(one) for one in self.blueprints],
             "chunk": self.plan.chunk_bytes,
         }
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
@@ -269,7 +277,7 @@ def _laid_out(
     outputs: Mapping[PathLike, Method],
     options: MergeOptions,
 ) -> Merge:
-    order = in_natural_order(given)
+    order = in_natural_order(given, options)
     inputs = tuple(given[index] for index in order)
     weights = tuple(weights_for(one, inputs, order, options) for one in outputs.values())
     if any(isinstance(one, str | Profile) for one in outputs.values()):
@@ -281,12 +289,18 @@ def _laid_out(
     _refuse_idle_options(options, alignment, outputs.values())
     newest = inputs[-1]
     tensors = by_component(in_writing_order(alignment.tensors), newest)
+    carried = carried_from(newest, options) if options.is_dcp else []
+    tensors += as_tensors(carried, len(everything))
     contents = Contents(tensors, alignment.ties, newest, options.shard_bytes, options.written_dtype)
     batchnorm = _batchnorm(newest, alignment)
     marks = {"batchnorm": batchnorm, "ties": json.dumps(alignment.ties)}
+    described = [metadata_of(one, inputs, options, marks) for one in weights]
+    pairs = zip(map(Path, outputs), described, strict=True)
     blueprints = [
-        blueprint(Path(path), contents, metadata_of(one, inputs, options, marks))
-        for path, one in zip(outputs, weights, strict=True)
+        dcp_blueprint(path, contents, carried, said, options)
+        if options.is_dcp
+        else blueprint(path, contents, said)
+        for path, said in pairs
     ]
     plan = MergePlan(tensors)
     return Merge(inputs, base, weights, alignment, plan, tuple(blueprints), options, batchnorm)
@@ -313,6 +327,11 @@ def _refuse_idle_options(
 
 def warn_of_lost_state(merge: Merge) -> None:
     """Warn of outputs that cannot hold the newest input's state that is no tensor."""
+    newest = merge.inputs[-1]
+    if merge.options.is_dcp and not merge.options.keep_state:
+        warn_of_left_out(newest)
+    if merge.options.is_dcp and isinstance(newest, DcpCheckpoint):
+        return
     for one in merge.blueprints:
         is_torch = one.target.suffix.lower() in TORCH_SUFFIXES
         warn_of_lost(one.target, merge.inputs[-1].extra, is_torch=is_torch)
@@ -324,7 +343,8 @@ def warn_of_stale(merge: Merge, file: str | None = None) -> None:
     file: the name of the output in the command that is shown.
     """
     first = merge.blueprints[0]
-    written = shlex.quote(str(first.target / next(iter(first.layouts))))
+    name = "" if first.described_in else next(iter(first.layouts))
+    written = shlex.quote(str(first.target / name))
     if merge.batchnorm == "stale" and merge.alignment.averages:
         warn(
             "The BatchNorm statistics are those of the newest checkpoint and do not belong to the "
@@ -342,6 +362,14 @@ def _batchnorm(newest: Checkpoint, alignment: Alignment) -> str:
     if not alignment.has_statistics:
         return "none"
     return "stale" if alignment.averages else newest.metadata.get("batchnorm", "refreshed")
+
+
+def _digest(one: Blueprint) -> str:
+    """Of what goes where, and of all that is beside the tensors."""
+    digest = hashlib.sha256(json.dumps([*one.places]).encode())
+    for name, content in one.sidecars.items():
+        digest.update(name.encode() + content)
+    return digest.hexdigest()
 
 
 def _stamp(path: str, size: int) -> tuple[str, int, int]:

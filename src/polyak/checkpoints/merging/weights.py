@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 from polyak.checkpoints.merging.counted import average_rank
 from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.units import measured_times
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
 from polyak.maths.arguments import numbers
 from polyak.maths.pieces import effective_samples, piece_weights
-from polyak.maths.profiles import SWA, Profile
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import SWA
 from polyak.maths.text import parse_profile
 from polyak.version import __version__
 
@@ -26,7 +28,7 @@ SUM_TOLERANCE = 1e-6
 
 _OUR_KEYS = {
     "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
-    "batchnorm", "ties",
+    "batchnorm", "ties", "interval", "record",
 }  # fmt: skip
 
 
@@ -39,12 +41,14 @@ class OutputWeights:
     `MergeResult` they are oldest first. Raises ArgumentError unless all are finite and one is not zero.
 
     coefficients: float64, one per input. label: what the output's metadata gives as its profile.
-    unit: of its time, `steps`, `captures` or `files`.
+    unit: of its time, `steps`, `captures` or `files`. metadata: what the output says about itself, in
+    the place of a list of its inputs.
     """
 
     coefficients: tuple[float, ...]
     label: str = "weights"
     unit: str = "files"
+    metadata: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         found = numbers("weights", self.coefficients).reshape(-1).tolist()
@@ -62,10 +66,11 @@ Method = Profile | str | Sequence[float] | OutputWeights
 """How an output is made: a profile, its text, weights that sum to 1, or coefficients as they are."""
 
 
-def in_natural_order(inputs: Sequence[Checkpoint]) -> list[int]:
+def in_natural_order(inputs: Sequence[Checkpoint], options: MergeOptions) -> list[int]:
     """The inputs' indices by training step; those of unknown step first, as they were given."""
     steps = [-1 if one.step is None else one.step for one in inputs]
-    return sorted(range(len(inputs)), key=steps.__getitem__)
+    measured = measured_times(inputs, options)
+    return sorted(range(len(inputs)), key=(measured[1] if measured else steps).__getitem__)
 
 
 def weights_for(
@@ -117,7 +122,7 @@ def _profile_weights(
             f"The weights of {profile!r} sum to 1, so the base would cancel out of the result. With a "
             "base give one weight per input, such as 0.5,0.5,0.5 to add half of each difference."
         )
-    unit, times = _times(profile, inputs)
+    unit, times = _times(profile, inputs, options)
     return OutputWeights(tuple(piece_weights(profile, times).tolist()), repr(profile), unit)
 
 
@@ -131,9 +136,14 @@ def metadata_of(
 
     The newest's own metadata is kept, with `format`, without which Transformers refuses a file.
     """
+    if weights.metadata is not None:
+        return {"format": "pt", **_carried(inputs[-1]), **weights.metadata, **marks}
     counted = [weight for weight in weights.coefficients if weight]
     steps = [one.step for one in inputs]
+    measured = measured_times(inputs, options)
     time = steps[-1] if weights.unit == "steps" and steps[-1] is not None else len(counted)
+    if measured and weights.unit == measured[0]:
+        time = round(measured[1][-1])
     made = {
         "polyak": __version__,
         "profile": weights.label,
@@ -144,6 +154,8 @@ def metadata_of(
             [_described(*pair, options) for pair in zip(inputs, weights.coefficients, strict=True)]
         ),
     }
+    if measured:
+        made[f"{measured[0]} of inputs"] = json.dumps(measured[1])
     if options.base is not None:
         made["base"] = os.fspath(options.base)
     for what, patterns in (("include", options.include), ("exclude", options.exclude)):
@@ -163,6 +175,8 @@ def _carried(newest: Checkpoint) -> dict[str, str]:
 
 def with_hashes(metadata: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
     """The metadata with the SHA-256 of every input's files; hashes: path -> hex."""
+    if "inputs" not in metadata:
+        return dict(metadata)
     inputs = json.loads(metadata["inputs"])
     for one in inputs:
         for path in one.get("sha256", {}):
@@ -182,8 +196,17 @@ def _described(one: Checkpoint, weight: float, options: MergeOptions) -> dict[st
     return described
 
 
-def _times(profile: Profile, inputs: Sequence[Checkpoint]) -> tuple[str, list[float]]:
+def _times(
+    profile: Profile, inputs: Sequence[Checkpoint], options: MergeOptions
+) -> tuple[str, list[float]]:
     """The unit of the profile's time and the time of each input."""
+    if (measured := measured_times(inputs, options)) is not None:
+        unit, times = measured
+        if len(set(times)) == len(times):
+            return measured
+        raise ArgumentError(
+            f"Two inputs have the same time: {unit} {times}. Leave one of them out."
+        )
     unknown = [one.path for one in inputs if one.step is None]
     if not unknown:
         steps = [float(one.step or 0) for one in inputs]

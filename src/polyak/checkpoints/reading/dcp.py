@@ -9,7 +9,8 @@ Source: torch/distributed/checkpoint/{metadata,filesystem}.py of torch 2.13.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 from polyak.checkpoints.reading.extra_state import is_extra
@@ -32,15 +33,19 @@ from polyak.checkpoints.reading.stored import (
     DTYPE_BITS,
     ByteFile,
     Checkpoint,
+    SpanTensor,
     StoredTensor,
     are_sizes,
     itemsize,
 )
 from polyak.checkpoints.reading.torch_archive import TorchArchive
+from polyak.checkpoints.reading.untrusted_json import read_json
 from polyak.checkpoints.reading.zips import PartFile
-from polyak.errors import FormatError
+from polyak.errors import FormatError, PolyakError
 
 _MAX_CHUNKS = 4_000_000
+PROVENANCE = "polyak.json"
+"""Beside `.metadata`, which has no room for it: what an average is made of."""
 _HOME = "torch.distributed.checkpoint."
 
 
@@ -52,6 +57,43 @@ class _Item:
     offset: int
     length: int
     transformed: bool
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """An entry of a DCP folder that is not read, so that it can be copied as it is stored.
+
+    name: in the flat state dict. path: in the nested one. tensor: dtype as torch names it and shape, or
+    None for an object. items: the box (None of an object) and the stored bytes of each chunk.
+    """
+
+    name: str
+    path: tuple[str | int, ...]
+    tensor: tuple[str, tuple[int, ...]] | None
+    items: tuple[tuple[Box | None, SpanTensor], ...]
+
+
+@dataclass(eq=False)
+class DcpCheckpoint(Checkpoint):
+    """A DCP folder. paths: name of a tensor -> where it is in the saved containers."""
+
+    paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    described: _Folder | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What all names of the folder's flat state dict begin with, with a dot; often empty."""
+        name, path = next(iter(self.paths.items()))
+        return ".".join(map(str, path)).removesuffix(name)
+
+    def other_entries(self) -> list[StoredEntry]:
+        """All that is not among the tensors; files that only these are in are opened, and closed with it."""
+        if self.described is None:
+            return []
+        mine = {".".join(map(str, path)) for path in self.paths.values()}
+        found = [self.described.stored(name) for name in self.described.entries if name not in mine]
+        self.files = (self.described.file, *self.described.files.values())
+        return found
 
 
 class _ArchivedChunk(StoredChunk):
@@ -88,11 +130,32 @@ def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
                 tensors[name] = ChunkedTensor(name, ref.dtype, ref.shape, chunks)
             except FormatError as error:
                 found.refused[name] = str(error)
+        metadata = _provenance(folder)
     except BaseException:
         described.close()
         raise
     files = (described.file, *described.files.values())
-    return Checkpoint(folder.path, "dcp", tensors, files, refused=found.refused, extra=found.extra)
+    checkpoint = DcpCheckpoint(
+        folder.path, "dcp", tensors, files, {}, metadata, refused=found.refused, extra=found.extra
+    )
+    checkpoint.paths = {
+        name: described.path_of(found.tensors[name].storage.key) for name in tensors
+    }
+    checkpoint.described = described
+    return checkpoint
+
+
+def _provenance(folder: Place) -> dict[str, str]:
+    """What polyak wrote beside the files of an average."""
+    try:
+        names = folder.names
+    except PolyakError:  # many web servers cannot list a folder
+        return {}
+    if PROVENANCE not in names:
+        return {}
+    with closing(folder.inside(PROVENANCE).file()) as file:
+        found = read_json(file)
+    return {key: text for key, text in found.items() if isinstance(text, str)}
 
 
 class _Folder:
@@ -110,10 +173,11 @@ class _Folder:
         if not isinstance(entries, dict):
             raise _damaged(self.where, "it describes no state_dict")
         self.entries = entries
+        self.paths = paths if isinstance(paths, dict) else {}
         self.items = _items(described.get("storage_data"), self.where)
         self.count = 0
         try:
-            self.tree = self._tree(paths if isinstance(paths, dict) else {})
+            self.tree = self._tree()
         except BaseException:
             self.close()
             raise
@@ -136,18 +200,38 @@ class _Folder:
             )
         return _ArchivedChunk(name, ref.dtype, box, part)
 
-    def _tree(self, paths: dict[Any, Any]) -> dict[Any, Any]:
+    def path_of(self, name: str) -> tuple[str | int, ...]:
+        """Where an entry is in the saved containers."""
+        path = self.paths.get(name, (name,))
+        if not isinstance(path, tuple) or not path or len(path) > 50:
+            raise _damaged(self.where, f"{name!r} has no path")
+        return path
+
+    def stored(self, name: str) -> StoredEntry:
+        """An entry with its bytes as they are stored."""
+        entry, boxes, tensor = self.entries[name], list[Box | None]([None]), None
+        if not _is_object(entry):
+            fields = _fields(entry, "metadata.TensorStorageMetadata", self.where)
+            _ref(name, fields, self.where)
+            kind = fields["properties"].state[0].name
+            boxes, tensor = [*_boxes(fields.get("chunks"), self.where)], (kind, fields["size"])
+        parts = [(box, self._part(name, box[0] if box else None)) for box in boxes]
+        items = tuple(
+            (box, SpanTensor(name, "U8", [part.size], part.whole, part.offset))
+            for box, part in parts
+        )
+        return StoredEntry(name, self.path_of(name), tensor, items)
+
+    def _tree(self) -> dict[Any, Any]:
         """The saved containers, with a `TensorRef` (whose storage key is the flat name) for every tensor.
 
         Of all that is no tensor, only what `get_extra_state` returned is read.
         """
         root: dict[Any, Any] = {}
         for fqn, entry in self.entries.items():
-            path = paths.get(fqn, (fqn,))
-            if not isinstance(path, tuple) or not path or len(path) > 50:
-                raise _damaged(self.where, f"{fqn!r} has no path")
+            path = self.path_of(fqn)
             in_extra = any(isinstance(part, str) and is_extra(part) for part in path)
-            if not isinstance(entry, Stub) or not entry.name.endswith(".BytesStorageMetadata"):
+            if not _is_object(entry):
                 fields = _fields(entry, "metadata.TensorStorageMetadata", self.where)
                 leaf: Any = _ref(fqn, fields, self.where)
             elif in_extra:
@@ -186,6 +270,10 @@ class _Folder:
         if item.file not in self.files:
             self.files[item.file] = self.place.inside(item.file).file()
         return PartFile(self.files[item.file], item.offset, item.length)
+
+
+def _is_object(entry: Any) -> bool:
+    return isinstance(entry, Stub) and entry.name.endswith(".BytesStorageMetadata")
 
 
 def _fields(value: Any, kind: str, where: str) -> dict[Any, Any]:

@@ -160,15 +160,18 @@ class _Search:
                 return chosen
         extra = self.extra_in(root)
         direct = any(is_tensor_like(value) for value in root.values())
-        inside = [
-            value
+        inside = {
+            key: value
             for key, value in root.items()
             if not is_tensor_like(value) and key not in extra and self.holds_tensor(value)
-        ]
+        }
         # Tensors directly in the root are a state dict, in which an object that cannot be built is one
         # more tensor, refused by name. A dict or list of tensors beside or instead of them could be
         # anything: an optimizer's state, an average, a second model.
-        if inside and not (direct and all(isinstance(value, Stub) for value in inside)):
+        # But torchtitan puts the model's tensors at the root, beside `optimizer` and `train_state`.
+        if inside and direct and all(map(_is_state_of_training, inside)):
+            return {k: v for k, v in root.items() if is_tensor_like(v) or k in extra}
+        if inside and not (direct and all(isinstance(v, Stub) for v in inside.values())):
             raise FormatError(
                 f"{self.where}: cannot tell which tensors are the model's. {self.advice()} "
                 'key="" takes all of them.'
@@ -260,6 +263,15 @@ def _container(value: Any, inner: Callable[[Any, Any], Any]) -> Any:
 
 _NO_COPY = re.compile("current_model_state|optim|grad|moment|exp_avg|sched")
 """Keys of what may have the names and shapes of the model without being one."""
+
+
+_STATE_OF_TRAINING = re.compile(
+    r"optim\w*|(lr_?)?sched\w*|(train|trainer)_?state|(data)?_?loader\w*|(grad_)?scaler\w*|(\w+_)?rng\w*"
+)
+
+
+def _is_state_of_training(key: Any) -> bool:
+    return isinstance(key, str) and bool(_STATE_OF_TRAINING.fullmatch(key))
 
 
 def _shapes(value: Any) -> dict[str, tuple[int, ...]]:

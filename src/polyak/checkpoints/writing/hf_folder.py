@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.reading.components import COMPOSED, part_folders
@@ -14,6 +15,7 @@ from polyak.checkpoints.reading.rank_shards import is_rank_shard
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, Checkpoint
 from polyak.checkpoints.writing.layouts import TensorSpec
+from polyak.errors import require
 
 SIDECAR_SUFFIXES = {
     ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".yaml", ".yml",
@@ -45,6 +47,16 @@ def sidecar_files(newest: Checkpoint, dtype: str | None = None) -> dict[str, byt
         for path, content in read.items()
         if content is not None
     }
+
+
+def files_beside_weights(folder: Path) -> dict[str, bytes]:
+    """Configuration, tokenizer and code in a folder, as `from_pretrained` needs them: name -> contents.
+
+    Raises ArgumentError if there is no such folder.
+    """
+    require(folder.is_dir(), f"{folder}: there is no such folder.")
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_sidecar(path.name)]
+    return {path.name: path.read_bytes() for path in files if path.stat().st_size <= _MAX_SIDECAR}
 
 
 def _is_sidecar(name: str) -> bool:

@@ -21,7 +21,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,15 +57,18 @@ class TensorSpec:
 class OutputFile:
     """A file that is written in pieces by any number of threads.
 
-    retry: what to do after an error, as `writing_errors` says it.
+    size: what the file is made to have; None for a file that another process has made. retry: what to do
+    after an error, as `writing_errors` says it.
     """
 
-    def __init__(self, path: Path, size: int, *, retry: str = "try again") -> None:
+    def __init__(self, path: Path, size: int | None, *, retry: str = "try again") -> None:
         self.path = path
         self._retry = retry
+        create = 0 if size is None else os.O_CREAT
         with writing_errors(path, retry):
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self.descriptor, size)
+            self.descriptor = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o666)
+            if size is not None:
+                os.ftruncate(self.descriptor, size)
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Write all of `data` at `offset`; OutputError if the disk is full or gone."""
@@ -316,6 +319,32 @@ class TorchLayout:
     def _directory(self) -> bytes:
         entries = b"".join(_central_header(record) for record in self._records)
         return entries + _end(len(self._records), len(entries), self._directory_at)
+
+
+@lru_cache(maxsize=1024)
+def tensor_archive(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What is before and after the values in a torch archive of one tensor, as `torch.save` makes it.
+
+    Without checksums, as with `torch.serialization.set_crc32_options(False)`: torch reads none, and the
+    values can be written in any order and by several processes.
+    """
+    spec = TensorSpec("a tensor", dtype, shape)
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(_Rebuilt(spec, "0"))
+    values = _Record(_path("data/0"), spec.nbytes)
+    before = [_Record(_path("data.pkl"), stream.tell(), data=stream.getvalue()), values]
+    small = {".format_version": b"1", "byteorder": b"little", "version": b"3\n"}
+    after = [_Record(_path(name), len(data), data=data) for name, data in small.items()]
+    position = 0
+    for record in (*before, *after):
+        record.header_at = position
+        position += len(_local_header(record)) + record.size
+    directory = b"".join(_central_header(record) for record in (*before, *after))
+    head, tail = (
+        b"".join(_local_header(record) + (record.data or b"") for record in records)
+        for records in (before, after)
+    )
+    return head, tail + directory + _end(len(before) + len(after), len(directory), position)
 
 
 def _path(name: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from polyak.errors import ArgumentError, require
 from polyak.files import as_path, refuse_existing, replacing
 from polyak.version import __version__
 
-_SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""torch's dtypes as safetensors spells them."""
 
 
 def write_checkpoint(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -82,25 +83,32 @@ def write_checkpoint(  # noqa: PLR0913 - keyword-only arguments do not count
         extra = {name: lifted(name, value, inside) for name, value in extra.items()}
         tensors = _changed(tensors, inside, () if is_torch else tensors_in(extra))
     ordered = [*tensors] if is_torch else sorted(tensors, key=lambda n: -tensors[n].element_size())
-    specs = [TensorSpec(n, _SPELLINGS[tensors[n].dtype], tuple(tensors[n].shape)) for n in ordered]
-    described = {"format": "pt", "polyak": __version__, **(metadata or {})}
-    if ties and not is_torch:
-        described["ties"] = json.dumps(ties, sort_keys=True)
-    described = dict(sorted(described.items()))
+    specs = [TensorSpec(n, SPELLINGS[tensors[n].dtype], tuple(tensors[n].shape)) for n in ordered]
+    described = file_metadata(metadata or {}, {} if is_torch else ties)
     around = around or Around(versions=getattr(tensors, "_metadata", None) or {})
     around = replace(around, extra=extra or around.extra)
     layout = layout_for(target, specs, dict(sorted(ties.items())), described, around)
     if layout is None:
-        raise _wrong_suffix(target)
-    values = (_bytes(tensors[name]) for name in ordered)
+        raise _wrong_suffix(target, (".safetensors", *TORCH_SUFFIXES))
+    values = (bytes_on_host(tensors[name]) for name in ordered)
     with replacing(target, overwrite=overwrite) as part:
         _write(part, layout, values, described)
 
 
-def check_target(path: Path, *, overwrite: bool) -> None:
+def file_metadata(metadata: Mapping[str, str], ties: Mapping[str, str]) -> dict[str, str]:
+    """What the header of a safetensors file says: `metadata`, the version, and the ties."""
+    described = {"format": "pt", "polyak": __version__, **metadata}
+    if ties:
+        described["ties"] = json.dumps(ties, sort_keys=True)
+    return dict(sorted(described.items()))
+
+
+def check_target(
+    path: Path, *, overwrite: bool, suffixes: Sequence[str] = (".safetensors", *TORCH_SUFFIXES)
+) -> None:
     """Raise what `write_checkpoint` would for this path, before any work is done."""
-    if path.suffix.lower() not in (".safetensors", *TORCH_SUFFIXES):
-        raise _wrong_suffix(path)
+    if path.suffix.lower() not in suffixes:
+        raise _wrong_suffix(path, suffixes)
     refuse_existing(path, overwrite=overwrite)
 
 
@@ -115,25 +123,32 @@ def _changed(
     return changed
 
 
-def _wrong_suffix(path: Path) -> ArgumentError:
+def _wrong_suffix(path: Path, suffixes: Sequence[str]) -> ArgumentError:
+    first, *torch_files = suffixes
+    rest = f" or a torch file ({', '.join(torch_files)})" if torch_files else ""
     return ArgumentError(
-        f"The output {path} has the suffix {path.suffix!r}; expected .safetensors or a torch file "
-        f"({', '.join(TORCH_SUFFIXES)})."
+        f"The output {path} has the suffix {path.suffix!r}; expected {first}{rest}."
     )
 
 
 def _check(
     tensors: Mapping[str, Any], ties: Mapping[str, str], metadata: Mapping[str, str]
 ) -> None:
-    texts = (*tensors, *metadata, *metadata.values())
-    for text in texts:
-        require(isinstance(text, str), f"Names and metadata must be text; found {text!r}.")
+    check_names(tensors, ties, metadata)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise ArgumentError(f"{name} is not a dense tensor with values; it cannot be written.")
         require(
-            tensor.dtype in _SPELLINGS, f"{name} has the dtype {tensor.dtype}, which no file holds."
+            tensor.dtype in SPELLINGS, f"{name} has the dtype {tensor.dtype}, which no file holds."
         )
+
+
+def check_names(
+    tensors: Mapping[str, Any], ties: Mapping[str, str], metadata: Mapping[str, str]
+) -> None:
+    """Raise ArgumentError for names and metadata that are not text, and for ties to nothing."""
+    for text in (*tensors, *metadata, *metadata.values()):
+        require(isinstance(text, str), f"Names and metadata must be text; found {text!r}.")
     for alias, name in ties.items():
         require(
             alias not in tensors and name in tensors,
@@ -151,7 +166,7 @@ def _write(
         layout.finish(file, metadata)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_on_host(tensor: Tensor) -> memoryview:
     """The values row-major, on the host."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
     return plain.view(torch.uint8).numpy().data

@@ -1,0 +1,277 @@
+"""The folder of a record while it grows: one file at a time, written by a thread of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polyak.averaging import saving
+from polyak.averaging.tracker import Member
+from polyak.errors import OutputError, PolyakError
+from polyak.maths.planning import Span
+from polyak.tensors.finite import refuse_nonfinite
+from polyak.tensors.memory import copy_on_write, odd_form
+from polyak.tensors.names import named_tensors
+
+if TYPE_CHECKING:
+    from polyak.checkpoints.intervals import Interval
+
+
+@dataclass
+class Contents:
+    """What one interval file will hold; tensors are read by the thread that writes it.
+
+    averaged: the accumulators themselves, which nobody changes until the thread is done.
+    """
+
+    span: Span
+    averaged: dict[str, Tensor]
+    others: dict[str, Tensor]
+    ties: dict[str, str]
+    metadata: dict[str, str]
+    ready: Any = None  # an event of the device that holds the accumulators
+
+
+@dataclass
+class Outcome:
+    """What came of writing: the error, if there was one, and how long the training waited."""
+
+    error: PolyakError | None = None
+    merge_error: PolyakError | None = None
+    waited: float = 0.0
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RecordFolder:
+    """Writes, replaces and merges the files of one record."""
+
+    def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
+        self.path = path
+        self.id = ""
+        self.narrow = dtype if dtype is torch.bfloat16 else None
+        self._pool: ThreadPoolExecutor | None = None
+        self._future: Future[Outcome] | None = None
+        # Of a resumed record: what begins there or later is of a run that was given up.
+        self._stale_from: float | None = None
+
+    def begin(self, record: str) -> None:
+        """The first file will be written. Raises OutputError if the folder holds a record."""
+        there = sorted(self.path.glob("interval-*.safetensors"))
+        if there:
+            raise OutputError(
+                f"{self.path} holds another record ({there[0].name} and {len(there) - 1} more). To "
+                "continue it, load the recorder's state_dict() first; for a new record choose another "
+                "folder, or remove this one."
+            )
+        self._make()
+        self.id = record
+
+    def resume(self, record: str, start: float) -> None:
+        """Continue a record: what begins at `start` or later is rewritten as it is reached.
+
+        Raises OutputError if the folder holds the files of another record.
+        """
+        from polyak.checkpoints.intervals import scan_intervals
+
+        foreign = [one for one in scan_intervals(self.path).intervals if one.record != record]
+        if foreign:
+            raise OutputError(
+                f"{self.path} holds another record than the state: {foreign[0].path.name} is not of "
+                "this run. Nothing was loaded. Choose the folder that the state was saved with."
+            )
+        self._make()
+        self.id = record
+        self._stale_from = start
+
+    def start(
+        self,
+        contents: Contents,
+        number: int,
+        carry: Mapping[str, Tensor],
+        merge: Callable[[], None],
+    ) -> None:
+        """Begin to write an interval, then call `merge`; `wait` says what came of it."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "polyak-recorder")
+        self._future = self._pool.submit(self._write, contents, number, carry, merge)
+
+    def wait(self) -> Outcome | None:
+        """The outcome of what was being written; None if nothing was."""
+        if self._future is None:
+            return None
+        begin = time.perf_counter()
+        future, self._future = self._future, None
+        outcome = future.result()
+        outcome.waited = time.perf_counter() - begin
+        return outcome
+
+    def merge(self, interval: float, protected: float) -> None:
+        """Merge all that is within one interval, which has become longer.
+
+        protected: the start of the interval in which the last state was taken. If a merge straddles it,
+        the file that ends there is kept under a hidden name, so that a resume finds it.
+        """
+        from polyak.checkpoints.intervals import merge_intervals, scan_intervals
+
+        cells: dict[int, list[Interval]] = {}
+        for one in scan_intervals(self.path).intervals:
+            cells.setdefault(int(one.start / interval + 1e-9), []).append(one)
+        for group in cells.values():
+            kept = [one for one in group[:-1] if one.end == protected]
+            for one in kept:
+                hidden = _hidden(one.path)
+                hidden.unlink(missing_ok=True)
+                hidden.hardlink_to(one.path)
+            merge_intervals(group)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"Could not make the folder {self.path}: {error.strerror}. Choose another one."
+            ) from None
+        for part in self.path.glob(".interval-*.part"):
+            part.unlink(missing_ok=True)
+
+    def _write(
+        self,
+        contents: Contents,
+        number: int,
+        carry: Mapping[str, Tensor],
+        merge: Callable[[], None],
+    ) -> Outcome:
+        from polyak.checkpoints.intervals import interval_path
+        from polyak.checkpoints.writing.save import write_checkpoint
+
+        outcome = Outcome()
+        try:
+            if contents.ready is not None:
+                contents.ready.synchronize()
+            refuse_nonfinite(contents.averaged.items(), "An interval of the record", "")
+            averaged = contents.averaged
+            if self.narrow is not None:
+                averaged, outcome.carry = _rounded(averaged, carry, self.narrow)
+            path = interval_path(self.path, number)
+            write_checkpoint(
+                path,
+                {**averaged, **contents.others},
+                ties=contents.ties,
+                metadata=contents.metadata,
+                overwrite=True,
+            )
+            self._remove_stale(path)
+        except PolyakError as error:
+            outcome.error = error
+            return outcome
+        except OSError as error:
+            outcome.error = OutputError(f"Could not write to {self.path}: {error.strerror}.")
+            return outcome
+        try:
+            merge()
+        except (PolyakError, OSError) as error:
+            outcome.merge_error = OutputError(str(error))
+        return outcome
+
+    def _remove_stale(self, written: Path) -> None:
+        """After a resume: remove what a run that is given up has written after the state."""
+        from polyak.checkpoints.intervals import NAME, scan_intervals
+
+        start, self._stale_from = self._stale_from, None
+        if start is None:
+            return
+        for one in self.path.iterdir():
+            hidden = one.name.removeprefix(".") if one.name.startswith(".interval-") else ""
+            if NAME.fullmatch(hidden):
+                self._restore(one, start)
+        for found in scan_intervals(self.path).intervals:
+            if found.end > start and found.path != written:
+                found.path.unlink(missing_ok=True)
+
+    def _restore(self, hidden: Path, start: float) -> None:
+        from polyak.checkpoints.reading.opening import open_checkpoint
+
+        with open_checkpoint(hidden) as opened:
+            ends_there = opened.metadata.get("interval", "").endswith(f" {start!r}]")
+        if ends_there:
+            # Its name is that of an end, which no later file has.
+            hidden.replace(hidden.with_name(hidden.name.removeprefix(".")))
+
+
+def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Contents:
+    """What the file of an interval holds: the mean, the newest statistics, all else as it is now."""
+    tracker = member.tracker
+    tensors, held = tracker.tensors, member.accumulator
+    assert held is not None, "something was captured"  # noqa: S101 - for the type checker
+    averaged = {name: held.value(i, member.clock) for i, name in enumerate(tensors.names)}
+    statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
+    named = named_tensors(tensors.model)
+    others = {n: statistics[n] for n in statistics if named.slots[n].persistent}
+    for name, slot in named.slots.items():
+        if slot.persistent and name not in averaged and name not in statistics:
+            others[name] = _as_it_is(slot.tensor)
+    averaged = {name: t for name, t in averaged.items() if named.slots[name].persistent}
+    extra = saving.extra_state(tensors.model)
+    others |= {name: value.detach().clone() for name, value in extra.items() if _is_plain(value)}
+    kept = averaged.keys() | others.keys()
+    ties = {alias: name for alias, name in named.ties.items() if name in kept}
+    said = {**metadata, "batchnorm": "stale" if tensors.statistics else "none"}
+    return Contents(span, averaged, others, ties, said, _event(averaged.values()))
+
+
+def record_id(tensors: Sequence[Tensor]) -> str:
+    """Twelve hex digits of a few values of every weight: equal runs have equal ones."""
+    few = [t.detach()[(0,) * max(t.dim() - 1, 0)].reshape(-1)[:8] for t in tensors if t.numel()]
+    values = [
+        str(one.to(torch.complex128 if one.is_complex() else torch.float64).tolist()) for one in few
+    ]
+    return hashlib.sha256("".join(values).encode()).hexdigest()[:12]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    """The values of now, whatever is written to the tensor later: no copy where that can be had."""
+    shared = None if odd_form(tensor) else copy_on_write(tensor)
+    return tensor.detach().clone() if shared is None else shared
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and not odd_form(value)
+
+
+def _event(tensors: Any) -> Any:
+    device = next((t.device for t in tensors if t.device.type == "cuda"), None)
+    return None if device is None else torch.cuda.current_stream(device).record_event()
+
+
+def _rounded(
+    values: Mapping[str, Tensor], carry: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`round(mean + carry)` of each, and what that leaves for the next interval."""
+    written: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if not value.is_floating_point():
+            written[name] = value
+            continue
+        exact = value + carry[name].to(value.dtype) if name in carry else value
+        written[name] = exact.to(dtype)
+        left[name] = (exact - written[name].to(exact.dtype)).to(dtype)
+    return written, left
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}")

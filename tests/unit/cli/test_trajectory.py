@@ -1,0 +1,72 @@
+"""`polyak average` of a record, and `polyak thin`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import polyak
+from polyak.cli.app import run
+
+
+@pytest.fixture
+def record(tmp_path):
+    model = nn.Linear(2, 2)
+    with polyak.Recorder(model, tmp_path / "record", interval=10, captures=5) as made:
+        for step in range(1, 161):
+            nn.init.constant_(model.weight, step)
+            made.update()
+    return tmp_path / "record"
+
+
+def test_several_averages_in_one_pass(record, tmp_path, capsys):
+    outputs = [tmp_path / "window.safetensors", tmp_path / "ema.pt"]
+    methods = ["window:length=40", "ema:half_life=20"]
+    pairs = [
+        x for m, o in zip(methods, outputs, strict=True) for x in ("--method", m, "-o", str(o))
+    ]
+    assert run(["average", str(record), *pairs, "--until", "80"]) == 0
+    assert load_file(outputs[0])["weight"][0, 0] == 61
+    expected = polyak.Trajectory(record).average("ema:half_life=20", 80)["weight"]
+    assert torch.equal(torch.load(outputs[1])["weight"], expected)
+    said = capsys.readouterr().out
+    assert "window:length=40 at 80 steps" in said
+    assert "planned error" in said
+
+
+def test_a_dry_run_writes_nothing(record, tmp_path, capsys):
+    target = tmp_path / "out.safetensors"
+    assert run(["average", str(record), "-o", str(target), "--dry-run"]) == 0
+    assert not target.exists()
+    assert "swa at 160 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--last", "3"], "not --weights or a selection"),
+        (["--weights", "1"], "not --weights or a selection"),
+        (["--base", "x.pt"], "Leave out --base"),
+        (["--until", "500"], "--until is 500.0; the record is from 0 to 160 steps"),
+        (["--cache-size", "many"], "--cache-size is 'many'"),
+    ],
+)
+def test_what_does_not_fit_a_record(record, tmp_path, capsys, flags, words):
+    assert run(["average", str(record), "-o", str(tmp_path / "out.safetensors"), *flags]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_moment_needs_a_record(record, tmp_path, capsys):
+    files = sorted(map(str, record.glob("interval-*")))
+    assert run(["average", *files, "-o", str(tmp_path / "a.pt"), "--until", "5"]) == 2
+    assert "are for the record of a run" in capsys.readouterr().err
+
+
+def test_thin(record, capsys):
+    assert run(["thin", str(record), "--keep", "4"]) == 0
+    assert "12 files merged into their neighbours" in capsys.readouterr().out
+    assert len(polyak.Trajectory(record).intervals) == 4
+    assert run(["thin", str(record), "--keep", "3", "--by", "age"]) == 0
+    assert run(["thin", str(record.parent / "nowhere"), "--keep", "3"]) == 2
