@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import multiprocessing
+
+from polyak.errors import PolyakWarning
 
 
 def launch(target: Callable[..., None], n_ranks: int, *args: object) -> None:
@@ -29,6 +32,8 @@ def launch(target: Callable[..., None], n_ranks: int, *args: object) -> None:
 def run_checks(checks: Mapping[str, Callable[[Path], None]], file: Path, folder: Path) -> None:
     """Run each in a folder of its own, and write what it has said: "ok" or the traceback."""
     said = {}
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", category=PolyakWarning)
     for name, check in checks.items():
         (folder / name).mkdir(exist_ok=True)
         try:

@@ -7,6 +7,7 @@ schedule inside its scheduler, and `applied()` works on the model beneath its wr
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,8 +88,11 @@ class Tracking:
         if _shards(self._accelerator, self.average):
             from torch.distributed.checkpoint.state_dict_saver import save
 
-            state = {self.name: self.average.state_dict()}
-            save(state, checkpoint_id=Path(folder, self.name))
+            together = Path(folder, self.name)
+            if self._rank == 0 and (together / ".metadata").exists():  # perhaps of more processes
+                shutil.rmtree(together)
+            self._accelerator.wait_for_everyone()
+            save({self.name: self.average.state_dict()}, checkpoint_id=together)
             return
         torch.save(self.average.state_dict(), self._file(folder, self._rank))
         if self._rank == 0:  # a checkpoint of more processes was here
