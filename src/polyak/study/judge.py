@@ -180,9 +180,7 @@ class Judge:
         self.evaluations += 1
         self._check_size(scores, what)
         if self._kept and bool(torch.isfinite(scores).all()):
-            problem = (
-                self._kept.try_put(key, scores, {"what": what}) if scores is not None else None
-            )
+            problem = self._kept.try_put(key, scores, {"what": what})
             if problem:
                 self.notes.append(f"Scores are not kept: {problem}")
                 self._kept = None
