@@ -17,6 +17,7 @@ from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, check_match
 from polyak.study.evaluations import digest_of
 from polyak.tensors.names import named_tensors
+from polyak.tensors.policy import RUNNING_STATISTICS
 from polyak.tensors.swap import recompute_derived
 
 Weights = str | Path | Mapping[str, Tensor]
@@ -34,6 +35,12 @@ def check_fits(model: Module, newest: Interval) -> None:
         f"{newest.path.parent} is not the record of this model ({type(model).__name__}).",
         "Build the model in the way in which it was trained.",
     )
+
+
+def has_statistics(interval: Interval) -> bool:
+    """Whether the record holds running statistics, which an average does not have of its own."""
+    with interval.open() as opened:
+        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in opened.tensors)
 
 
 @torch.no_grad()

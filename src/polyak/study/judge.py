@@ -31,7 +31,7 @@ from polyak.maths.arguments import number
 from polyak.maths.profiles import Profile
 from polyak.maths.text import as_profile, profile_text
 from polyak.study.evaluations import TimedOut, as_scores, data_identity, identity_of, time_limit
-from polyak.study.filling import check_fits, fill, own_weights
+from polyak.study.filling import check_fits, fill, has_statistics, own_weights
 from polyak.study.found import Scored
 from polyak.study.plan import Plan
 from polyak.study.scores import FOLDER, KeptScores, key_of
@@ -104,7 +104,7 @@ class Judge:
             check_fits(judging.model, trajectory.intervals[-1])
         self._identity = self._described()
         self._kept = self._cache()
-        self._warned = False
+        self._stale = judging.data is None and has_statistics(trajectory.intervals[-1])
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -246,19 +246,16 @@ class Judge:
     @contextmanager
     def _stale_noticed(self) -> Iterator[None]:
         """Say once for all averages that their BatchNorm statistics are not their own."""
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        if self._stale:
+            self._stale = False
+            warn(
+                "The averages are evaluated with the BatchNorm statistics of the newest interval, which are not "
+                "theirs. Pass data= with training batches (and model=) to refresh them for each.",
+                StaleStatistics,
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StaleStatistics)
             yield
-        for one in said:
-            if not issubclass(one.category, StaleStatistics):
-                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-            elif self._judging.data is None and not self._warned:
-                self._warned = True
-                warn(
-                    "The averages are evaluated with the BatchNorm statistics of the newest interval, which are "
-                    "not theirs. Pass data= with training batches (and model=) to refresh them for each.",
-                    StaleStatistics,
-                )
 
     def _scored(
         self, key: str, text: str, family: str, start: float | None, until: float, error: float
