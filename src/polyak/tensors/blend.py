@@ -102,7 +102,7 @@ class GroupedTensors:
         self._live, self._like, self._statistics = live, like, statistics
         self._bounded = n_averages > 1
         self._groups: list[_Group] = []
-        self._grouped_live: list[list[Tensor]] = []
+        self.live: list[list[Tensor]] = []  # of what goes by groups
         self._rows = _fused_rows(live, like, statistics)
         fused_weights = {index for rows in self._rows for index in rows.weights}
         fused_statistics = {index for rows in self._rows for index in rows.statistics}
@@ -144,7 +144,7 @@ class GroupedTensors:
 
     def _blend_groups(self, updates: Sequence[Update]) -> None:
         for index, group in enumerate(self._groups):
-            source = self._grouped_live[index]
+            source = self.live[index]
             if group.scratch is not None:
                 torch._foreach_copy_(group.scratch, source)
                 source = group.scratch
@@ -160,7 +160,7 @@ class GroupedTensors:
             buckets.setdefault(key, []).append(index)
         for bucket in buckets.values():
             self._groups += _groups(self._live, self._like, bucket, bounded=self._bounded)
-        self._grouped_live = self._views(Targets(list(self._live)))
+        self.live = self._views(Targets(list(self._live)))
 
     def _views(self, targets: Targets) -> list[list[Tensor]]:
         for group in self._groups[len(targets.groups) :]:
