@@ -447,6 +447,45 @@ def caught(program, folder):
     return [warning for warning in found if issubclass(warning.category, PolyakWarning)]
 
 
+def in_lightning(program, folder):
+    """A module that has been fitted and saved without averaging, and a trainer that averages."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from polyak.integrations.lightning import WeightAveraging
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", PolyakWarning)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "limit_train_batches": 2, "limit_val_batches": 0}
+    module = BoringModel()
+    plain = Trainer(max_epochs=1, default_root_dir=folder, **quiet)
+    plain.fit(module)
+    plain.save_checkpoint(folder / "plain.ckpt")
+    trainer = Trainer(
+        callbacks=[WeightAveraging("swa")], max_epochs=2, default_root_dir=folder, **quiet
+    )
+    program(trainer, module)
+
+
+@case(PolyakWarning)
+def lightning_resumed_without_an_average(folder):
+    def program(trainer, module):
+        trainer.fit(module, ckpt_path=folder / "plain.ckpt")  # the line that is to be named
+
+    in_lightning(program, folder)
+
+
+@case(PolyakWarning)
+def lightning_module_with_other_weights(folder):
+    def program(trainer, module):
+        trainer.fit(module)
+        torch.nn.init.zeros_(module.layer.weight)
+        trainer.fit(module)  # the line that is to be named
+
+    in_lightning(program, folder)
+
+
 @pytest.mark.parametrize(("program", "category"), CASES, ids=lambda c: c.__name__)
 def test_a_warning_names_the_line_that_caused_it(program, category, tmp_path):
     lines, first = inspect.getsourcelines(program)
