@@ -220,7 +220,7 @@ def iter_averaged_tensors(  # noqa: PLR0913 - keyword-only arguments do not coun
             runs.add(memory, 0, tensor.nbytes)
             plan = MergePlan([tensor], merge.plan.chunk_bytes)
             paths = [one.path for one in merge.all_inputs]
-            worker = Worker(Job(plan, merge.coefficients, [[runs]], paths))
+            worker = Worker(Job(plan, merge.rules, [[runs]], paths))
             for index in range(len(plan)):
                 worker.merge(plan[index], checksums=False)
             yield tensor.name, memory.as_tensor(tensor.dtype, tensor.shape)
