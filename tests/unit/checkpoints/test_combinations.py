@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from polyak.checkpoints.merging import measure
 from polyak.checkpoints.merging.deltas import kept_at_random, parse_method
 from polyak.errors import ArgumentError, NonFiniteError
 
+DELTAS = Path(__file__).parents[2] / "data" / "mergekit" / "deltas"
 SHAPES = {"embedding": (997, 211), "w": (61, 7), "b": (61,), "scale": ()}
 # 997 * 211 float32 values are more than one chunk, and none of these is a multiple of anything.
 
@@ -250,3 +252,28 @@ def test_what_does_not_fit_the_inputs(tmp_path):
         with pytest.raises(ArgumentError, match=message):
             made(tmp_path, start, given, method)
     assert sorted(tmp_path.iterdir()) == sorted([base, *inputs])
+
+
+WEIGHTS = (0.5, 1.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("ties", Ties(0.2, 0.8, WEIGHTS)),
+        ("dare_ties", Dare(1.0, weights=WEIGHTS, elect=True)),
+        ("dare_linear", Dare(1.0, weights=WEIGHTS)),
+        ("model_stock", ModelStock()),
+        ("slerp", Slerp(0.3)),
+    ],
+)
+def test_the_same_as_mergekit(tmp_path, name, method):
+    """Made by mergekit 0.1.5 (scripts/make_mergekit_golden.py), which lerps where cosines exceed 0.9995."""
+    made_there = load_file(DELTAS / f"{name}.safetensors")
+    runs = [DELTAS / f"run-{i}.safetensors" for i in range(2 if name == "slerp" else 3)]
+    base = None if name == "slerp" else DELTAS / "base.safetensors"
+    found = made(tmp_path, base, runs, method)
+    assert found.keys() == made_there.keys()
+    for tensor in found:
+        tolerance = 1e-4 if name == "slerp" and "norm" in tensor else 3e-7
+        torch.testing.assert_close(found[tensor], made_there[tensor], rtol=0, atol=tolerance)
