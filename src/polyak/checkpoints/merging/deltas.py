@@ -98,7 +98,11 @@ class Ties(Combination):
         least = per_tensor(tensors, find, threads)
 
         def trim(delta: Tensor, name: str, index: int, begin: int) -> None:
-            delta.masked_fill_(delta.abs() < least[name][index], 0)
+            # What is as large as the bound stays: `hardshrink` keeps what is larger, so it gets the number below.
+            below = torch.tensor(least[name][index], dtype=delta.dtype)
+            if below > 0:
+                bound = torch.nextafter(below, torch.zeros_like(below)).item()
+                torch.ops.aten.hardshrink.out(delta, bound, out=delta)
 
         return SumOfDeltas(weights, self.scale, trim, elect=True)
 
@@ -157,7 +161,7 @@ class Dare(Combination):
 
         def drop(delta: Tensor, name: str, index: int, begin: int) -> None:
             kept = kept_at_random(self.seed, name, index, begin, len(delta), self.density)
-            delta.mul_(kept).div_(self.density)
+            delta.mul_(kept.to(delta.dtype)).div_(self.density)
 
         return SumOfDeltas(weights, self.scale, drop, elect=self.elect)
 
@@ -264,11 +268,11 @@ def kept_at_random(
     seed: int, name: str, index: int, begin: int, values: int, density: float
 ) -> Tensor:
     """Which of the values `begin` to `begin + values` of a tensor are kept: a share `density`, at random."""
-    numbers = np.random.Philox(key=[seed, zlib.crc32(name.encode()) << 32 | index])
-    numbers.advance(begin // 8)  # each step of the counter gives 8 numbers of 32 bits
-    skip = begin % 8
-    raw = numbers.random_raw(-(-(skip + values) // 8) * 4).view(np.uint32)
-    return torch.from_numpy(raw[skip : skip + values] < density * 2**32)
+    seeds = np.random.SeedSequence([seed, zlib.crc32(name.encode()), index])
+    numbers = np.random.PCG64DXSM(seeds)
+    numbers.advance(begin // 2)  # each step gives two numbers of 32 bits
+    raw = numbers.random_raw(values // 2 + 2).view(np.uint32)[begin % 2 :][:values]
+    return torch.from_numpy((raw <= np.uint32(round(density * 2**32) - 1)).astype(np.float32))
 
 
 def _along_arc(weights: Sequence[float], cosine: float) -> list[float]:

@@ -5,7 +5,8 @@ Both read the inputs once, tensor by tensor, in pieces: nothing is held but coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.align import MergedTensor
-from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, accumulator, itemsize
+from polyak.checkpoints.reading.stored import TORCH_DTYPES, accumulator, itemsize
 
 _PIECE = 1 << 16
-_WHOLE = 1 << 20  # up to so many values are sorted as they are
-_SAMPLE, _RUN = 1 << 18, 1 << 12
+_SAMPLE, _RUN = 1 << 15, 1 << 8
+_memory = threading.local()  # buffers of each thread, for the inputs and for the base
 
 Found = TypeVar("Found")
 
@@ -39,11 +40,11 @@ def per_tensor(
 
 def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
     """Products of every two inputs (of their differences to the first, if that is the base), in float64."""
-    sources = [source for source in tensor.sources if source is not None]
-    total = np.zeros((len(sources) - has_base,) * 2)
+    inputs = range(len(tensor.sources))
+    total = np.zeros((len(inputs) - has_base,) * 2)
     for begin in range(0, _size(tensor), _PIECE):
         end = min(begin + _PIECE, _size(tensor))
-        rows = torch.stack([_read(source, tensor, begin, end).double() for source in sources])
+        rows = torch.stack([_read(tensor, i, begin, end, "input").double() for i in inputs])
         if has_base:
             rows = rows[1:] - rows[0]
         total += (rows @ rows.T).numpy()
@@ -51,76 +52,100 @@ def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
 
 
 def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:
-    """Per input the magnitude that a share `density` of its changes |x - base| reaches; the base's is 0."""
-    base, *others = [source for source in tensor.sources if source is not None]
-    kept = max(1, int(density * _size(tensor)))
-    return [0.0, *(_kth_largest(tensor, base, one, kept) for one in others)]
+    """Per input the magnitude that a share `density` of its changes |x - base| reaches; the base's is 0.
+
+    Exactly: a sample brackets each, and one pass over all values counts what is outside of the brackets and
+    keeps what is inside. Values that equal a bound are only counted, however many they are.
+    """
+    size, inputs = _size(tensor), range(1, len(tensor.sources))
+    kept = max(1, int(density * size))
+    if kept == size:
+        return [0.0] * len(tensor.sources)
+    found = {}
+    samples, share = _samples(tensor), 0.005
+    while missing := [index for index in inputs if index not in found]:
+        bounds = {index: _bracket(samples[index], kept / size, share) for index in missing}
+        counts = {index: _Counts(*bounds[index]) for index in missing}
+        for begin in range(0, size, _PIECE):
+            for index, changes in _changes(tensor, missing, begin, min(begin + _PIECE, size)):
+                counts[index].add(changes)
+        for index in missing:
+            value = counts[index].kth_largest(kept)
+            if value is None and share > 1:
+                value = 0.0  # there are NaN, which merging will find and name
+            if value is not None:
+                found[index] = value
+        share *= 8
+    return [0.0, *(found[index] for index in inputs)]
 
 
-def _kth_largest(tensor: MergedTensor, base: StoredTensor, other: StoredTensor, kept: int) -> float:
-    """Exactly: a sample brackets the value, and a pass over all counts what is outside of the bracket."""
-    size = _size(tensor)
-    if kept >= size:
-        return 0.0
-    if size <= _WHOLE:
-        changes = _changes(tensor, base, other, 0, size).numpy()
-        return float(np.partition(changes, size - kept)[size - kept])
-    step = size // (_SAMPLE // _RUN)
-    runs = [_changes(tensor, base, other, at, at + _RUN) for at in range(0, size - _RUN, step)]
-    sample = torch.cat(runs).sort().values
-    middle, width = round((1 - kept / size) * (len(sample) - 1)), len(sample) // 200
-    while True:  # ends: with the whole sample as bracket nothing is outside of it but the two tails
-        low, high = (
-            float(sample[min(max(middle + by, 0), len(sample) - 1)]) for by in (-width, width)
-        )
-        whole = width >= len(sample)
-        low, high = (-1.0, float("inf")) if whole else (low, high)
-        if (found := _within(tensor, base, other, kept, low, high)) is not None:
-            return found
-        width *= 8
+class _Counts:
+    """How many of the values that are added are above, in and at the bounds of a bracket."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self._low, self._high = low, high
+        self._above = self._at_high = self._within = 0
+        self._inside: list[Any] = []
+
+    def add(self, values: Any) -> None:
+        above = values > self._high
+        within = values[(values >= self._low) ^ above]  # few, unless many equal a bound
+        self._above += int(np.count_nonzero(above))
+        self._within += len(within)
+        self._at_high += int(np.count_nonzero(within == self._high))
+        self._inside.append(within[(within > self._low) & (within < self._high)])
+
+    def kth_largest(self, kept: int) -> float | None:
+        """The value, if it is from low to high."""
+        rank = kept - self._above - self._at_high
+        if rank <= 0:
+            return self._high if kept > self._above else None
+        between = np.concatenate(self._inside)
+        if rank <= len(between):
+            return float(np.partition(between, len(between) - rank)[len(between) - rank])
+        return self._low if kept <= self._above + self._within else None
 
 
-def _within(
-    tensor: MergedTensor,
-    base: StoredTensor,
-    other: StoredTensor,
-    kept: int,
-    low: float,
-    high: float,
-) -> float | None:
-    """The value, if it is from low to high. Those that equal a bound are counted and not held."""
-    above = at_high = from_low = 0
-    inside: list[Tensor] = []
-    for begin in range(0, _size(tensor), _PIECE):
-        changes = _changes(tensor, base, other, begin, min(begin + _PIECE, _size(tensor)))
-        from_low += int((changes >= low).sum())
-        over = changes > high
-        above += int(over.sum())
-        at_high += int((changes == high).sum())
-        inside.append(changes[(changes > low) & (changes < high)])
-    between = torch.cat(inside).numpy()
-    rank = kept - above - at_high
-    if rank <= 0:
-        return high if kept > above else None
-    if rank <= len(between):
-        return float(np.partition(between, len(between) - rank)[len(between) - rank])
-    return low if kept <= from_low else None
+def _samples(tensor: MergedTensor) -> dict[int, Any]:
+    """Per input some of its changes, in runs from everywhere, sorted."""
+    size, inputs = _size(tensor), range(1, len(tensor.sources))
+    runs: dict[int, list[Any]] = {index: [] for index in inputs}
+    for begin in range(0, size, max(_RUN, size // (_SAMPLE // _RUN))):
+        for index, changes in _changes(tensor, inputs, begin, min(begin + _RUN, size)):
+            runs[index].append(changes.copy())
+    return {index: np.sort(np.concatenate(found)) for index, found in runs.items()}
+
+
+def _bracket(sample: Any, density: float, share: float) -> tuple[float, float]:
+    """Bounds around the quantile, by a share of the sample to each side; all there is where that is 1."""
+    if share > 1:
+        return -1.0, float("inf")
+    middle, width, last = (1 - density) * len(sample), share * len(sample) + 8, len(sample) - 1
+    low, high = (sample[int(min(max(middle + by, 0), last))] for by in (-width, width))
+    return float(low), float(high)
 
 
 def _changes(
-    tensor: MergedTensor, base: StoredTensor, other: StoredTensor, begin: int, end: int
-) -> Tensor:
-    """|other - base|, and infinity for what is no number, so that nothing is hidden by it."""
+    tensor: MergedTensor, inputs: Iterable[int], begin: int, end: int
+) -> Iterator[tuple[int, Any]]:
+    """Of each of these inputs |x - base|, until the next is taken, in the dtype that sums run in."""
     dtype = accumulator(tensor.numbers[0]) if tensor.numbers else torch.float32
-    first, second = (_read(one, tensor, begin, end).to(dtype) for one in (base, other))
-    return second.sub_(first).abs_().nan_to_num_(nan=float("inf"), posinf=float("inf"))
+    base = _read(tensor, 0, begin, end, "base").to(dtype)
+    for index in inputs:
+        values = _read(tensor, index, begin, end, "input").to(dtype)
+        yield index, values.sub_(base).abs_().numpy()
 
 
-def _read(source: StoredTensor, tensor: MergedTensor, begin: int, end: int) -> Tensor:
-    dtype = tensor.numbers[0] if tensor.numbers else source.dtype
+def _read(tensor: MergedTensor, index: int, begin: int, end: int, buffer: str) -> Tensor:
+    """Values of an input in one of the thread's buffers, which is as large as a piece."""
+    source = tensor.sources[index]
+    dtype = tensor.numbers[0] if tensor.numbers else tensor.dtype
     size = itemsize(dtype)
-    raw = bytearray((end - begin) * size)
-    source.read_into(begin * size, memoryview(raw))
+    if not hasattr(_memory, buffer):
+        setattr(_memory, buffer, bytearray(_PIECE * 8))
+    raw = memoryview(getattr(_memory, buffer))[: (end - begin) * size]
+    if source is not None:  # as every input of what is averaged is
+        source.read_into(begin * size, raw)
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype])
 
 

@@ -30,7 +30,13 @@ from polyak.checkpoints.merging.dcp_output import (
 from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
-from polyak.checkpoints.merging.plan import ByteRuns, MergePlan, bytes_to_read, in_writing_order
+from polyak.checkpoints.merging.plan import (
+    CHUNK_BYTES,
+    ByteRuns,
+    MergePlan,
+    bytes_to_read,
+    in_writing_order,
+)
 from polyak.checkpoints.merging.rules import Rule, WeightedSum
 from polyak.checkpoints.merging.weights import (
     Method,
@@ -326,7 +332,10 @@ def _laid_out(
         else blueprint(path, contents, said)
         for path, said in pairs
     ]
-    plan = MergePlan(tensors)
+    combined = any(one.combination for one in weights)
+    plan = MergePlan(
+        tensors, CHUNK_BYTES // 4 if combined else CHUNK_BYTES
+    )  # its rows stay in the cache
     return Merge(inputs, base, weights, alignment, plan, tuple(blueprints), options, batchnorm)
 
 

@@ -149,22 +149,23 @@ class SumOfDeltas(Rule):
         for name, begin, where in pieces:
             self._thin(delta[where], name, index, begin)
         weight = self.coefficients[index]
-        delta.mul_(weight)
-        if not self._elect:
-            total.add_(delta)
-            return
-        part, negative, weight_above, weight_below = rows[3:]
-        total.add_(torch.clamp(delta, min=0, out=part))
-        negative.add_(torch.clamp(delta, max=0, out=part))
-        weight_above.add_(delta > 0, alpha=weight)
-        weight_below.add_(delta < 0, alpha=weight)
+        if weight != 1:
+            delta.mul_(weight)
+        total.add_(delta)
+        if self._elect:
+            part, magnitude, signs, present = rows[3:]
+            magnitude.add_(torch.abs(delta, out=part))
+            signs.add_(torch.sign(delta, out=part), alpha=weight)
+            present.addcmul_(part, part, value=weight)
 
     def finish(self, rows: Sequence[Tensor]) -> None:
         """Add what was summed, or elected and averaged, to the base."""
         if self._elect:
-            _, _, positive, part, negative, above, below = rows
-            elected = torch.add(positive, negative, out=part) >= 0
-            torch.where(elected, positive, negative, out=positive)
-            torch.where(elected, above, below, out=above)
-            positive.div_(above.masked_fill_(above == 0, 1))
+            # Of the sum s and the sum m of magnitudes, those above 0 have (m + s) / 2, those below (m - s) / 2.
+            _, _, total, elected, magnitude, signs, present = rows
+            torch.sign(total, out=elected).add_(0.5).sign_()  # 0 counts as positive
+            present.addcmul_(signs, elected)
+            total.addcmul_(magnitude, elected).div_(
+                present.clamp_(min=torch.finfo(total.dtype).tiny)
+            )
         rows[0].add_(rows[2], alpha=self._scale)
