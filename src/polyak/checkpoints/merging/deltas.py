@@ -26,6 +26,9 @@ from polyak.maths.arguments import count, number
 from polyak.maths.profile import Profile
 
 
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
 class Combination(ABC):
     """A way to make one output of all inputs that is more than a weighted sum."""
 
@@ -98,11 +101,10 @@ class Ties(Combination):
         least = per_tensor(tensors, find, threads)
 
         def trim(delta: Tensor, name: str, index: int, begin: int) -> None:
-            # What is as large as the bound stays: `hardshrink` keeps what is larger, so it gets the number below.
-            below = torch.tensor(least[name][index], dtype=delta.dtype)
-            if below > 0:
-                bound = torch.nextafter(below, torch.zeros_like(below)).item()
-                torch.ops.aten.hardshrink.out(delta, bound, out=delta)
+            # `hardshrink` keeps what is larger than its bound; what is as large as ours is to stay.
+            if bound := least[name][index]:
+                below = np.nextafter(np.array(bound, _NUMPY[delta.dtype]), 0).item()
+                torch.ops.aten.hardshrink.out(delta, below, out=delta)
 
         return SumOfDeltas(weights, self.scale, trim, elect=True)
 

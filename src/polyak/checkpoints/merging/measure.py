@@ -44,7 +44,9 @@ def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
     total = np.zeros((len(inputs) - has_base,) * 2)
     for begin in range(0, _size(tensor), _PIECE):
         end = min(begin + _PIECE, _size(tensor))
-        rows = torch.stack([_read(tensor, i, begin, end, "input").double() for i in inputs])
+        rows = torch.empty(len(inputs), end - begin, dtype=torch.float64)
+        for index in inputs:
+            rows[index] = _read(tensor, index, begin, end, "input")
         if has_base:
             rows = rows[1:] - rows[0]
         total += (rows @ rows.T).numpy()
