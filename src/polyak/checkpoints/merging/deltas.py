@@ -25,7 +25,6 @@ from polyak.maths import text
 from polyak.maths.arguments import count, number
 from polyak.maths.profile import Profile
 
-
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
