@@ -93,8 +93,9 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
             The suffix decides the format: `.safetensors`, a torch archive (`.pt .pth .bin .ckpt`), or
             none for a folder of shards with the newest input's configuration.
         method: How the one output is made, `"swa"` by default: a profile, its text
-            (`"ema:half_life=3000"`), one weight per input in the order in which they were given, or
-            `polyak.checkpoints.OutputWeights`. The weights of a profile sum to 1. A list of weights must
+            (`"ema:half_life=3000"`), one weight per input in the order in which they were given,
+            `polyak.checkpoints.OutputWeights`, or what combines separate fine-tunes: `Ties`, `Dare`,
+            `ModelStock`, `Slerp`. The weights of a profile sum to 1. A list of weights must
             sum to 1, unless `normalize` or `base` is given. `OutputWeights` are used as they are,
             whatever their sum.
         dtype: Of the floating tensors as written, like `"bfloat16"`; by default that of the inputs.

@@ -33,6 +33,8 @@ class Combination(ABC):
 
     buffers: ClassVar[int] = 1
     """Rows of a chunk that its rule needs."""
+    reads: ClassVar[int] = 2
+    """How often the inputs are read."""
 
     @abstractmethod
     def weights_of(self, inputs: int, *, has_base: bool) -> tuple[float, ...]:
@@ -138,6 +140,7 @@ class Dare(Combination):
     seed: int = 0
 
     buffers: ClassVar[int] = 7
+    reads: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check_delta_method(self)

@@ -206,6 +206,10 @@ class Merge:
         return WeightedSum(row if self.base is None else [_remainder(row), *row])
 
     @property
+    def _reads(self) -> int:
+        return max(1 if one.combination is None else one.combination.reads for one in self.weights)
+
+    @property
     def _rows(self) -> int:
         given = [one.combination for one in self.weights]
         return sum(1 if one is None else one.buffers for one in given)
@@ -225,7 +229,7 @@ class Merge:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that are read."""
-        return bytes_to_read(self.plan)
+        return bytes_to_read(self.plan) * self._reads
 
     @property
     def bytes_written(self) -> int:
@@ -254,8 +258,7 @@ class Merge:
         begin = time.perf_counter()
         sums = [self._sum_of(one) for one in self.weights]
         run(self.job(nowhere, sums), iter(chosen), self.threads, lambda index, checksums: None)
-        reads = 2 if any(one.combination for one in self.weights) else 1
-        return reads * (time.perf_counter() - begin) * len(self.plan) / len(chosen)
+        return self._reads * (time.perf_counter() - begin) * len(self.plan) / len(chosen)
 
 
 @contextmanager
