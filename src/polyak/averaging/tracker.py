@@ -22,6 +22,7 @@ from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
+from polyak.tensors.gathering import Gathered
 from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
 from polyak.tensors.swap import current_owner
@@ -35,7 +36,8 @@ class Member:
     clock: Clock
     unit: str | None = None
     accumulator: Accumulator | None = None
-    statistics: list[Tensor] = field(default_factory=list)
+    own_statistics: list[Tensor] = field(default_factory=list)
+    newest: tuple[Gathered, list[Tensor]] | None = None  # statistics that are not in these yet
     fresh_layers: set[str] = field(default_factory=set)  # whose statistics were measured on it
     measured_buffers: dict[str, Tensor] = field(default_factory=dict)  # of averaged statistics
     pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
@@ -50,6 +52,16 @@ class Member:
     def profile(self) -> Profile:
         """How much each moment counts."""
         return self.clock.profile
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The statistics that belong to the average, in the order of the bound ones."""
+        if self.newest is not None:
+            gathered, taken = self.newest
+            with torch.no_grad():
+                gathered.spread(taken, self.own_statistics)
+            self.newest = None
+        return self.own_statistics
 
     def stale_layers(self) -> list[str]:
         """Layers whose statistics are those of the newest weights, not of the average."""
@@ -104,6 +116,7 @@ class Tracker:
         self._grouped: GroupedTensors | None = None
         self._grouped_at = -1
         self._staging: Staging | None = None
+        self._gathered: Gathered | None = None  # the statistics of the model
 
     def join(self, profile: Profile | str) -> Member:
         """One more average of these weights. Raises ArgumentError for a profile that does not fit."""
@@ -156,7 +169,8 @@ class Tracker:
         for member in self.members:
             if member.accumulator is None:
                 member.accumulator = accumulator_class(member.profile)(live, self.options)
-                member.statistics = [s.detach().clone() for s in self.tensors.statistics]
+                member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
+                member.newest = None
                 self._grouped_at = -1
         if self._grouped_at != self.tensors.generation:
             self._group()
@@ -273,9 +287,14 @@ class Tracker:
     def _copy_statistics(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
         if not self.tensors.statistics:
             return
+        if self._gathered is None or self._gathered.live is not self.tensors.statistics:
+            self._gathered = Gathered(self.tensors.statistics)
+        taken = self._gathered.take()
         for member, now in zip(members, moments, strict=True):
             if now.on_device or now.share:
-                torch._foreach_copy_(member.statistics, self.tensors.statistics)
+                member.newest = (self._gathered, taken)
+                if self.options.capturable:  # the replays of a graph run no host code
+                    _ = member.statistics
                 member.fresh_layers, member.measured_buffers = set(), {}
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()

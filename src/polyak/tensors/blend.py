@@ -74,6 +74,10 @@ class GroupedTensors:
 
     def blend(self, updates: Sequence[Update]) -> None:
         """Apply every average's update, reading the live weights once."""
+        with torch.inference_mode():  # no_grad still asks every tensor whether it needs a graph
+            self._blend(updates)
+
+    def _blend(self, updates: Sequence[Update]) -> None:
         for index, group in enumerate(self._groups):
             source = self.live[index]
             if group.scratch is not None:
