@@ -86,10 +86,14 @@ def ours_dcp(folder: Path, out: Path) -> None:
     merge(inputs_of(folder, "step-*-dcp"), {out / "swa.safetensors": "swa"})
 
 
-def merge(inputs: list[Path], outputs: dict[Path, str]) -> None:
+def ours_dcp_out(folder: Path, out: Path) -> None:
+    merge(inputs_of(folder, "step-*-dcp"), {out / "swa": "swa"}, format="dcp")
+
+
+def merge(inputs: list[Path], outputs: dict[Path, str], **options: str) -> None:
     from polyak.checkpoints.merging.average import average_checkpoints
 
-    average_checkpoints(inputs, outputs, threads=THREADS)  # type: ignore[arg-type]
+    average_checkpoints(inputs, outputs, threads=THREADS, **options)  # type: ignore[arg-type]
 
 
 def load_file_loop(folder: Path, out: Path) -> None:
@@ -151,6 +155,7 @@ ARMS = {
         ours_four,
         ours_torch,
         ours_dcp,
+        ours_dcp_out,
         load_file_loop,
         torch_load_loop,
         mergekit,
@@ -161,7 +166,7 @@ ARMS = {
 GROUPS = {
     "safetensors": ["plain", "ours", "plain_four", "ours_four", "load_file_loop", "mergekit"],
     "pt": ["plain", "ours", "ours_torch", "torch_load_loop"],
-    "dcp": ["plain", "ours", "ours_dcp"],
+    "dcp": ["plain", "ours", "ours_dcp", "ours_dcp_out"],
 }
 
 
@@ -173,6 +178,8 @@ def run_arm(name: str, folder: Path) -> None:
     import polyak.checkpoints.merging.average
 
     assert safetensors.torch, polyak.checkpoints.merging.average
+    if name == "ours_dcp_out":
+        import torch.distributed.checkpoint
     torch.set_num_threads(THREADS)
     imported = peak()
     with tempfile.TemporaryDirectory(dir=folder) as out:

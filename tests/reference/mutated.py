@@ -84,6 +84,8 @@ class MemoryFolder:
 
     path = "fuzz"
 
+    names = ()
+
     def __init__(self, files: dict[str, bytes], name: str = ""):
         self.files, self.name = files, name
         self.names = sorted(files)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -315,7 +316,6 @@ def merged_without_extra_state(folder):
 
 @case(PolyakWarning)
 def merged_without_the_state_of_training(folder):
-    import torch.distributed.checkpoint as dcp
 
     state = {"model": network().state_dict(), "step": 3, "optimizer": {"rate": torch.ones(1)}}
     with warnings.catch_warnings():
@@ -323,6 +323,15 @@ def merged_without_the_state_of_training(folder):
         dcp.save(state, checkpoint_id=folder / "step-3")
     step, out = folder / "step-3", folder / "out"
     polyak.average_checkpoints([step], out, format="dcp")  # the line that is to be named
+
+
+@case(PolyakWarning)
+def merged_unrelated_networks(folder):
+    for step in (1, 2):
+        torch.manual_seed(step)
+        torch.save({"w": torch.randn(100, 100)}, folder / f"step-{step}.pt")
+    inputs = folder.glob("*.pt")
+    polyak.average_checkpoints(inputs, folder / "out.pt")  # the line that is to be named
 
 
 @case(PolyakWarning)
@@ -419,6 +428,45 @@ def caught(program, folder):
         warnings.simplefilter("always")
         program(folder)
     return [warning for warning in found if issubclass(warning.category, PolyakWarning)]
+
+
+def in_lightning(program, folder):
+    """A module that has been fitted and saved without averaging, and a trainer that averages."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from polyak.integrations.lightning import WeightAveraging
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", PolyakWarning)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "limit_train_batches": 2, "limit_val_batches": 0}
+    module = BoringModel()
+    plain = Trainer(max_epochs=1, default_root_dir=folder, **quiet)
+    plain.fit(module)
+    plain.save_checkpoint(folder / "plain.ckpt")
+    trainer = Trainer(
+        callbacks=[WeightAveraging("swa")], max_epochs=2, default_root_dir=folder, **quiet
+    )
+    program(trainer, module)
+
+
+@case(PolyakWarning)
+def lightning_resumed_without_an_average(folder):
+    def program(trainer, module):
+        trainer.fit(module, ckpt_path=folder / "plain.ckpt")  # the line that is to be named
+
+    in_lightning(program, folder)
+
+
+@case(PolyakWarning)
+def lightning_module_with_other_weights(folder):
+    def program(trainer, module):
+        trainer.fit(module)
+        torch.nn.init.zeros_(module.layer.weight)
+        trainer.fit(module)  # the line that is to be named
+
+    in_lightning(program, folder)
 
 
 @pytest.mark.parametrize(("program", "category"), CASES, ids=lambda c: c.__name__)

@@ -210,10 +210,14 @@ class Tracker:
 
     def add_unfrozen(self) -> None:
         """Average parameters that are about to train for the first time: they were constant so far."""
-        if not self.tensors.bound or not (names := self.tensors.unfrozen()):
-            return
+        if self.tensors.bound and (names := self.tensors.unfrozen()):
+            self.add(names)
+
+    def add(self, names: Iterable[str], *, known_to: Member | None = None) -> None:
+        """Average these from now on, which the others than `known_to` have found constant so far."""
         self.finish()
-        values = self.tensors.add(names)
+        others = [m for m in self.members if m is not known_to and m.accumulator is not None]
+        values = self.tensors.add(names, constant=known_to is None or bool(others))
         for member in self.members:
             if member.accumulator is not None:
                 member.accumulator.add(values, member.clock)

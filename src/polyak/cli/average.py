@@ -6,10 +6,12 @@ Its flags come in groups. The fields of `Tensors`, `Work` and `Outputs` that hav
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.prepare import Merge, PathLike
     from polyak.checkpoints.merging.selection import Found, Selection
+    from polyak.checkpoints.merging.spread import Spread
     from polyak.checkpoints.merging.weights import Method
 
 _WIDE = 10_000
@@ -46,6 +49,9 @@ class Inputs:
         metric: eval_loss, val_accuracy, ...; min:NAME or max:NAME where the name does not say.
         scores: A CSV or JSONL file with the columns step (or file) and the metric. Without it
             trainer_state.json or Lightning's callback state is read.
+        steps_unit: What times in --method count instead of steps, like tokens: a column of
+            --steps-from, or the number after this word in the names (step100-tokens4B).
+        steps_from: A CSV or JSONL file with the columns step (or file) and the unit.
 
     """
 
@@ -55,6 +61,8 @@ class Inputs:
     best: Whole = None
     metric: str | None = None
     scores: Path | None = None
+    steps_unit: str | None = None
+    steps_from: Path | None = None
 
     def selection(self) -> Selection:
         """As the library takes it."""
@@ -148,6 +156,7 @@ class Work:
         max_memory: For buffers, above what Python and torch take.
         threads: By default one per core, at most 16.
         part: I/N: one of N processes that share the work on a shared disk; the last one publishes.
+            Under torchrun each rank takes its part.
         resume: Continue a merge that was interrupted.
         verify: Hash the inputs while they are read, then read the output back and check it.
         overwrite: Replace outputs that exist.
@@ -219,11 +228,18 @@ def average(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _WIDE  # a path in a file or a pipe stays in one piece
+    shared = _part_of_torchrun()
+    console.quiet = shared is not None and not shared.startswith("1/")  # one plan, not one per rank
     methods = outputs.methods()
     if tensors.shard_size and not any(not path.suffix for path in outputs.output):
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
-    options = MergeOptions(**_options(outputs, tensors, work))
+    options = MergeOptions(**_options(which, outputs, tensors, work))
+    options = replace(options, part=work.part or shared)
     if len(inputs) == 1 and is_record(inputs[0]):
+        if shared:
+            raise ArgumentError(
+                "A record is averaged by one process. Run the same command without torchrun."
+            )
         if which != _INPUTS or outputs.weights:
             raise ArgumentError(
                 "The input is the record of a run: --method and --until say what of it to take, not "
@@ -256,9 +272,18 @@ def average(
                 found.kept,
                 methods,
                 replace(options, progress=progress),
-                announce=lambda merge: _print_inputs(console, merge, found.left_out),
+                announce=partial(_print_inputs, console, found.left_out),
             )
+    console.quiet = console.quiet and not done.published
     _print_done(console, done)
+
+
+def _part_of_torchrun() -> str | None:
+    """The part of the work that is this process's where torchrun has started several."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" not in os.environ or world == "1":
+        return None
+    return f"{int(os.environ['RANK']) + 1}/{world}"
 
 
 def _note_fewer(console: Console, which: Inputs, found: int) -> None:
@@ -284,35 +309,51 @@ def _dry_run(
 ) -> None:
     from polyak.checkpoints.merging.execute import check_outputs
     from polyak.checkpoints.merging.prepare import prepared, warn_of_lost_state, warn_of_stale
+    from polyak.checkpoints.merging.spread import spread_of, warn_of_no_basin
 
     with prepared(found.kept, methods, options) as merge:
         warn_of_stale(merge)
         warn_of_lost_state(merge)
-        _print_inputs(console, merge, found.left_out)
+        spread = spread_of(merge)
+        warn_of_no_basin(spread)
+        _print_inputs(console, found.left_out, merge, spread)
         _print_plan(console, merge)
         if not merge.options.resume:
             check_outputs(merge)
 
 
-def _print_inputs(console: Console, merge: Merge, left_out: dict[str, str]) -> None:
+def _print_inputs(
+    console: Console, left_out: dict[str, str], merge: Merge, spread: Spread | None
+) -> None:
     """Every input with its step and its weights, and what does not count."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    from polyak.checkpoints.merging.units import measured_times
+
     console.print(f"Inputs: {len(merge.inputs)} taken, {len(left_out)} left out")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("input", overflow="fold")
     table.add_column("step", justify="right")
+    measured = measured_times(merge.inputs, merge.options)
+    if measured:
+        table.add_column(Text(measured[0]), justify="right")
     for one in merge.blueprints:
         table.add_column(Text(one.target.name), justify="right")
     for index, given in enumerate(merge.inputs):
         shares = [f"{one.coefficients[index]:.4g}" for one in merge.weights]
         step = "?" if given.step is None else str(given.step)
-        table.add_row(Text(given.path), step, *shares)
+        times = [f"{measured[1][index]:.6g}"] if measured else []
+        table.add_row(Text(given.path), step, *times, *shares)
     table.add_row(
-        "effective samples", "", *[f"{one.effective_samples:.3g}" for one in merge.weights]
+        "effective samples",
+        *[""] * (2 if measured else 1),
+        *[f"{one.effective_samples:.3g}" for one in merge.weights],
     )
+    if spread is not None and any(one is not None for one in spread.relative):
+        apart = ["" if one is None else f"{one:.2%}" for one in spread.relative]
+        table.add_row("spread (RMS, of the mean)", *[""] * (2 if measured else 1), *apart)
     console.print(table)
     for path, why in left_out.items():
         console.print(f"Left out: {path}: {why}", markup=False, soft_wrap=True)

@@ -146,6 +146,7 @@ def test_adapters_of_one_run_are_averaged_whatever_their_names(tmp_path, shapes)
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")[zero], mean)
 
 
+@pytest.mark.filterwarnings("ignore:The weights of .* are unrelated")
 def test_full_models_of_separate_runs_are_no_adapters(tmp_path):
     """Bottlenecks, squeeze-and-excitation and numbered layers are factor pairs by shape, too."""
     shapes = {

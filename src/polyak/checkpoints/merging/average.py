@@ -21,6 +21,7 @@ from polyak.checkpoints.merging.prepare import (
     warn_of_lost_state,
     warn_of_stale,
 )
+from polyak.checkpoints.merging.spread import Spread, spread_of, warn_of_no_basin
 from polyak.checkpoints.merging.weights import Method, OutputWeights
 from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
@@ -65,6 +66,8 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
     dcp_files: int | None = None,
     dcp_key: str | None = None,
     keep_state: bool = False,
+    steps_unit: str | None = None,
+    steps_from: PathLike | None = None,
     resume: bool = False,
     verify: bool = False,
     overwrite: bool = False,
@@ -110,6 +113,9 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         dcp_key: Where the tensors are in a DCP folder, like `"model"`; by default where they are in
             the newest input, and at the root if that is of another format.
         keep_state: Carry over what the newest DCP folder holds beside the model (optimizer, schedule).
+        steps_unit: What a profile's lengths count, like `"tokens"`, in place of training steps: a column
+            of `steps_from`, or the number after this word in the names (`step100-tokens4B`).
+        steps_from: A CSV or JSONL file with the columns `step` (or `file`) and `steps_unit`.
         resume: Continue what was interrupted, to the same bytes.
         verify: Record the SHA-256 of the inputs in the output, then read the output back and check it.
         overwrite: Replace outputs that exist.
@@ -149,6 +155,8 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
         dcp_files=dcp_files,
         dcp_key=dcp_key,
         keep_state=keep_state,
+        steps_unit=steps_unit,
+        steps_from=steps_from,
         resume=resume,
         verify=verify,
         overwrite=overwrite,
@@ -163,14 +171,16 @@ def run_merge(
     options: MergeOptions,
     method: Method | None = None,
     *,
-    announce: Callable[[Merge], None] = lambda merge: None,
+    announce: Callable[[Merge, Spread | None], None] = lambda merge, spread: None,
 ) -> MergeResult:
-    """As `average_checkpoints`; `announce` is called with the merge when it is laid out and checked."""
+    """As `average_checkpoints`; `announce` is called with the merge, laid out and checked, and its spread."""
     begin = time.perf_counter()
     with prepared(inputs, outputs, options, method) as merge:
         warn_of_stale(merge)
         warn_of_lost_state(merge)
-        announce(merge)
+        spread = spread_of(merge)
+        warn_of_no_basin(spread)
+        announce(merge, spread)
         published = execute(merge)
         return _summary(merge, time.perf_counter() - begin, published=published)
 

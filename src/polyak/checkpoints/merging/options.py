@@ -52,6 +52,8 @@ class MergeOptions:
     dcp_files: int | None = None
     dcp_key: str | None = None
     keep_state: bool = False
+    steps_unit: str | None = None
+    steps_from: str | os.PathLike[str] | None = None
     resume: bool = False
     verify: bool = False
     overwrite: bool = False
@@ -64,11 +66,12 @@ class MergeOptions:
                 raise ArgumentError(f"{name} is {value!r}; expected a list of name patterns.")
         for name in ("normalize", "keep_state", "resume", "verify", "overwrite"):
             flag(name, getattr(self, name))
-        for name in ("key", "part", "format", "dcp_key"):
+        for name in ("key", "part", "format", "dcp_key", "steps_unit"):
             value = getattr(self, name)
             require(value is None or isinstance(value, str), f"{name} is {value!r}; expected text.")
-        if self.base is not None:
-            as_path(self.base)
+        for path in (self.base, self.steps_from):
+            if path is not None:
+                as_path(path)
         self._check_format()
         require(
             self.progress is None or callable(self.progress),

@@ -277,7 +277,7 @@ def _laid_out(
     outputs: Mapping[PathLike, Method],
     options: MergeOptions,
 ) -> Merge:
-    order = in_natural_order(given)
+    order = in_natural_order(given, options)
     inputs = tuple(given[index] for index in order)
     weights = tuple(weights_for(one, inputs, order, options) for one in outputs.values())
     if any(isinstance(one, str | Profile) for one in outputs.values()):

@@ -50,10 +50,10 @@ def scores_for(
     """
     sign, name = _direction(metric)
     if table is not None:
-        found = _from_table(Path(table), name)
+        found = read_table(Path(table), name)
     else:
         found = _from_trainer(checkpoints, name) or _from_lightning(checkpoints, name)
-    scores = {one.path: _lookup(found, one.path, one.step) for one in checkpoints}
+    scores = {one.path: look_up(found, one.path, one.step) for one in checkpoints}
     known = {path: sign * score for path, score in scores.items() if score is not None}
     if not known:
         where = table or "trainer_state.json or Lightning's callback state"
@@ -92,7 +92,7 @@ def _words(metric: str) -> set[str]:
     return found | {word.rstrip("0123456789") for word in found}
 
 
-def _lookup(found: Mapping[str | int, float], path: str, step: int | None) -> float | None:
+def look_up(found: Mapping[str | int, float], path: str, step: int | None) -> float | None:
     """By path, by file name, or by step; scores that are not finite do not count."""
     for key in (str(Path(path).resolve()), path, Path(path).name, step):
         score = found.get(key) if key is not None else None
@@ -101,7 +101,8 @@ def _lookup(found: Mapping[str | int, float], path: str, step: int | None) -> fl
     return None
 
 
-def _from_table(path: Path, metric: str) -> dict[str | int, float]:
+def read_table(path: Path, metric: str) -> dict[str | int, float]:
+    """The column of a CSV or JSONL file, by the path or the step in the same row."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from polyak.checkpoints.merging.counted import average_rank
 from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.units import measured_times
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
 from polyak.maths.arguments import numbers
@@ -65,10 +66,11 @@ Method = Profile | str | Sequence[float] | OutputWeights
 """How an output is made: a profile, its text, weights that sum to 1, or coefficients as they are."""
 
 
-def in_natural_order(inputs: Sequence[Checkpoint]) -> list[int]:
+def in_natural_order(inputs: Sequence[Checkpoint], options: MergeOptions) -> list[int]:
     """The inputs' indices by training step; those of unknown step first, as they were given."""
     steps = [-1 if one.step is None else one.step for one in inputs]
-    return sorted(range(len(inputs)), key=steps.__getitem__)
+    measured = measured_times(inputs, options)
+    return sorted(range(len(inputs)), key=(measured[1] if measured else steps).__getitem__)
 
 
 def weights_for(
@@ -120,7 +122,7 @@ def _profile_weights(
             f"The weights of {profile!r} sum to 1, so the base would cancel out of the result. With a "
             "base give one weight per input, such as 0.5,0.5,0.5 to add half of each difference."
         )
-    unit, times = _times(profile, inputs)
+    unit, times = _times(profile, inputs, options)
     return OutputWeights(tuple(piece_weights(profile, times).tolist()), repr(profile), unit)
 
 
@@ -138,7 +140,10 @@ def metadata_of(
         return {"format": "pt", **_carried(inputs[-1]), **weights.metadata, **marks}
     counted = [weight for weight in weights.coefficients if weight]
     steps = [one.step for one in inputs]
+    measured = measured_times(inputs, options)
     time = steps[-1] if weights.unit == "steps" and steps[-1] is not None else len(counted)
+    if measured and weights.unit == measured[0]:
+        time = round(measured[1][-1])
     made = {
         "polyak": __version__,
         "profile": weights.label,
@@ -149,6 +154,8 @@ def metadata_of(
             [_described(*pair, options) for pair in zip(inputs, weights.coefficients, strict=True)]
         ),
     }
+    if measured:
+        made[f"{measured[0]} of inputs"] = json.dumps(measured[1])
     if options.base is not None:
         made["base"] = os.fspath(options.base)
     for what, patterns in (("include", options.include), ("exclude", options.exclude)):
@@ -189,8 +196,17 @@ def _described(one: Checkpoint, weight: float, options: MergeOptions) -> dict[st
     return described
 
 
-def _times(profile: Profile, inputs: Sequence[Checkpoint]) -> tuple[str, list[float]]:
+def _times(
+    profile: Profile, inputs: Sequence[Checkpoint], options: MergeOptions
+) -> tuple[str, list[float]]:
     """The unit of the profile's time and the time of each input."""
+    if (measured := measured_times(inputs, options)) is not None:
+        unit, times = measured
+        if len(set(times)) == len(times):
+            return measured
+        raise ArgumentError(
+            f"Two inputs have the same time: {unit} {times}. Leave one of them out."
+        )
     unknown = [one.path for one in inputs if one.step is None]
     if not unknown:
         steps = [float(one.step or 0) for one in inputs]

@@ -130,18 +130,18 @@ def read_dcp(folder: Place, key: str | None = None) -> Checkpoint:
                 tensors[name] = ChunkedTensor(name, ref.dtype, ref.shape, chunks)
             except FormatError as error:
                 found.refused[name] = str(error)
+        metadata = _provenance(folder)
     except BaseException:
         described.close()
         raise
     files = (described.file, *described.files.values())
     checkpoint = DcpCheckpoint(
-        folder.path, "dcp", tensors, files, refused=found.refused, extra=found.extra
+        folder.path, "dcp", tensors, files, {}, metadata, refused=found.refused, extra=found.extra
     )
     checkpoint.paths = {
         name: described.path_of(found.tensors[name].storage.key) for name in tensors
     }
     checkpoint.described = described
-    checkpoint.metadata = _provenance(folder)
     return checkpoint
 
 
