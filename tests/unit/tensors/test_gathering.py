@@ -30,13 +30,12 @@ def small_tensors():
 
 def test_every_kind_comes_back_as_it_was_taken():
     live = small_tensors()
-    gathered = Gathered(live)
-    taken = gathered.take()
+    taken = Gathered(live).take()
     expected = [tensor.clone() for tensor in live]
     for tensor in live:
         tensor.fill_(9)
     targets = [torch.full_like(tensor, 5) for tensor in live]
-    gathered.spread(taken, targets)
+    taken.spread(targets)
     for target, value in zip(targets, expected, strict=True):
         assert torch.equal(target, value)
 
