@@ -215,9 +215,9 @@ def test_memory_that_is_shared_with_a_loan_is_left_to_it():
 
 def test_it_says_that_the_updates_are_one_launch():
     average = Average(nn.Linear(3, 4, device=DEVICE), SWA())
-    assert "one launch" not in str(average.describe())
+    assert "one launch" not in str(average.plan())
     average.update()
-    assert f"an update on {DEVICE} is one launch of a kernel, which took" in str(average.describe())
+    assert f"an update on {DEVICE} is one launch of a kernel, which took" in str(average.plan())
 
 
 def test_statistics_that_are_exchanged_are_found():
