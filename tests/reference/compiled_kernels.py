@@ -27,10 +27,13 @@ def compiled(kernel, signature, constants):
 
 
 def update(n_columns, n_copies, on_device):
-    weights = tuple("*fp64" if on_device >> k & 1 else "fp32" for k in range(n_columns))
+    weights = tuple("*fp64" if on_device >> k & 1 else "fp32" for k in range(n_columns)) or (
+        "fp32",
+    )
     tables = {"programs": "*i64", "rows": "*i64", "sources": "*i64"}
-    columns = {"columns": ("*i64",) * n_columns, "weights": weights, "adds": ("fp32",) * n_columns}
-    columns["copies"] = ("*i64",) * n_copies
+    columns = {"columns": ("*i64",) * (n_columns or 1), "weights": weights}
+    columns["adds"] = ("fp32",) * len(weights)
+    columns["copies"] = ("*i64",) * (n_copies or 1)
     constants = {"on_device": on_device, "n_columns": n_columns, "n_copies": n_copies}
     constants["block"] = fused.BLOCK
     return compiled(kernels.update, tables | columns | dict.fromkeys(constants, ""), constants)

@@ -109,12 +109,13 @@ class FusedRows:
         chosen = [[tensors[i] for i in self.statistics] for tensors in copies]
         weights = tuple(_scalar(update.weight, self.device) for update in updates)
         on_device = sum(isinstance(weight, Tensor) << k for k, weight in enumerate(weights))
-        args = (
-            self._sources(),
-            tuple(self._column(update.targets) for update in updates),
-            weights,
-            tuple(float(update.adds) for update in updates),
-            tuple(self._table(_addresses(tensors)) for tensors in chosen),
+        sources = self._sources()
+        args = (  # no empty tuples: a launcher may not know what to do with one
+            sources,
+            tuple(self._column(update.targets) for update in updates) or (sources,),
+            weights or (0.0,),
+            tuple(float(update.adds) for update in updates) or (0.0,),
+            tuple(self._table(_addresses(tensors)) for tensors in chosen) or (sources,),
         )
         return Launch("update", args, (on_device, len(updates), len(copies)))
 
