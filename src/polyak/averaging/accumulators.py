@@ -21,11 +21,11 @@ from polyak.maths.profile import Profile
 from polyak.maths.profiles import Window
 from polyak.tensors.blend import (
     GroupedTensors,
-    Update,
     accumulator_dtype,
     blank_like,
     correction,
 )
+from polyak.tensors.updates import Update
 
 SMALLEST_SHARE = 2.0**-10
 BLOCK_UPDATES = 64

@@ -192,6 +192,10 @@ class Tracker:
         """Whether an attachment updates any of the members."""
         return bool(self._attachments())
 
+    def notes(self) -> list[str]:
+        """How the updates are carried out, in words."""
+        return self._grouped.notes()
+
     def owner_of_loan(self) -> object | None:
         """Whose average is in the model now; None while it holds its own weights."""
         return current_owner(self.tensors.live)
