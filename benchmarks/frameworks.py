@@ -112,8 +112,13 @@ def lightning() -> dict[str, Run]:
 
 @arm
 def transformers() -> dict[str, Run]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers import Trainer, TrainerCallback, TrainingArguments  # fmt: skip
+    from transformers import (  # fmt: skip
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     from polyak.integrations.transformers import attach
 

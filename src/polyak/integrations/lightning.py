@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from polyak import After, Average, Averages, Profile
+from polyak import After, Average, Averages, Profile, sharded
 from polyak.errors import (
     MismatchError,
     MissingExtra,
@@ -46,9 +46,6 @@ if tuple(map(int, re.findall(r"\d+", lightning.__version__)[:2])) < _NEEDED:
 from lightning.pytorch.callbacks import WeightAveraging as _LightningsOwn  # noqa: E402 - new in 2.6
 
 _ONLY = "average"  # the name of a single average in a checkpoint
-_IN_FOLDER = (
-    "state_dict.polyak"  # of a distributed checkpoint: what is sharded goes below state_dict
-)
 
 
 class WeightAveraging(Callback):
@@ -84,8 +81,8 @@ class WeightAveraging(Callback):
 
     Raises ArgumentError for options out of their domain, at once; and when `fit` begins, for several
     optimizers without `optimizer=` and `update_bn` on a module without `forward`. UsageError for a second
-    averaging callback, and for the strategies of DeepSpeed and of the first FSDP. MismatchError for a checkpoint with the
-    average of another profile.
+    averaging callback, and for the strategies of DeepSpeed and of the first FSDP. MismatchError for a
+    checkpoint with the average of another profile.
 
     """
 
@@ -211,10 +208,8 @@ class WeightAveraging(Callback):
                 "has one if it was written while this callback was fitting, not weights only.)"
             )
             return
-        # What the module's own on_save_checkpoint left out is as the module has it now.
-        current = {**pl_module.state_dict(), **checkpoint["current_model_state"]}
-        pl_module.load_state_dict(current, strict=pl_module.strict_loading)
-        self._restored = checkpoint
+        parts.load_raw(trainer, pl_module, checkpoint.get("current_model_state"))
+        self._restored = {**checkpoint, "folder": trainer.ckpt_path}
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Load what was restored, and attach to the optimizer unless averaging begins later."""
@@ -317,14 +312,19 @@ class WeightAveraging(Callback):
         if raw is None:
             with self._holding(average=False):
                 raw = parts.copied(trainer.strategy.lightning_module_state_dict())
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._main.count)}
+        checkpoint["polyak"] = {"epoch": self._epoch}
         states = self._all.state_dict()
+        if parts.writes_folders(trainer):
+            checkpoint["state_dict"]["polyak"] = {"raw": raw, "averages": states}
+            return
+        raw, states = parts.gathered((raw, states))
         averaged = parts.held_once(checkpoint["state_dict"], states[self._main_name]["tensors"])
         raw = parts.held_once(raw, averaged)
         self._shared = {name for name in raw if raw[name] is averaged.get(name)}
         checkpoint["state_dict"] = averaged
         checkpoint["current_model_state"] = raw
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._main.count)}
-        checkpoint["polyak"] = {"averages": states, "epoch": self._epoch}
+        checkpoint["polyak"]["averages"] = states
 
     # What stands in for methods of trainer and strategy
 
@@ -411,6 +411,10 @@ class WeightAveraging(Callback):
             if progress["processed"] == progress["ready"]:  # the epoch is in the average
                 self._epoch = checkpoint["epoch"]
             return
+        self._epoch = saved["epoch"]
+        if "averages" not in saved:
+            sharded.load(self._all, checkpoint["folder"], key=f"{parts.IN_FOLDER}.averages")
+            return
         if saved["averages"].keys() != self._profiles.keys():
             raise MismatchError(
                 f"The checkpoint holds the averages {', '.join(saved['averages'])}, and this callback keeps "
@@ -418,7 +422,6 @@ class WeightAveraging(Callback):
                 "names, or begin anew from the weights: load_from_checkpoint(), and fit() without ckpt_path=."
             )
         self._all.load_state_dict(saved["averages"])
-        self._epoch = saved["epoch"]
 
     def _finish(self, module: LightningModule) -> None:
         self._left = parts.copied(module.state_dict())

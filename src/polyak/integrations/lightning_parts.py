@@ -15,6 +15,13 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_folder
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from polyak.errors import ArgumentError, UsageError, require
@@ -30,11 +37,11 @@ def refuse(trainer: Any, callback: object, averaging: tuple[type, ...]) -> None:
             f"{names or 'this one, twice'}. Remove it. For several averages give one callback several "
             "profiles: WeightAveraging({'swa': 'swa', 'short': 'ema:half_life=500'})."
         )
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
         raise UsageError(
-            f"WeightAveraging does not work with {type(trainer.strategy).__name__} yet, which splits the "
-            "weights among the ranks. Use strategy='ddp' if the model fits into each, or save checkpoints "
-            "and average these afterwards: polyak average."
+            f"WeightAveraging does not work with {type(trainer.strategy).__name__}, which keeps flat parts of "
+            "the weights. Use ModelParallelStrategy, which shards with FSDP2, or 'ddp' if the model fits into "
+            "each rank; or save checkpoints and average these afterwards: polyak average."
         )
 
 
@@ -154,3 +161,36 @@ def _same(one: Any, other: Any) -> bool:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.dtype != other.dtype:
         return False
     return one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
+# Of a ModelParallelStrategy, which may write a folder for torch.distributed.checkpoint: only what is in its
+# state_dict goes through there, the rest is written by the first rank.
+
+IN_FOLDER = "state_dict.polyak"
+
+
+def writes_folders(trainer: Any) -> bool:
+    """Whether checkpoints are folders to which each rank writes its part."""
+    of = trainer.strategy
+    return isinstance(of, ModelParallelStrategy) and bool(of._save_distributed_checkpoint)
+
+
+def gathered(states: Any) -> Any:
+    """States whose tensors are whole, for a file that one rank writes; every rank must call this."""
+    return apply_to_collection(
+        states, Tensor, lambda t: t.full_tensor() if isinstance(t, DTensor) else t
+    )
+
+
+def load_raw(trainer: Any, module: LightningModule, raw: Mapping[str, Any] | None) -> None:
+    """Give the module the weights that trained, from a checkpoint or, if None, from its folder."""
+    if raw is None:
+        live = {"state_dict": {"polyak": {"raw": get_model_state_dict(module)}}}
+        load_folder(live, checkpoint_id=trainer.ckpt_path)
+        raw = live["state_dict"]["polyak"]["raw"]
+    elif isinstance(trainer.strategy, ModelParallelStrategy):
+        options = StateDictOptions(full_state_dict=True, strict=module.strict_loading)
+        set_model_state_dict(module, dict(raw), options=options)
+        return
+    # What the module's own on_save_checkpoint left out is as the module has it now.
+    module.load_state_dict({**module.state_dict(), **raw}, strict=module.strict_loading)
