@@ -8,6 +8,7 @@ import os
 import socket
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def fitted(epochs, *others, folders=True, ckpt_path=None, sharded=True):
 def facts(folder):
     """What must hold, by name; each rank says the same."""
     found = {}
-    trainer, module, callback = fitted(2)
+    _, module, callback = fitted(2)
     found["sharded"] = isinstance(module.net[0].weight, DTensor)
     expected = module.steps[0]
     for step in module.steps[1:]:
@@ -134,8 +135,7 @@ def rank(index, folder, port):
         found = facts(folder)
     except BaseException:
         found = {"failed": traceback.format_exc()}
-    with open(f"{folder}/{index}.json", "w") as file:
-        json.dump(found, file)
+    Path(folder, f"{index}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.filterwarnings("ignore")
