@@ -25,8 +25,10 @@ from polyak.tensors.blend import (
     blank_like,
     correction,
 )
+from polyak.tensors.sharding import Span, narrowed
 from polyak.tensors.updates import Update
 
+Part = Sequence[Span]  # of a tensor: from, to in each dimension; all of it if empty
 SMALLEST_SHARE = 2.0**-10
 BLOCK_UPDATES = 64
 
@@ -88,8 +90,11 @@ class Accumulator(ABC):
         """All tensors, in lists of one per weight."""
 
     @abstractmethod
-    def value(self, index: int, now: Clock) -> Tensor:
-        """The average of one tensor at `now`, in its own precision; it may be a tensor it holds."""
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
+        """The average of one tensor at `now`, or of a part of it, in its own precision.
+
+        It may be a tensor that the accumulator holds.
+        """
 
     def swap_targets(self) -> list[Tensor]:
         """The tensors that are the average as they stand, to swap into the model; empty if none are.
@@ -205,12 +210,12 @@ class RunningAverage(Accumulator):
         """The average, and the open block."""
         return [self.tensors, self.block] if self.block_is_open else [self.tensors]
 
-    def value(self, index: int, now: Clock) -> Tensor:
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`: its own where no block is open."""
-        average = self.tensors[index]
+        average = narrowed(self.tensors[index], part)
         if not self.block_is_open:
             return average
-        return average + correction(average, self.block[index], self._growth(now))
+        return average + correction(average, narrowed(self.block[index], part), self._growth(now))
 
     def swap_targets(self) -> list[Tensor]:
         """The average, unless an open block holds a part of it."""
@@ -328,16 +333,16 @@ class WindowAverage(Accumulator):
         """The snapshots."""
         return [tensors for _, _, tensors in self.kept]
 
-    def value(self, index: int, now: Clock) -> Tensor:
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`, in the precision of a running average."""
-        newest = self.kept[-1][2][index]
+        newest = narrowed(self.kept[-1][2][index], part)
         dtype = accumulator_dtype(newest.dtype, self._options.dtype)
         result = torch.zeros_like(newest, dtype=dtype)
         so_far = 0.0
         for share, (_, _, tensors) in zip(self._shares(now), self.kept, strict=True):
             so_far += share
             # A running mean, not a sum: equal weights stay what they are, to the last bit.
-            result.lerp_(tensors[index].to(result.dtype), share / so_far)
+            result.lerp_(narrowed(tensors[index], part).to(result.dtype), share / so_far)
         return result
 
     def effective_samples(self, now: Clock) -> float:
