@@ -11,6 +11,8 @@ import itertools
 import pickle
 import re
 import shutil
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from polyak.averaging import recorder as recorder_module
 from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
 from polyak.integrations.transformers import attach
+from polyak.tensors import fused
 
 SOURCE = Path(polyak.__file__).parent
 CAUSE = "# the line that is to be named"
@@ -421,6 +424,20 @@ def trained_to_a_nan(folder):
     trainer = Trainer(Regression(3, 1), arguments, train_dataset=data, callbacks=[Spoiling()])
     attach(trainer, polyak.SWA(), before_next_step=True)
     trainer.train()  # the line that is to be named
+
+
+@case(PolyakWarning)
+def a_triton_that_is_broken(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "DEVICES", {"cpu"})
+        patch.setattr(fused, "_failures", {})
+        patch.setattr(fused, "_warned", set())
+        patch.setitem(
+            sys.modules, "triton", types.ModuleType("triton")
+        )  # without all that it offers
+        patch.delitem(sys.modules, "polyak.tensors.kernels", raising=False)
+        fused._kernels.cache_clear()
+        polyak.Average(network(), polyak.SWA()).update()  # the line that is to be named
 
 
 def caught(program, folder):

@@ -21,12 +21,14 @@ from polyak.maths.profile import Profile
 from polyak.maths.profiles import Window
 from polyak.tensors.blend import (
     GroupedTensors,
-    Update,
     accumulator_dtype,
     blank_like,
-    paired_parts,
+    correction,
 )
+from polyak.tensors.sharding import Span, narrowed
+from polyak.tensors.updates import Update
 
+Part = Sequence[Span]  # of a tensor: from, to in each dimension; all of it if empty
 SMALLEST_SHARE = 2.0**-10
 BLOCK_UPDATES = 64
 
@@ -72,7 +74,7 @@ class Accumulator(ABC):
         """Called once the returned update has been applied."""
 
     @abstractmethod
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """The live tensors are others than before, or are grouped differently."""
 
     @abstractmethod
@@ -88,8 +90,11 @@ class Accumulator(ABC):
         """All tensors, in lists of one per weight."""
 
     @abstractmethod
-    def value(self, index: int, now: Clock) -> Tensor:
-        """The average of one tensor at `now`, in its own precision; it may be a tensor it holds."""
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
+        """The average of one tensor at `now`, or of a part of it, in its own precision.
+
+        It may be a tensor that the accumulator holds.
+        """
 
     def swap_targets(self) -> list[Tensor]:
         """The tensors that are the average as they stand, to swap into the model; empty if none are.
@@ -182,13 +187,11 @@ class RunningAverage(Accumulator):
         """The open block belongs to the time before."""
         self.block_is_open = False
 
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """Group the accumulators as the live tensors are grouped."""
-        if grouped is None:
-            return
         self._grouped = grouped
         self._groups = grouped.group(self.tensors)
-        self._block_groups = grouped.group(self.block) if self.block else []
+        self._block_groups = grouped.group(self.block)
 
     def add(self, values: Sequence[Tensor], now: Clock) -> None:
         """Average more tensors, which have been constant so far."""
@@ -207,12 +210,12 @@ class RunningAverage(Accumulator):
         """The average, and the open block."""
         return [self.tensors, self.block] if self.block_is_open else [self.tensors]
 
-    def value(self, index: int, now: Clock) -> Tensor:
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`: its own where no block is open."""
-        average = self.tensors[index]
+        average = narrowed(self.tensors[index], part)
         if not self.block_is_open:
             return average
-        return average + _correction(average, self.block[index], self._growth(now))
+        return average + correction(average, narrowed(self.block[index], part), self._growth(now))
 
     def swap_targets(self) -> list[Tensor]:
         """The average, unless an open block holds a part of it."""
@@ -282,13 +285,7 @@ class RunningAverage(Accumulator):
             self._block_groups = self._grouped.group(self.block)
 
     def _fold(self, now: Clock) -> None:
-        growth = self._growth(now)
-        for whole, whole_block in zip(self.tensors, self.block, strict=True):
-            for average, block in paired_parts(whole, whole_block):
-                correction = _correction(average, block, growth)
-                folded = average + correction
-                torch.sub(correction, folded - average, out=block)  # what that addition rounded off
-                average.copy_(folded)
+        self._grouped.fold(self._groups, self._block_groups, self._growth(now))
         self.block_start, self.block_updates = now.time, 0
 
     def _growth(self, now: Clock) -> Number:
@@ -323,7 +320,7 @@ class WindowAverage(Accumulator):
         """No snapshot is in the window."""
         self.kept = []
 
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """Copy these from now on."""
         self._live = live
 
@@ -336,16 +333,16 @@ class WindowAverage(Accumulator):
         """The snapshots."""
         return [tensors for _, _, tensors in self.kept]
 
-    def value(self, index: int, now: Clock) -> Tensor:
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`, in the precision of a running average."""
-        newest = self.kept[-1][2][index]
+        newest = narrowed(self.kept[-1][2][index], part)
         dtype = accumulator_dtype(newest.dtype, self._options.dtype)
         result = torch.zeros_like(newest, dtype=dtype)
         so_far = 0.0
         for share, (_, _, tensors) in zip(self._shares(now), self.kept, strict=True):
             so_far += share
             # A running mean, not a sum: equal weights stay what they are, to the last bit.
-            result.lerp_(tensors[index].to(result.dtype), share / so_far)
+            result.lerp_(narrowed(tensors[index], part).to(result.dtype), share / so_far)
         return result
 
     def effective_samples(self, now: Clock) -> float:
@@ -415,16 +412,6 @@ def accumulator_class(profile: Profile) -> type[Accumulator]:
         f"{profile} cannot be averaged during training: what each weight counts is known only at the "
         "end. Save checkpoints and use polyak.average_checkpoints."
     )
-
-
-def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
-    """`(average + block) / growth - average`, without cancelling the digits of the average."""
-    excess: Any = growth - 1  # before rounding to the dtype of the average: it is small
-    if isinstance(growth, Tensor):
-        kind = (average.device, average.real.dtype)
-        growth, excess = growth.to(*kind), excess.to(*kind)
-    correction: Tensor = (block - average * excess) / growth
-    return correction
 
 
 def _is_small(before: Clock, now: Clock) -> bool:

@@ -76,7 +76,7 @@ def plan(member: Member) -> TensorPlan:
     nbytes = sum(_bytes_held(row, member) for row in rows)
     held_by, options = accumulator_class(member.profile), member.tracker.options
     notes = held_by.describe(nbytes, options, member.accumulator)
-    return TensorPlan(tuple(rows), nbytes, tuple(notes))
+    return TensorPlan(tuple(rows), nbytes, (*notes, *member.tracker.notes()))
 
 
 @torch.no_grad()
