@@ -51,12 +51,17 @@ def plot_lengths(
     ylabel: str,
 ) -> None:
     """Scores of averages that end at the end, by mean age: a curve for each family, references across."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for family, (ages, scores) in curves.items():
         ax.plot(ages, scores, "o-", ms=4, lw=1.3, color=_COLOURS.get(family, GREY), label=family)
     styles = (":", "--", "-.")
     for (name, score), style in zip(references.items(), styles, strict=False):
         ax.axhline(score, color=GREY, ls=style, lw=1.2, label=name)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=f"mean age ({unit})", ylabel=ylabel)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
