@@ -218,7 +218,7 @@ def _write(record: Trajectory, found: Found, asked: Asked, path: Path) -> None:
             warnings.simplefilter("ignore", StaleStatistics)
         best = found.best
         record.save(path, best.profile, best.until, overwrite=asked.overwrite)
-    if refresh:
+    if model is not None and refresh:
         update_bn_file(path, model, call_object(str(asked.data)))
 
 

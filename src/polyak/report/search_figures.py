@@ -25,11 +25,20 @@ def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
     *,
     unit: str,
     title: str,
+    minimize: bool = True,
 ) -> None:
-    """A map of scores: each window a point at (begins, ends), coloured by its score; some are marked."""
+    """A map of scores: each window a point at (begins, ends), coloured by its score; some are marked.
+
+    Colours tell the best ones apart, which are close to each other beside the worst.
+    """
+    from matplotlib.colors import PowerNorm
+
+    low, high = min(scores), max(scores)
+    norm = PowerNorm(0.35 if minimize else 1 / 0.35, low, max(high, low + 1e-12))
     points = ax.scatter(
-        starts, ends, c=scores, cmap="viridis", s=46, edgecolors=GREY, linewidths=0.6
-    )
+        starts, ends, c=scores, norm=norm, cmap="viridis" if minimize else "viridis_r", s=46,
+        edgecolors=GREY, linewidths=0.6,
+    )  # fmt: skip
     for (name, (start, end)), (shape, size) in zip(marks.items(), _MARKS, strict=False):
         ax.plot(
             [start], [end], shape, ms=size, mfc="none", mec=ORANGE if name == "best" else BLUE,
