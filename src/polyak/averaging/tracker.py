@@ -24,6 +24,7 @@ from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
+from polyak.tensors.sharding import refuse_sharded
 from polyak.tensors.swap import current_owner
 
 
@@ -33,6 +34,7 @@ class Member:
 
     tracker: Tracker
     clock: Clock
+    held_by: type[Accumulator]
     unit: str | None = None
     accumulator: Accumulator | None = None
     statistics: list[Tensor] = field(default_factory=list)
@@ -83,6 +85,8 @@ class Tracker:
         nonfinite: str | None = None,
         average_buffers: str | Iterable[str] | None = None,
         capturable: bool = False,
+        rank: int = 0,
+        deviations_device: torch.device | str | None = None,
     ) -> None:
         require_module(model, "Average")
         policy = Policy(
@@ -91,7 +95,9 @@ class Tracker:
             patterns(average_buffers, "average_buffers") or (),
         )
         self.tensors = BoundTensors(model, policy)
-        self.options = Options(dtype, _device(device), nonfinite, capturable)
+        self.options = Options(
+            dtype, _device(device), nonfinite, capturable, rank, _device(deviations_device)
+        )
         require(
             unit is None or isinstance(unit, str),
             f"unit is {unit!r}; expected a word such as 'samples', or None.",
@@ -105,11 +111,13 @@ class Tracker:
         self._grouped_at = -1
         self._staging: Staging | None = None
 
-    def join(self, profile: Profile | str) -> Member:
-        """One more average of these weights. Raises ArgumentError for a profile that does not fit."""
+    def join(self, profile: Profile | str, held_by: type[Accumulator] | None = None) -> Member:
+        """One more average of these weights. Raises ArgumentError for a profile that does not fit.
+
+        held_by: the accumulator, instead of the one that goes with the profile.
+        """
         profile = as_profile(profile)
-        accumulator_class(profile)
-        member = Member(self, Clock(profile), self.unit)
+        member = Member(self, Clock(profile), held_by or accumulator_class(profile), self.unit)
         self.members.append(member)
         return member
 
@@ -155,7 +163,9 @@ class Tracker:
         live = self.tensors.live
         for member in self.members:
             if member.accumulator is None:
-                member.accumulator = accumulator_class(member.profile)(live, self.options)
+                if not member.held_by.takes_shards:
+                    refuse_sharded("SWAG", self.tensors.model)
+                member.accumulator = member.held_by(live, self.options)
                 member.statistics = [s.detach().clone() for s in self.tensors.statistics]
                 self._grouped_at = -1
         if self._grouped_at != self.tensors.generation:
