@@ -65,7 +65,7 @@ def nll(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> float:
     _check(logits, labels)
     if not temperature > 0:
         raise ArgumentError(f"temperature is {temperature}; expected a positive number.")
-    return float(cross_entropy(logits.double() / temperature, labels))
+    return float(cross_entropy(logits.double() / temperature, labels.long()))
 
 
 def brier(logits: Tensor, labels: Tensor) -> float:
@@ -78,7 +78,7 @@ def brier(logits: Tensor, labels: Tensor) -> float:
     """
     _check(logits, labels)
     p = logits.double().softmax(dim=1)
-    right = p.gather(1, labels[:, None]).squeeze(1)
+    right = p.gather(1, labels.long()[:, None]).squeeze(1)
     return float((p.square().sum(dim=1) - 2 * right + 1).mean())
 
 
@@ -172,7 +172,7 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     _check(logits, labels)
     z = logits.double()
-    target = z.gather(1, labels[:, None]).mean()
+    target = z.gather(1, labels.long()[:, None]).mean()
     low, high = -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE
     for _ in range(60):
         middle = (low + high) / 2
@@ -196,6 +196,10 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ArgumentError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
             "(n, k) and (n,), with n at least 1."
+        )
+    if labels.is_floating_point():
+        raise ArgumentError(
+            f"labels are {labels.dtype}; expected the numbers of classes as integers."
         )
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ArgumentError(

@@ -21,6 +21,7 @@ from polyak.errors import ArgumentError, MismatchError, UsageError
 from polyak.maths.profiles import SWA
 from polyak.study.trajectory import Trajectory
 from polyak.tensors.names import named_tensors
+from polyak.tensors.policy import RUNNING_STATISTICS
 from polyak.uncertainty import swag_files
 from polyak.uncertainty.swag import SWAG
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import Module
@@ -30,13 +30,11 @@ from polyak.errors import (
 )
 from polyak.maths.arguments import count, number
 from polyak.maths.profiles import SWA
+from polyak.study.trajectory import Trajectory
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.sharding import refuse_sharded
 from polyak.uncertainty import swag_files
 from polyak.uncertainty.prediction import GaussianPrediction, Outputs, Prediction
-
-if TYPE_CHECKING:
-    from polyak.study.trajectory import Trajectory
 
 _STALE = (
     "This model has BatchNorm layers, and the draws of this SWAG were used with statistics of other "
@@ -153,6 +151,11 @@ class SWAG(Average):
             MismatchError: a file that does not fit the model; every tensor is named.
 
         """
+        if not isinstance(trajectory, Trajectory):
+            raise ArgumentError(
+                f"trajectory is a {type(trajectory).__name__}; expected polyak.Trajectory(folder), or "
+                "polyak.Trajectory.from_checkpoints(files)."
+            )
         swag = cls(model, rank, **{"unit": trajectory.unit, **options})
         swag.load_state_dict(swag_files.state_of(swag._member, trajectory, since, until))
         return swag

@@ -90,11 +90,6 @@ def state_of(
     member: Member, trajectory: Trajectory, since: float | None, until: float | None
 ) -> dict[str, Any]:
     """The state that a SWAG would have that had captured the mean of each interval."""
-    if not isinstance(trajectory, Trajectory):
-        raise ArgumentError(
-            f"trajectory is a {type(trajectory).__name__}; expected polyak.Trajectory(folder), or "
-            "Trajectory.from_checkpoints(files)."
-        )
     used = _between(trajectory, since, until)
     tracker = member.tracker
     with tracker.tensors.bound_temporarily():
