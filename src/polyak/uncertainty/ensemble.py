@@ -91,7 +91,7 @@ def predict(  # noqa: PLR0913 - keyword-only
     >>> prediction.probabilities
     tensor([[0.5000, 0.5000]], dtype=torch.float64)
     >>> prediction.mutual_information  # the two are certain, and disagree
-    tensor([0.5019], dtype=torch.float64)
+    tensor([0.5023], dtype=torch.float64)
 
     """
     batches = checked(batches, forward=forward, limit=None, passes=1)
