@@ -101,7 +101,7 @@ class Tracker:
         self.skipped = 0  # updates skipped because of non-finite weights
         self.attachment: Any = None  # updates the members without an attachment of their own
         self.layer_modes: dict[str, bool] | None = None  # at the last capture, if the model trained
-        self._grouped: GroupedTensors | None = None
+        self._grouped = self._grouped_statistics = GroupedTensors((), ())
         self._grouped_at = -1
         self._staging: Staging | None = None
 
@@ -196,10 +196,14 @@ class Tracker:
 
     def add_unfrozen(self) -> None:
         """Average parameters that are about to train for the first time: they were constant so far."""
-        if not self.tensors.bound or not (names := self.tensors.unfrozen()):
-            return
+        if self.tensors.bound and (names := self.tensors.unfrozen()):
+            self.add(names)
+
+    def add(self, names: Iterable[str], *, known_to: Member | None = None) -> None:
+        """Average these from now on, which the others than `known_to` have found constant so far."""
         self.finish()
-        values = self.tensors.add(names)
+        others = [m for m in self.members if m is not known_to and m.accumulator is not None]
+        values = self.tensors.add(names, constant=known_to is None or bool(others))
         for member in self.members:
             if member.accumulator is not None:
                 member.accumulator.add(values, member.clock)
@@ -261,36 +265,39 @@ class Tracker:
         ]
         updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
         steps = [partial(held.settle, now) for held, _, now in pairs]
-        if self._grouped is not None:
-            steps.insert(0, partial(self._grouped.blend, updates))
+        due = [m for m, now in zip(members, moments, strict=True) if now.on_device or now.share]
+        copies = [member.statistics for member in due]
         if self._staging is not None:
-            self._staging.start(self.tensors.live, steps)
+            self._staging.start(self.tensors.live, [partial(self._grouped.blend, updates), *steps])
+            self._grouped_statistics.blend((), copies)
         else:
+            self._grouped.blend(updates, copies)
             for step in steps:
                 step()
-        self._copy_statistics(members, moments)
+        self._note_statistics(due)
 
-    def _copy_statistics(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
+    def _note_statistics(self, due: Sequence[Member]) -> None:
         if not self.tensors.statistics:
             return
-        for member, now in zip(members, moments, strict=True):
-            if now.on_device or now.share:
-                torch._foreach_copy_(member.statistics, self.tensors.statistics)
-                member.fresh_layers, member.measured_buffers = set(), {}
+        for member in due:
+            member.fresh_layers, member.measured_buffers = set(), {}
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None
 
     def _group(self) -> None:
-        live = self.tensors.live
+        live, statistics = self.tensors.live, self.tensors.statistics
         held = [member.accumulator for member in self.members if member.accumulator is not None]
         targets = [tensors for accumulator in held if (tensors := accumulator.blend_targets())]
-        source: Sequence[Tensor] = live
+        n = len(targets)
         if targets and stages(live, self.options.device):
             self._staging = Staging(live)
-            source = self._staging.tensors
-        if targets:
-            self._grouped = GroupedTensors(source, targets[0], n_averages=len(targets))
+            self._grouped = GroupedTensors(self._staging.tensors, targets[0], n_averages=n)
+            self._grouped_statistics = GroupedTensors((), (), statistics=statistics)
+        elif targets:
+            self._grouped = GroupedTensors(live, targets[0], n_averages=n, statistics=statistics)
+        else:
+            self._grouped = GroupedTensors((), (), statistics=statistics)
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
         self._grouped_at = self.tensors.generation
