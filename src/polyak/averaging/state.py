@@ -125,7 +125,7 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
         state = state_dict(Member(tracker, Clock(member.profile), member.unit))
         tensors = tracker.tensors
         if n_blocks:
-            block = [{n: _zeros(t, t.dtype) for n, t in state["tensors"].items()}]
+            block = [{n: zeros(t, t.dtype) for n, t in state["tensors"].items()}]
             state["block"] = [{"updates": 0, "start": 0.0, "tensors": b} for b in block]
         if n_snapshots:
             state["snapshots"] = [
@@ -133,7 +133,7 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
                     "from": 0.0,
                     "to": 0.0,
                     "tensors": {
-                        n: _zeros(t, t.dtype)
+                        n: zeros(t, t.dtype)
                         for n, t in zip(tensors.names, tensors.whole, strict=True)
                     },
                 }
@@ -142,7 +142,8 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
     return state
 
 
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a tensor that is sharded as another one is."""
     values = torch.zeros_like(local(like).detach(), dtype=dtype)
     return sharded_as(values, like) if is_sharded(like) else values
 

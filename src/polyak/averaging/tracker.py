@@ -22,6 +22,7 @@ from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
+from polyak.tensors.gathering import Gathered, Taken
 from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
 from polyak.tensors.swap import current_owner
@@ -35,7 +36,8 @@ class Member:
     clock: Clock
     unit: str | None = None
     accumulator: Accumulator | None = None
-    statistics: list[Tensor] = field(default_factory=list)
+    own_statistics: list[Tensor] = field(default_factory=list)
+    newest: Taken | None = None  # statistics that are not in these yet
     fresh_layers: set[str] = field(default_factory=set)  # whose statistics were measured on it
     measured_buffers: dict[str, Tensor] = field(default_factory=dict)  # of averaged statistics
     pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
@@ -50,6 +52,14 @@ class Member:
     def profile(self) -> Profile:
         """How much each moment counts."""
         return self.clock.profile
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The statistics that belong to the average, in the order of the bound ones."""
+        if self.newest is not None:
+            self.newest.spread(self.own_statistics)
+            self.newest = None
+        return self.own_statistics
 
     def stale_layers(self) -> list[str]:
         """Layers whose statistics are those of the newest weights, not of the average."""
@@ -104,6 +114,7 @@ class Tracker:
         self._grouped = self._grouped_statistics = GroupedTensors((), ())
         self._grouped_at = -1
         self._staging: Staging | None = None
+        self._gathered: Gathered | None = None  # the statistics of the model
 
     def join(self, profile: Profile | str) -> Member:
         """One more average of these weights. Raises ArgumentError for a profile that does not fit."""
@@ -156,7 +167,8 @@ class Tracker:
         for member in self.members:
             if member.accumulator is None:
                 member.accumulator = accumulator_class(member.profile)(live, self.options)
-                member.statistics = [s.detach().clone() for s in self.tensors.statistics]
+                member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
+                member.newest = None
                 self._grouped_at = -1
         if self._grouped_at != self.tensors.generation:
             self._group()
@@ -266,7 +278,8 @@ class Tracker:
         updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
         steps = [partial(held.settle, now) for held, _, now in pairs]
         due = [m for m, now in zip(members, moments, strict=True) if now.on_device or now.share]
-        copies = [member.statistics for member in due]
+        taken = None if self._gathered is None else self._gathered.take()
+        copies = [] if taken else [member.statistics for member in due]
         if self._staging is not None:
             self._staging.start(self.tensors.live, [partial(self._grouped.blend, updates), *steps])
             self._grouped_statistics.blend((), copies)
@@ -274,12 +287,13 @@ class Tracker:
             self._grouped.blend(updates, copies)
             for step in steps:
                 step()
-        self._note_statistics(due)
+        self._note_statistics(due, taken)
 
-    def _note_statistics(self, due: Sequence[Member]) -> None:
+    def _note_statistics(self, due: Sequence[Member], taken: Taken | None) -> None:
         if not self.tensors.statistics:
             return
         for member in due:
+            member.newest = taken
             member.fresh_layers, member.measured_buffers = set(), {}
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()
@@ -298,6 +312,9 @@ class Tracker:
             self._grouped = GroupedTensors(live, targets[0], n_averages=n, statistics=statistics)
         else:
             self._grouped = GroupedTensors((), (), statistics=statistics)
+        # The replays of a CUDA graph run no host code, which is what tells them apart later.
+        in_one_call = self._grouped.copies_statistics or self.options.capturable
+        self._gathered = None if in_one_call else Gathered(statistics)
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
         self._grouped_at = self.tensors.generation

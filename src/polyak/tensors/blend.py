@@ -131,6 +131,11 @@ class GroupedTensors:
         for targets in copies:
             copy_([targets[i] for i in self._copied], [self._statistics[i] for i in self._copied])
 
+    @property
+    def copies_statistics(self) -> bool:
+        """Whether a kernel copies statistics; it takes all of a device or none."""
+        return len(self._copied) < len(self._statistics)
+
     def fold(self, averages: Targets, sums: Targets, growth: Weight) -> None:
         """`average = (average + sum) / growth`; what that rounds off stays in the sum (Fast2Sum)."""
         for rows in list(self._rows):
@@ -142,6 +147,7 @@ class GroupedTensors:
                 for average, part in paired_parts(*pair):
                     _fold(average, part, growth)
 
+    @torch.inference_mode()  # no_grad still asks each of a thousand tensors whether it takes gradients
     def _blend_groups(self, updates: Sequence[Update]) -> None:
         for index, group in enumerate(self._groups):
             source = self.live[index]
