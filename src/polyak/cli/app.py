@@ -33,6 +33,11 @@ app.command(
     "polyak.cli.trajectory:thin", help="Merge neighbouring intervals of the record of a run."
 )
 app.command(
+    "polyak.cli.adapters:merge_adapters",
+    name="merge-adapters",
+    help="Merge LoRA adapters of separate runs.",
+)
+app.command(
     "polyak.cli.update_bn:update_bn",
     name="update-bn",
     help="Set the BatchNorm statistics of averaged weights in a file.",
