@@ -504,6 +504,16 @@ def lightning_module_with_other_weights(folder):
     in_lightning(program, folder)
 
 
+@case(StaleStatistics)
+def search_of_a_model_with_statistics(folder):
+    model = network()
+    with polyak.Recorder(model, folder / "record", interval=1) as recorder:
+        for _ in range(4):
+            recorder.update()
+    trajectory = polyak.Trajectory(folder / "record")
+    trajectory.search(lambda state: 0.0, minimize=True)  # the line that is to be named
+
+
 @pytest.mark.parametrize(("program", "category"), CASES, ids=lambda c: c.__name__)
 def test_a_warning_names_the_line_that_caused_it(program, category, tmp_path):
     lines, first = inspect.getsourcelines(program)
