@@ -137,7 +137,8 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
                 acting.leave()
     finally:
         acting.restore(writes.changed - _of_norms(member))
-    _warn_of_writes(member, writes.exchanged)
+    if member in member.tracker.members:  # a draw of a SWAG is not kept
+        _warn_of_writes(member, writes.exchanged)
 
 
 @torch.no_grad()
