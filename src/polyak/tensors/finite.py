@@ -48,7 +48,7 @@ def _sum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if real.device.type == "cpu" and real.itemsize < 4 and real.numel() > _PIECE:
         # On the host torch makes a copy in the dtype of the sum first.
-        pieces = real.reshape(-1).split(_PIECE)
+        pieces = torch.split(real.reshape(-1), _PIECE)
         return torch.stack([piece.sum(dtype=torch.float32) for piece in pieces]).sum()
     return real.sum(dtype=torch.float32)
 
