@@ -336,7 +336,7 @@ class SWAG(Average):
             RunningAverage,
             member.unit,
             accumulator=draw,
-            statistics=statistics,
+            own_statistics=statistics,
         )
 
     def _checked(self) -> SpreadAverage:
