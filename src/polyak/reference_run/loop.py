@@ -194,7 +194,7 @@ class _Loop:
 
     def _record(self, unit: Unit) -> Path | None:
         """Where an arm is recorded, if it is."""
-        if not self.recipe.record_intervals or self.ranks.is_sharded:
+        if not self.recipe.record_intervals:
             return None
         return record_folder(self.folder, unit.seed, unit.arm)
 
