@@ -13,6 +13,7 @@ _HOME_OF = {
     "Distance": "polyak.checkpoints.diff",
     "Inspection": "polyak.checkpoints.inspect",
     "MergeResult": "polyak.checkpoints.merging.average",
+    "MergedAdapters": "polyak.checkpoints.merging.lora",
     "ModelStock": "polyak.checkpoints.merging.deltas",
     "OutputWeights": "polyak.checkpoints.merging.weights",
     "Selection": "polyak.checkpoints.merging.selection",
@@ -23,6 +24,7 @@ _HOME_OF = {
     "diff_checkpoints": "polyak.checkpoints.diff",
     "inspect_checkpoint": "polyak.checkpoints.inspect",
     "iter_averaged_tensors": "polyak.checkpoints.merging.average",
+    "merge_adapters": "polyak.checkpoints.merging.lora",
     "open_checkpoint": "polyak.checkpoints.reading.opening",
     "select_checkpoints": "polyak.checkpoints.merging.selection",
     "thin_record": "polyak.checkpoints.thinning",
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.deltas import ModelStock as ModelStock
     from polyak.checkpoints.merging.deltas import Slerp as Slerp
     from polyak.checkpoints.merging.deltas import Ties as Ties
+    from polyak.checkpoints.merging.lora import MergedAdapters as MergedAdapters
+    from polyak.checkpoints.merging.lora import merge_adapters as merge_adapters
     from polyak.checkpoints.merging.selection import Selection as Selection
     from polyak.checkpoints.merging.selection import select_checkpoints as select_checkpoints
     from polyak.checkpoints.merging.weights import OutputWeights as OutputWeights

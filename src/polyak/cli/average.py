@@ -106,7 +106,7 @@ class Outputs:
         """Output -> method; ArgumentError where their numbers differ."""
         if self.method and self.weights:
             raise ArgumentError("--method and --weights exclude each other.")
-        methods: list[Method] = [_numbers(text) for text in self.weights or ()]
+        methods: list[Method] = [comma_separated(text) for text in self.weights or ()]
         methods = methods or list(self.method or ["swa"])
         if len(methods) != len(self.output):
             raise ArgumentError(
@@ -174,7 +174,8 @@ class Work:
     dry_run: Annotated[bool, _Flag] = False
 
 
-def _numbers(text: str) -> list[float]:
+def comma_separated(text: str) -> list[float]:
+    """The numbers of --weights."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
