@@ -144,7 +144,7 @@ def check_match(
 # Packages whose frames may stand between the user's call and the warning that it causes: our own,
 # hooks that torch and frameworks call, and the standard library's context managers, copying and pickling.
 _STANDARD = {"contextlib", "copy", "functools", "multiprocessing", "pickle"}
-_NOT_THE_CALLER = {"polyak", "torch", "transformers", *_STANDARD}
+_NOT_THE_CALLER = {"polyak", "torch", "lightning", "transformers", *_STANDARD}
 
 
 def warn(message: str, category: type[PolyakWarning] = PolyakWarning) -> None:

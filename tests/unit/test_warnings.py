@@ -11,6 +11,8 @@ import itertools
 import pickle
 import re
 import shutil
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from polyak.averaging import recorder as recorder_module
 from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
 from polyak.integrations.transformers import attach
+from polyak.tensors import fused
 
 SOURCE = Path(polyak.__file__).parent
 CAUSE = "# the line that is to be named"
@@ -441,11 +444,64 @@ def trained_to_a_nan(folder):
     trainer.train()  # the line that is to be named
 
 
+@case(PolyakWarning)
+def a_triton_that_is_broken(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "DEVICES", {"cpu"})
+        patch.setattr(fused, "_failures", {})
+        patch.setattr(fused, "_warned", set())
+        patch.setitem(
+            sys.modules, "triton", types.ModuleType("triton")
+        )  # without all that it offers
+        patch.delitem(sys.modules, "polyak.tensors.kernels", raising=False)
+        fused._kernels.cache_clear()
+        polyak.Average(network(), polyak.SWA()).update()  # the line that is to be named
+
+
 def caught(program, folder):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         program(folder)
     return [warning for warning in found if issubclass(warning.category, PolyakWarning)]
+
+
+def in_lightning(program, folder):
+    """A module that has been fitted and saved without averaging, and a trainer that averages."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from polyak.integrations.lightning import WeightAveraging
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", PolyakWarning)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "limit_train_batches": 2, "limit_val_batches": 0}
+    module = BoringModel()
+    plain = Trainer(max_epochs=1, default_root_dir=folder, **quiet)
+    plain.fit(module)
+    plain.save_checkpoint(folder / "plain.ckpt")
+    trainer = Trainer(
+        callbacks=[WeightAveraging("swa")], max_epochs=2, default_root_dir=folder, **quiet
+    )
+    program(trainer, module)
+
+
+@case(PolyakWarning)
+def lightning_resumed_without_an_average(folder):
+    def program(trainer, module):
+        trainer.fit(module, ckpt_path=folder / "plain.ckpt")  # the line that is to be named
+
+    in_lightning(program, folder)
+
+
+@case(PolyakWarning)
+def lightning_module_with_other_weights(folder):
+    def program(trainer, module):
+        trainer.fit(module)
+        torch.nn.init.zeros_(module.layer.weight)
+        trainer.fit(module)  # the line that is to be named
+
+    in_lightning(program, folder)
 
 
 @pytest.mark.parametrize(("program", "category"), CASES, ids=lambda c: c.__name__)

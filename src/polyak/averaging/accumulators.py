@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
@@ -25,7 +26,7 @@ from polyak.tensors.blend import (
     Update,
     accumulator_dtype,
     blank_like,
-    paired_parts,
+    correction,
 )
 
 SMALLEST_SHARE = 2.0**-10
@@ -63,11 +64,13 @@ class Options:
 class Accumulator(ABC):
     """What one average keeps, in lists of one tensor per averaged weight, in their order."""
 
-    takes_shards: ClassVar[bool] = True  # or it needs each tensor whole
-
     @abstractmethod
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:
         """Make room for tensors like the live ones."""
+
+    @classmethod  # noqa: B027 - nothing to do for most
+    def check_model(cls, model: Module) -> None:
+        """Raise ArgumentError for a model whose tensors it cannot keep."""
 
     @abstractmethod
     def update(self, before: Clock, now: Clock) -> Update | None:
@@ -80,7 +83,7 @@ class Accumulator(ABC):
         """Called once the returned update has been applied."""
 
     @abstractmethod
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """The live tensors are others than before, or are grouped differently."""
 
     @abstractmethod
@@ -195,13 +198,11 @@ class RunningAverage(Accumulator):
         """The open block belongs to the time before."""
         self.block_is_open = False
 
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """Group the accumulators as the live tensors are grouped."""
-        if grouped is None:
-            return
         self._grouped = grouped
         self._groups = grouped.group(self.tensors)
-        self._block_groups = grouped.group(self.block) if self.block else []
+        self._block_groups = grouped.group(self.block)
 
     def add(self, values: Sequence[Tensor], now: Clock) -> None:
         """Average more tensors, which have been constant so far."""
@@ -225,7 +226,7 @@ class RunningAverage(Accumulator):
         average = self.tensors[index]
         if not self.block_is_open:
             return average
-        return average + _correction(average, self.block[index], self._growth(now))
+        return average + correction(average, self.block[index], self._growth(now))
 
     def swap_targets(self) -> list[Tensor]:
         """The average, unless an open block holds a part of it."""
@@ -295,13 +296,7 @@ class RunningAverage(Accumulator):
             self._block_groups = self._grouped.group(self.block)
 
     def _fold(self, now: Clock) -> None:
-        growth = self._growth(now)
-        for whole, whole_block in zip(self.tensors, self.block, strict=True):
-            for average, block in paired_parts(whole, whole_block):
-                correction = _correction(average, block, growth)
-                folded = average + correction
-                torch.sub(correction, folded - average, out=block)  # what that addition rounded off
-                average.copy_(folded)
+        self._grouped.fold(self._groups, self._block_groups, self._growth(now))
         self.block_start, self.block_updates = now.time, 0
 
     def _growth(self, now: Clock) -> Number:
@@ -336,7 +331,7 @@ class WindowAverage(Accumulator):
         """No snapshot is in the window."""
         self.kept = []
 
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """Copy these from now on."""
         self._live = live
 
@@ -428,16 +423,6 @@ def accumulator_class(profile: Profile) -> type[Accumulator]:
         f"{profile} cannot be averaged during training: what each weight counts is known only at the "
         "end. Save checkpoints and use polyak.average_checkpoints."
     )
-
-
-def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
-    """`(average + block) / growth - average`, without cancelling the digits of the average."""
-    excess: Any = growth - 1  # before rounding to the dtype of the average: it is small
-    if isinstance(growth, Tensor):
-        kind = (average.device, average.real.dtype)
-        growth, excess = growth.to(*kind), excess.to(*kind)
-    correction: Tensor = (block - average * excess) / growth
-    return correction
 
 
 def _is_small(before: Clock, now: Clock) -> bool:

@@ -177,6 +177,7 @@ class Average:
         every: int | None = None,
         at: LRScheduler | None = None,
         before_next_step: bool = False,
+        by_hand: bool = False,
     ) -> Attachment:
         """Update automatically: after every k-th real step of an optimizer, or at a schedule's points.
 
@@ -196,6 +197,8 @@ class Average:
             before_next_step: for loops that change the weights after `optimizer.step()`, by clipping or
                 normalising them: take them as late as possible, when the next step begins or the
                 average is read, whichever comes first.
+            by_hand: never update; you call `update()`, say once an epoch. Unfrozen parameters are still
+                averaged from before their first step, and steps inside `applied()` refused.
 
         Warns (PolyakWarning) if parameters that train and are averaged are not among those of the
         optimizer, or if it has steps besides `step()` that no hook can see.
@@ -215,6 +218,7 @@ class Average:
             every=every,
             at=at,
             before_next_step=before_next_step,
+            by_hand=by_hand,
         )
 
     def detach(self) -> None:

@@ -100,6 +100,7 @@ class Averages(Mapping[str, Average]):
         every: int | None = None,
         at: LRScheduler | None = None,
         before_next_step: bool = False,
+        by_hand: bool = False,
     ) -> Attachment:
         """Update automatically all members without a timing of their own; see `Average.attach`.
 
@@ -111,6 +112,7 @@ class Averages(Mapping[str, Average]):
             every=every,
             at=at,
             before_next_step=before_next_step,
+            by_hand=by_hand,
         )
 
     def detach(self) -> None:

@@ -81,11 +81,13 @@ class Attachment:
         every: int | None = None,
         at: LRScheduler | None = None,
         before_next_step: bool = False,
+        by_hand: bool = False,
     ) -> None:
         self._customer = customer
         several = isinstance(optimizers, (list, tuple))
         self._optimizers = list(optimizers) if several else [optimizers]
-        self._every = _checked_every(every, at)
+        self._every = _checked_every(every, at, by_hand=by_hand)
+        self._by_hand = by_hand
         self._at = None if at is None else averaging_schedule(at)
         self._before_next_step = before_next_step
         self._due: tuple[float, bool | Tensor] | None = None  # to be taken before the next step
@@ -157,7 +159,8 @@ class Attachment:
         try:
             self._watches = self._register()
             _check_optimizers(customer, self._optimizers, self._watches)
-            customer.begin("captures" if captures else "steps")
+            if not self._by_hand:
+                customer.begin("captures" if captures else "steps")
             self._warn_evaluation_mode()
         except BaseException:
             self._remove_hooks()
@@ -217,7 +220,7 @@ class Attachment:
     def _after_step(self, index: int, real: float | Tensor) -> None:
         # Of several optimizers one may step more often (five critics to one generator): a step of
         # all is over once each has stepped, and it is real if one of its steps was.
-        if self._at is not None:
+        if self._at is not None or self._by_hand:
             return
         self._stepped[index] = either(self._stepped.get(index, 0.0), real)
         if len(self._stepped) < len(self._optimizers):
@@ -393,9 +396,13 @@ def _warn_unstepped(
         )
 
 
-def _checked_every(every: Any, at: Any) -> int:
+def _checked_every(every: Any, at: Any, *, by_hand: bool) -> int:
     if every is not None and at is not None:
         raise ArgumentError("attach() takes every= or at=, not both.")
+    if by_hand and (every is not None or at is not None):
+        raise ArgumentError(
+            "attach(by_hand=True) never updates, so it takes neither every= nor at=."
+        )
     steps = 1 if every is None else every
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"every is {every!r}; expected a number of steps, 1 or more.")

@@ -83,7 +83,7 @@ def _save_together(
     carry = options.pop("carry")
     entries = _entries(member)
     extra = extra_state(member.tracker.tensors.model)
-    entries |= {n: _boxes(v, v) for n, v in extra.items() if isinstance(v, Tensor)}
+    entries |= {n: boxed(v, v) for n, v in extra.items() if isinstance(v, Tensor)}
     if lost := {name: value for name, value in extra.items() if name not in entries}:
         warn_of_lost(as_path(path), lost, is_torch=False)
     ties = named_tensors(member.tracker.tensors.model).ties
@@ -109,17 +109,18 @@ def _entries(member: Member) -> dict[str, Any]:
         if slot.persistent:
             own = statistics.get(name, local(slot.tensor))
             value = model_value(member, index[name], exchanged=True) if name in index else own
-            found[name] = _boxes(value, slot.tensor)
+            found[name] = boxed(value, slot.tensor)
     return found
 
 
-def _boxes(value: Tensor, like: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[Any]]:
+def boxed(value: Tensor, like: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[Any]]:
+    """The values on this rank of a tensor that is sharded as `like` is, as `write_collectively` takes it."""
     first = is_first_replica(like) and (is_sharded(like) or rank() == 0)
     places = [
         (tuple(start for start, _ in spans), narrowed(value.detach(), here))
         for spans, here in (boxes(like) if first else ())
     ]
-    return like.dtype, tuple(like.shape), places
+    return value.dtype, tuple(like.shape), places
 
 
 def _check_collective(path: Any, layout: str, *, shards: bool, carry: Any) -> None:

@@ -124,7 +124,7 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
         state = state_dict(Member(tracker, Clock(member.profile), member.held_by, member.unit))
         tensors = tracker.tensors
         if n_blocks:
-            block = [{n: _zeros(t, t.dtype) for n, t in state["tensors"].items()}]
+            block = [{n: zeros(t, t.dtype) for n, t in state["tensors"].items()}]
             state["block"] = [{"updates": 0, "start": 0.0, "tensors": b} for b in block]
         if n_snapshots:
             state["snapshots"] = [
@@ -132,7 +132,7 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
                     "from": 0.0,
                     "to": 0.0,
                     "tensors": {
-                        n: _zeros(t, t.dtype)
+                        n: zeros(t, t.dtype)
                         for n, t in zip(tensors.names, tensors.whole, strict=True)
                     },
                 }
@@ -141,7 +141,8 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
     return state
 
 
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a tensor that is sharded as another one is."""
     values = torch.zeros_like(local(like).detach(), dtype=dtype)
     return sharded_as(values, like) if is_sharded(like) else values
 
@@ -216,6 +217,8 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
     tracker = member.tracker
     tracker.finish()
     if _holds_weights(state):
+        if thawed := _tensors_of(state).keys() & tracker.tensors.frozen().keys():
+            tracker.add(sorted(thawed), known_to=member)
         tracker.prepare()
         if member.accumulator is not None:
             member.accumulator.load_state(_on_this_rank(state, tracker), tracker.tensors.names)
@@ -305,6 +308,12 @@ def _holds_weights(state: Mapping[str, Any]) -> bool:
     return any(isinstance(state.get(n), Sized) and len(state[n]) for n in ("tensors", "snapshots"))
 
 
+def _tensors_of(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The averaged tensors by name; for a window, those of one snapshot."""
+    tensors: Mapping[str, Tensor] = state["tensors"] or state["snapshots"][-1]["tensors"]
+    return tensors
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -319,6 +328,8 @@ def _check_tensors(
     tensors, options = member.tracker.tensors, member.tracker.options
     held_by = member.held_by
     whole = dict(zip(tensors.names, tensors.whole, strict=True))
+    # What trained when the state was saved may still be frozen here: a run that resumes thaws later.
+    whole |= {n: t for n, t in tensors.frozen().items() if n in _tensors_of(state)}
     weights = {
         n: f"{tuple(t.shape)} {held_by.dtype_held(t.dtype, options)}" for n, t in whole.items()
     }

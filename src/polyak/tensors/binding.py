@@ -81,6 +81,13 @@ class BoundTensors:
         """Bring parameters that FSDP has gathered back to their shards, which are what is averaged."""
         reshard(self.model)
 
+    def are_sharded(self) -> bool:
+        """Whether each rank has a part of the model, which need not be bound yet."""
+        if self.bound:
+            return bool(self.ranks)
+        self.settle()
+        return any(is_sharded(slot.tensor) for slot in named_tensors(self.model).slots.values())
+
     def bind(self) -> None:
         """Bind the model's tensors as they are now. Raises ArgumentError if none is averaged."""
         self.settle()
@@ -146,15 +153,22 @@ class BoundTensors:
         slots = named_tensors(self.model).slots
         return [n for n, s in slots.items() if self._is_unfrozen(n, s)]
 
-    def add(self, names: Iterable[str]) -> list[Tensor]:
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that are shared because they were frozen when they were bound."""
+        slots = named_tensors(self.model).slots
+        return {n: s.tensor for n, s in slots.items() if self.kinds[n].reason == FROZEN}
+
+    def add(self, names: Iterable[str], *, constant: bool = True) -> list[Tensor]:
         """Average these from now on; return their tensors, which have been constant so far.
 
-        Raises MismatchError if one has been written to since weights were first taken.
+        Raises MismatchError if one has been written to since weights were first taken, unless it does
+        not matter that it was `constant`, because its average is known.
         """
         self.settle()
         named, _ = self.inspect()
         taken = [name for name in names if name in named.slots]
-        self._refuse_written({name: named.slots[name].tensor for name in taken})
+        if constant:
+            self._refuse_written({name: named.slots[name].tensor for name in taken})
         for name in taken:
             self.kinds[name] = Decision(
                 Kind.AVERAGED, "a parameter that trains since it was unfrozen"

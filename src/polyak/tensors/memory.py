@@ -60,6 +60,11 @@ def address(tensor: Tensor) -> int:
     return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the values fill one range of memory, each once, in any order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
 def in_shared_memory(tensor: Tensor) -> bool:
     """Whether other processes may see the values (torch says so of all CUDA tensors)."""
     return tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]

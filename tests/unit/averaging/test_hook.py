@@ -355,6 +355,7 @@ def test_optimizer_state_and_averages_are_apart():
 
 def test_accelerates_wrapper_is_unwrapped():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.GradientState._reset_state()  # a run of another test that failed may be in it
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
     model, optimizer = problem()
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -642,3 +643,32 @@ def test_what_is_not_a_profile_is_refused(profile, message):
         Average(model, profile)
     with pytest.raises(ArgumentError, match=message):
         Averages(model, {"a": profile})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_attached_by_hand_only_the_caller_updates(frozen):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = polyak.Average(model, polyak.SWA(), unit="epochs")
+    average.attach(optimizer, by_hand=True)
+    first = model[0].weight.detach().clone()
+    for epoch in range(3):
+        model[0].requires_grad_(True if epoch else not frozen)
+        for _ in range(4):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        average.update()
+        if epoch == 0:
+            first = model[0].weight.detach().clone()
+        if epoch == 1:
+            second = model[0].weight.detach().clone()
+    assert (average.count, average.unit) == (3, "epochs")
+    expected = (first + second + model[0].weight) / 3
+    torch.testing.assert_close(average.averaged_tensors()["0.weight"], expected)
+    with average.applied(), pytest.raises(UsageError):
+        optimizer.step()
+    for options in ({"every": 2}, {"at": object()}):
+        with pytest.raises(ArgumentError, match="by_hand"):
+            polyak.Average(model, polyak.SWA()).attach(optimizer, by_hand=True, **options)

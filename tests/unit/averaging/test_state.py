@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 
@@ -278,6 +279,47 @@ def test_a_damaged_state_changes_nothing(damage):
     assert (average.time, average.count) == (3.0, 3)
     for name, tensor in average.averaged_tensors().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("profile", ["swa", "ema:decay=0.9", "window:length=5"])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_state_loads_while_what_was_thawed_is_still_frozen(profile, several):
+    def built():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        names = {"one": profile, "two": "swa"}
+        average = polyak.Averages(model, names) if several else polyak.Average(model, profile)
+        average.attach(optimizer)
+        return model, optimizer, average
+
+    def train(model, optimizer, seeds):
+        for seed in seeds:
+            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer, average = built()
+    train(model, optimizer, range(4))
+    model[0].requires_grad_(True)
+    train(model, optimizer, range(4, 9))
+    state, weights = copy.deepcopy((average.state_dict(), model.state_dict()))
+    train(model, optimizer, range(9, 14))
+    again, optimizer, resumed = built()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    again[0].requires_grad_(True)
+    train(again, optimizer, range(9, 14))
+    for one, other in zip(
+        average.values() if several else [average],
+        resumed.values() if several else [resumed],
+        strict=True,
+    ):
+        expected, found = one.averaged_tensors(), other.averaged_tensors()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("profile", ["swa", "ema:half_life=3", polyak.Window(3)])
