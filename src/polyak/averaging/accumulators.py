@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
@@ -65,11 +66,13 @@ class Options:
 class Accumulator(ABC):
     """What one average keeps, in lists of one tensor per averaged weight, in their order."""
 
-    takes_shards: ClassVar[bool] = True  # or it needs each tensor whole
-
     @abstractmethod
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:
         """Make room for tensors like the live ones."""
+
+    @classmethod  # noqa: B027 - nothing to do for most
+    def check_model(cls, model: Module) -> None:
+        """Raise ArgumentError for a model whose tensors it cannot keep."""
 
     @abstractmethod
     def update(self, before: Clock, now: Clock) -> Update | None:
