@@ -35,15 +35,14 @@ def to_pack(
         device: Scratch.for_([weights[i] for i in found if weights[i].device == device])
         for device in {weights[i].device for i in found}
     }
-    return {
-        i: Packed(_memory(weights[i], stay), averages[i], scratch[weights[i].device]) for i in found
-    }
+    return {i: _pair(weights[i], averages[i], scratch[weights[i].device], stay) for i in found}
 
 
-def _memory(weight: Tensor, stay: Set[int]) -> Tensor:
-    # In place, writes in the block must show. Elsewhere `data` is not seen by autograd: what was saved
-    # for a backward pass is the same again after the loan.
-    return weight.detach() if id(weight) in stay else weight.data
+def _pair(weight: Tensor, average: Tensor, scratch: Scratch, stay: Set[int]) -> Packed:
+    if id(weight) in stay:
+        return Packed(weight.detach(), average, scratch, in_place=True)
+    # Autograd does not see what is written to `data`: what it has saved is right again after the loan.
+    return Packed(weight.data, average, scratch, in_place=False)
 
 
 def _small(indices: Iterable[int], weights: Sequence[Tensor]) -> set[int]:
@@ -59,7 +58,7 @@ def _small(indices: Iterable[int], weights: Sequence[Tensor]) -> set[int]:
 
 def _overlapping(indices: Iterable[int], weights: Sequence[Tensor]) -> set[int]:
     """Those that share memory with another one, as views of one storage may."""
-    starts = {i: address(weights[i]) for i in indices}
+    starts = {i: _start(weights[i]) for i in indices}
     found, last_end, last = set(), 0, -1
     for index in sorted(starts, key=starts.__getitem__):
         if starts[index] < last_end:
@@ -67,3 +66,7 @@ def _overlapping(indices: Iterable[int], weights: Sequence[Tensor]) -> set[int]:
         if (end := starts[index] + span(weights[index])) > last_end:
             last_end, last = end, index
     return found
+
+
+def _start(tensor: Tensor) -> int:
+    return address(tensor) + tensor.storage_offset() * tensor.element_size()

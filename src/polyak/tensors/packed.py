@@ -39,20 +39,22 @@ class Scratch:
 class Packed:
     """One weight and its average, of which `swap_in` gives the weight's memory to the average.
 
-    Between that and `swap_out`, `weight` is the rounded average, and `average` the exact one. In place
-    its memory is all there is of the average: whoever writes to it writes the average.
+    Between that and `swap_out`, `weight` is the rounded average, and `average()` the exact one. Where it
+    is lent `in_place`, whoever writes to the weight writes the average.
     """
 
-    def __init__(self, weight: Tensor, average: Tensor, scratch: Scratch) -> None:
+    def __init__(
+        self, weight: Tensor, average: Tensor, scratch: Scratch, *, in_place: bool = True
+    ) -> None:
         self.weight = weight
+        self._in_place = in_place
         self._average = average.detach()
         self._scratch = scratch
         order = sorted(range(average.dim()), key=average.stride, reverse=True)
         self._order = order
         self._narrow = weight.view(torch.int16).permute(order)
         self._wide = self._average.view(torch.int32).permute(order)
-        self._swapped: list[tuple[Tensor, Tensor]] = []
-        self._version = weight._version
+        self._swapped: list[tuple[Tensor, Tensor, Tensor | None]] = []  # with a checksum
 
     @torch.no_grad()
     def swap_in(self) -> None:
@@ -66,30 +68,27 @@ class Packed:
             halves[:n].view(wide.shape).copy_(narrow)
             halves[n:].view(wide.shape).copy_(low)
             narrow.copy_(rounded)
-            self._swapped.append((narrow, wide))
-        self._version = self.weight._version
+            self._swapped.append((narrow, wide, _checksum(rounded) if self._in_place else None))
 
     @torch.no_grad()
     def swap_out(self) -> None:
         """Both have what they had, bit for bit; an average that was written to has what was written."""
-        written = self._is_written()
         while self._swapped:
-            narrow, wide = self._swapped[-1]
+            narrow, wide, checksum = self._swapped[-1]
             own = self._room(wide)[2]
             own.copy_(wide.view(-1).view(torch.int16)[: narrow.numel()].view(wide.shape))
-            self._restore(narrow, wide, wide, written=written)
+            self._restore(narrow, wide, checksum, wide)
             narrow.copy_(own)
             self._swapped.pop()
 
     @torch.no_grad()
     def average(self) -> Tensor:
         """A copy of the average, while it is lent."""
-        written = self._is_written()
         with torch.inference_mode(False):
             result = torch.empty_like(self._average)
         targets = self._pieces(result.view(torch.int32).permute(self._order))
-        for (narrow, wide), (_, target) in zip(self._swapped, targets, strict=True):
-            self._restore(narrow, wide, target, written=written)
+        for piece, (_, target) in zip(self._swapped, targets, strict=True):
+            self._restore(*piece, target)
         return result
 
     def finite(self) -> Tensor:
@@ -102,16 +101,15 @@ class Packed:
         clone = copy_on_write(self.weight)
         return self.weight.clone() if clone is None else clone
 
-    def _restore(self, narrow: Tensor, wide: Tensor, target: Tensor, *, written: bool) -> None:
+    def _restore(
+        self, narrow: Tensor, wide: Tensor, checksum: Tensor | None, target: Tensor
+    ) -> None:
         rounded, low, _ = self._room(wide)
         low.copy_(wide.view(-1).view(torch.int16)[narrow.numel() :].view(wide.shape))
-        if written:  # these low halves are of other values
-            low.zero_()
         rounded.copy_(narrow)
+        if checksum is not None:  # what was written since does not go with these low halves
+            low.mul_(_checksum(rounded) == checksum)
         torch.add(low, rounded, alpha=1 << 16, out=target)
-
-    def _is_written(self) -> bool:
-        return self.weight._version != self._version
 
     def _room(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         held, n = self._scratch, like.numel()
@@ -152,6 +150,11 @@ def span(tensor: Tensor) -> int:
     """How many bytes there are from the first to the last value of a tensor that has any."""
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (reach + 1) * tensor.element_size()
+
+
+def _checksum(values: Tensor) -> Tensor:
+    # Versions do not tell: views of one storage share theirs, and writes to `data` do not count.
+    return values.sum(dtype=torch.int32)
 
 
 def _is_plain(tensor: Tensor) -> bool:
