@@ -69,4 +69,4 @@ def _overlapping(indices: Iterable[int], weights: Sequence[Tensor]) -> set[int]:
 
 
 def _start(tensor: Tensor) -> int:
-    return address(tensor) + tensor.storage_offset() * tensor.element_size()
+    return address(tensor) + int(tensor.storage_offset()) * tensor.element_size()
