@@ -26,11 +26,16 @@ def compiled(kernel, signature, constants):
     return triton.compile(source, target=TARGET, options=options).asm["ptx"]
 
 
-def update(n_columns, on_device):
-    weights = tuple("*fp64" if on_device >> k & 1 else "fp32" for k in range(n_columns))
+def update(n_columns, n_copies, on_device):
+    weights = tuple("*fp64" if on_device >> k & 1 else "fp32" for k in range(n_columns)) or (
+        "fp32",
+    )
     tables = {"programs": "*i64", "rows": "*i64", "sources": "*i64"}
-    columns = {"columns": ("*i64",) * n_columns, "weights": weights, "adds": ("fp32",) * n_columns}
-    constants = {"on_device": on_device, "n_columns": n_columns, "block": fused.BLOCK}
+    columns = {"columns": ("*i64",) * (n_columns or 1), "weights": weights}
+    columns["adds"] = ("fp32",) * len(weights)
+    columns["copies"] = ("*i64",) * (n_copies or 1)
+    constants = {"on_device": on_device, "n_columns": n_columns, "n_copies": n_copies}
+    constants["block"] = fused.BLOCK
     return compiled(kernels.update, tables | columns | dict.fromkeys(constants, ""), constants)
 
 
@@ -45,6 +50,8 @@ if __name__ == "__main__":
     n = int(sys.argv[1])
     for on_device in (0, 1):
         fold(on_device)
-        text = update(n, on_device)
+        update(n, 0, on_device)
+        update(0, n, on_device)
+        text = update(n, n, on_device)
     for name, count in Counter(re.findall(r"(?:ld|st)\.global\.[a-z0-9.]+", text)).items():
         print(name, count)

@@ -32,14 +32,14 @@ MODELS = "batchnorm|channels last|bfloat16|complex"
 
 def pytest_configure(config):
     fused.DEVICES.add("cpu")
-    run = fused.FusedRows._run
+    call = fused.FusedRows._call
 
-    def counting(self, name, n_programs, *rest):
+    def counting(self, launch, n_programs):
         if n_programs:
-            launched[name] = launched.get(name, 0) + 1
-        run(self, name, n_programs, *rest)
+            launched[launch.kernel] = launched.get(launch.kernel, 0) + 1
+        call(self, launch, n_programs)
 
-    fused.FusedRows._run = counting
+    fused.FusedRows._call = counting
 
 
 def _is_chosen(item):

@@ -240,9 +240,8 @@ class Average:
     def applied(self, *, check: bool = False, in_place: bool = False) -> Iterator[Module]:
         """Swap the average into the model for the block, then restore the model's own weights.
 
-        Of a sharded model contents are exchanged, shard by shard, through a few megabytes.
-
-        Memory is shared, not copied: about ten microseconds per tensor. Averages of bfloat16 weights
+        Of a sharded model contents are exchanged, shard by shard, through a few megabytes. Else
+        memory is shared, not copied: about ten microseconds per tensor. Averages of bfloat16 weights
         change places with them in 4 MB, rounded with ties away from zero, as `save` and `copy_to` do.
         Copies are made only where this cannot be (another dtype or device, an open block, a window, a
         NaN): as much as the live weights. `in_place=True` exchanges contents instead, so that every

@@ -58,6 +58,8 @@ def _train(recipe: Recipe, folder: Path, *, resume: bool) -> tuple[Console, Run]
     before = Run(folder).records() if resume and (folder / "recipe.toml").exists() else []
     verb = "Resuming" if before else "Running"
     console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
+    if recipe.record_intervals and recipe.strategy == "fsdp":
+        console.print("Nothing is recorded: with --strategy fsdp no process has whole weights.")
     try:
         with _display(console, recipe, before) as watch:
             return console, train(recipe, folder, resume=resume, watch=watch)

@@ -10,24 +10,22 @@ all this is one launch (`fused.py`), and only tensors that its kernel does not t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak.tensors import fused
-from polyak.tensors.fused import Column, FusedRows
+from polyak.tensors.fused import FusedRows
 from polyak.tensors.memory import is_dense
+from polyak.tensors.updates import Targets, Update, Weight
 
 # Values per bounded group. On a CPU the group must stay in the (last) cache and be worth a second
 # thread: 2^20 was best of 2^16 to 2^21 (LOG.md); on an accelerator launches must stay few, and the
 # scratch memory for conversion small beside the weights.
 _GROUP_VALUES = {"cpu": 1 << 20}
 _GROUP_VALUES_ELSEWHERE = 1 << 24
-
-Weight = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -48,44 +46,6 @@ class _Piece:
 class _Group:
     pieces: tuple[_Piece, ...]
     scratch: list[Tensor] | None
-
-
-@dataclass
-class Targets:
-    """What one average changes, one tensor per live one, and the same in groups."""
-
-    tensors: list[Tensor]
-    groups: list[list[Tensor]] = field(default_factory=list)  # made when they are needed
-
-
-@dataclass(frozen=True)
-class Update:
-    """One average's part in an update: its tensors, and the weight of the live ones.
-
-    `lerp_` by that weight toward the live weights or, with `adds`, `add_` of them times the weight.
-    """
-
-    targets: Targets
-    weight: Weight
-    adds: bool = False
-
-
-@dataclass
-class _Rows:
-    """What the kernel moves on one device, by index: weights and statistics."""
-
-    weights: list[int]
-    statistics: list[int]
-    kernel: FusedRows
-
-    def column(self, update: Update | None, copies: Sequence[Tensor] | None) -> Column:
-        chosen = copies and [copies[i] for i in self.statistics]
-        if update is None:
-            return Column(None, chosen)
-        return Column(self.of(update.targets), chosen, update.weight, update.adds)
-
-    def of(self, targets: Targets) -> list[Tensor]:
-        return [targets.tensors[i] for i in self.weights]
 
 
 class GroupedTensors:
@@ -120,16 +80,24 @@ class GroupedTensors:
         """
         launches = []
         for rows in list(self._rows):
-            columns = [rows.column(*parts) for parts in zip_longest(updates, copies)]
-            if rows.kernel.compiles(columns):
-                launches.append((rows, columns))
-            else:
+            if (prepared := rows.prepare(updates, copies)) is None:
                 self._do_without(rows)
-        for rows, columns in launches:
-            rows.kernel.update(columns)
+            else:
+                launches += [(rows, launch) for launch in prepared]
+        for rows, launch in launches:
+            rows.run(launch)
         self._blend_groups(updates)
-        for targets in copies:
-            copy_([targets[i] for i in self._copied], [self._statistics[i] for i in self._copied])
+        for targets in copies if self._copied else ():
+            sources = [self._statistics[i] for i in self._copied]
+            torch._foreach_copy_([targets[i] for i in self._copied], sources)
+
+    def notes(self) -> list[str]:
+        """How the updates are carried out, where that is not by torch."""
+        return [
+            f"an update on {rows.device} is one launch of a kernel, which took "
+            f"{fused.seconds_compiling(rows.device):.1f} s to compile in this process"
+            for rows in self._rows
+        ]
 
     @property
     def copies_statistics(self) -> bool:
@@ -139,7 +107,7 @@ class GroupedTensors:
     def fold(self, averages: Targets, sums: Targets, growth: Weight) -> None:
         """`average = (average + sum) / growth`; what that rounds off stays in the sum (Fast2Sum)."""
         for rows in list(self._rows):
-            if not rows.kernel.fold(rows.of(averages), rows.of(sums), growth):
+            if not rows.fold(averages, sums, growth):
                 self._do_without(rows)
         done = {index for rows in self._rows for index in rows.weights}
         for index, pair in enumerate(zip(averages.tensors, sums.tensors, strict=True)):
@@ -173,12 +141,12 @@ class GroupedTensors:
             targets.groups.append([piece.of(targets.tensors) for piece in group.pieces])
         return targets.groups
 
-    def _do_without(self, rows: _Rows) -> None:
+    def _do_without(self, rows: FusedRows) -> None:
         """The kernel cannot be compiled: what it would have moved goes by groups from now on."""
         self._rows.remove(rows)
         self._group(rows.weights)
         self._copied += rows.statistics
-        fused.warn_of_failure(rows.kernel.device)
+        fused.warn_of_failure(rows.device)
 
 
 def lerp_(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
@@ -204,12 +172,6 @@ def add_(sums: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
         torch._foreach_add_(sums, list(torch._foreach_mul(sources, _beside(weight, sums[0]))))
     else:
         torch._foreach_add_(sums, sources, alpha=weight)
-
-
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Each target becomes its source."""
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
 
 
 def correction(average: Tensor, part: Tensor, growth: Weight) -> Tensor:
@@ -282,7 +244,7 @@ def paired_parts(
 
 def _fused_rows(
     live: Sequence[Tensor], like: Sequence[Tensor], statistics: Sequence[Tensor]
-) -> list[_Rows]:
+) -> list[FusedRows]:
     """What the kernel takes on each device where it runs."""
     found = []
     for device in dict.fromkeys(tensor.device for tensor in (*live, *statistics)):
@@ -294,8 +256,7 @@ def _fused_rows(
         there = [i for i, tensor in enumerate(statistics) if tensor.device == device]
         copied = [i for i in there if fused.can_be_copied(statistics[i])]
         if weights or copied:
-            kernel = FusedRows([live[i] for i in weights], [statistics[i] for i in copied])
-            found.append(_Rows(weights, copied, kernel))
+            found.append(FusedRows(live, weights, statistics, copied))
     return found
 
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from polyak.errors import UsageError, warn
-from polyak.tensors.memory import is_dense, odd_form
-
-Number = float | Tensor
+from polyak.tensors.memory import is_dense, odd_form, times_shared
+from polyak.tensors.updates import Targets, Update, Weight
 
 BLOCK = 4096  # items a program: enough work for its look-ups, and few enough for small tensors
 _WARPS = 8
@@ -33,107 +32,133 @@ _WORDS, _BYTES = 3, 4
 # Where the kernels run. The tests add the CPU, on which Triton interprets them.
 DEVICES = {"cuda"}
 
+
+@dataclass(frozen=True)
+class Launch:
+    """The name of a kernel, what it is called with, and the constants that it is compiled for."""
+
+    kernel: str
+    args: tuple[Any, ...]
+    constants: tuple[int, ...]
+
+
 _compiled: set[tuple[object, ...]] = set()
 _seconds: dict[torch.device, float] = {}  # spent on compiling
 _failures: dict[torch.device, str] = {}
 _warned: set[torch.device] = set()
 
 
-@dataclass(frozen=True)
-class Column:
-    """One average's part in a launch: what moves toward the weights, and copies of the statistics.
+class FusedRows:
+    """The tensors of one device that one launch moves: weights, and statistics to copy.
 
-    None for what stays as it is; else one tensor per row. `adds`: the weights are added, times `weight`.
+    `weights` and `statistics` are their indices among the live tensors and statistics that are given.
     """
 
-    targets: Sequence[Tensor] | None
-    copies: Sequence[Tensor] | None
-    weight: Number = 0.0
-    adds: bool = False
-
-
-class FusedRows:
-    """The tensors of one device that are moved by one launch: weights, and statistics to copy."""
-
-    def __init__(self, weights: Sequence[Tensor], statistics: Sequence[Tensor]) -> None:
-        self.device = (*weights, *statistics)[0].device
-        self._weights, self._statistics = weights, statistics
-        rows = [(t.numel(), _KINDS[t.dtype]) for t in weights] + [_as_copied(t) for t in statistics]
+    def __init__(
+        self,
+        live: Sequence[Tensor],
+        weights: Sequence[int],
+        statistics: Sequence[Tensor],
+        copied: Sequence[int],
+    ) -> None:
+        self.weights, self.statistics = weights, copied
+        self._live_statistics = [statistics[i] for i in copied]
+        tensors = [live[i] for i in weights]
+        self.device = (tensors + self._live_statistics)[0].device
+        # A live weight that moves is noticed before every update, and then this is made anew.
+        self._addresses = _addresses(tensors)
+        rows = [(t.numel(), _KINDS[t.dtype], place) for place, t in enumerate(tensors)]
+        rows += [(*_as_copied(t), place) for place, t in enumerate(self._live_statistics)]
         self._rows = _on(torch.tensor(rows), self.device)
-        pieces = torch.tensor([-(-n // BLOCK) for n, _ in rows])
-        self._n_programs = int(pieces.sum())
-        row = torch.repeat_interleave(pieces)
-        piece = torch.arange(self._n_programs) - (pieces.cumsum(0) - pieces)[row]
-        self._programs = _on(torch.stack([row, piece], dim=1), self.device)
+        self._programs = _on(_programs([row[0] for row in rows]), self.device)
+        self._source_table: Tensor | None = None
+        self._statistics_at: tuple[int, ...] = ()
         self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._columns: dict[int, tuple[Targets, int, Tensor]] = {}
 
-    def compiles(self, columns: Sequence[Column]) -> bool:
-        """Whether `update` can run, compiling it if need be; if not, `warn_of_failure` says why.
+    def prepare(
+        self, updates: Sequence[Update], copies: Sequence[Sequence[Tensor]]
+    ) -> list[Launch] | None:
+        """The launches that do this, compiled if need be; None, with a failure to tell, if they cannot.
 
-        With what folds the sums later on, so that nothing has been written when this is found out.
+        What folds block sums later on is compiled with them: nothing has been written yet.
         """
-        return all(
-            self._compile("update", *self._launch(part)) for part in _parts(columns)
-        ) and all(
-            self._compile("fold", *self._folding(column.targets, column.targets, column.weight))
-            for column in columns
-            if column.adds and column.targets
-        )
+        launches = [
+            self._update(updates[start : start + _COLUMNS], copies[start : start + _COLUMNS])
+            for start in range(0, max(len(updates), len(copies)), _COLUMNS)
+        ]
+        folds = [self._fold(u.targets, u.targets, u.weight) for u in updates if u.adds]
+        return launches if all(map(self._compile, [*launches, *folds])) else None
 
-    def update(self, columns: Sequence[Column]) -> None:
-        """Move and copy everything, for up to 8 averages in one launch."""
-        for part in _parts(columns):
-            self._run("update", self._n_programs, *self._launch(part))
+    def run(self, launch: Launch) -> None:
+        """Do it: asynchronous, on the current stream."""
+        self._call(launch, len(self._programs))
 
-    def fold(self, averages: Sequence[Tensor], sums: Sequence[Tensor], growth: Number) -> bool:
+    def fold(self, averages: Targets, sums: Targets, growth: Weight) -> bool:
         """`average = (average + sum) / growth`; what that rounds off stays in the sum.
 
         False, and nothing was changed, if the kernel cannot be compiled.
         """
-        launch = self._folding(averages, sums, growth)
-        if not self._compile("fold", *launch):
-            return False
-        self._run("fold", self._n_programs, *launch)
-        return True
+        launch = self._fold(averages, sums, growth)
+        compiled = self._compile(launch)
+        if compiled:
+            self.run(launch)
+        return compiled
 
-    def _folding(
-        self, averages: Sequence[Tensor], sums: Sequence[Tensor], growth: Number
-    ) -> tuple[list[Any], int]:
-        tables = [self._table(targets, None) for targets in (averages, sums)]
+    def _update(self, updates: Sequence[Update], copies: Sequence[Sequence[Tensor]]) -> Launch:
+        chosen = [[tensors[i] for i in self.statistics] for tensors in copies]
+        weights = tuple(_scalar(update.weight, self.device) for update in updates)
+        on_device = sum(isinstance(weight, Tensor) << k for k, weight in enumerate(weights))
+        sources = self._sources()
+        args = (  # no empty tuples: a launcher may not know what to do with one
+            sources,
+            tuple(self._column(update.targets) for update in updates) or (sources,),
+            weights or (0.0,),
+            tuple(float(update.adds) for update in updates) or (0.0,),
+            tuple(self._table(_addresses(tensors)) for tensors in chosen) or (sources,),
+        )
+        return Launch("update", args, (on_device, len(updates), len(copies)))
+
+    def _fold(self, averages: Targets, sums: Targets, growth: Weight) -> Launch:
         excess: Any = growth - 1
         numbers = [_scalar(number, self.device) for number in (growth, excess)]
-        return [*tables, *numbers], int(isinstance(growth, Tensor))
+        args = (self._column(averages), self._column(sums), *numbers)
+        return Launch("fold", args, (int(isinstance(growth, Tensor)),))
 
-    def _launch(self, columns: Sequence[Column]) -> tuple[list[Any], int, int]:
-        """The arguments of the kernel, and what it is compiled for."""
-        tables = tuple(self._table(column.targets, column.copies) for column in columns)
-        weights = tuple(_scalar(column.weight, self.device) for column in columns)
-        adds = tuple(float(column.adds) for column in columns)
-        on_device = sum(isinstance(w, Tensor) << k for k, w in enumerate(weights))
-        sources = self._table(self._weights, self._statistics)
-        return [sources, tables, weights, adds], on_device, len(columns)
+    def _sources(self) -> Tensor:
+        now = _addresses(self._live_statistics)
+        if self._source_table is None or now != self._statistics_at:
+            made = torch.tensor([*self._addresses, *now], dtype=torch.int64)
+            self._statistics_at, self._source_table = now, _on(made, self.device)
+        return self._source_table
 
-    def _table(self, targets: Sequence[Tensor] | None, copies: Sequence[Tensor] | None) -> Tensor:
-        """Where the rows of one column are now: on the device already, unless one has moved."""
-        addresses = (
-            *(map(Tensor.data_ptr, targets) if targets else [0] * len(self._weights)),
-            *(map(Tensor.data_ptr, copies) if copies else [0] * len(self._statistics)),
-        )
+    def _column(self, targets: Targets) -> Tensor:
+        """Where the rows of an average are: looked up only after their memory may have moved."""
+        known = self._columns.get(id(targets))
+        if known is not None and known[0] is targets and known[1] == times_shared():
+            return known[2]
+        table = self._table(_addresses([targets.tensors[i] for i in self.weights]))
+        # Asking for an address that is to be written to ends the sharing of its memory.
+        self._columns[id(targets)] = (targets, times_shared(), table)
+        return table
+
+    def _table(self, addresses: tuple[int, ...]) -> Tensor:
         table = self._tables.get(addresses)
         if table is None:
             if len(self._tables) >= _TABLES_KEPT:
                 self._tables.clear()
-            table = self._tables[addresses] = _on(torch.tensor(addresses), self.device)
+            made = torch.tensor(addresses, dtype=torch.int64)
+            table = self._tables[addresses] = _on(made, self.device)
         return table
 
-    def _compile(self, name: str, args: Sequence[Any], *constants: int) -> bool:
-        key = (name, self.device, *constants)
+    def _compile(self, launch: Launch) -> bool:
+        key = (self.device, launch.kernel, *launch.constants)
         if key in _compiled:
             return True
         _refuse_in_capture(self.device)
         start = time.perf_counter()
         try:
-            self._run(name, 0, args, *constants)
+            self._call(launch, 0)
         except Exception as error:
             _failures[self.device] = _in_short(error)
             return False
@@ -141,11 +166,16 @@ class FusedRows:
         _compiled.add(key)
         return True
 
-    def _run(self, name: str, n_programs: int, args: Sequence[Any], *constants: int) -> None:
-        kernel = getattr(_kernels(), name)
+    def _call(self, launch: Launch, n_programs: int) -> None:
+        kernel = getattr(_kernels(), launch.kernel)
         with _current(self.device):
             kernel[(n_programs,)](
-                self._programs, self._rows, *args, *constants, BLOCK, num_warps=_WARPS
+                self._programs,
+                self._rows,
+                *launch.args,
+                *launch.constants,
+                BLOCK,
+                num_warps=_WARPS,
             )
 
 
@@ -200,8 +230,16 @@ def _kernels() -> Any:
     return import_module("polyak.tensors.kernels")
 
 
-def _parts(columns: Sequence[Column]) -> list[Sequence[Column]]:
-    return [columns[start : start + _COLUMNS] for start in range(0, len(columns), _COLUMNS)]
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, tensors))
+
+
+def _programs(sizes: Sequence[int]) -> Tensor:
+    """For each program the row that it works on, and which piece of it."""
+    pieces = torch.tensor([-(-size // BLOCK) for size in sizes])
+    row = torch.repeat_interleave(pieces)
+    piece = torch.arange(len(row)) - (pieces.cumsum(0) - pieces)[row]
+    return torch.stack([row, piece], dim=1)
 
 
 def _as_copied(tensor: Tensor) -> tuple[int, int]:
@@ -219,7 +257,7 @@ def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
     return (a.device, a.shape, a.stride()) == (b.device, b.shape, b.stride())
 
 
-def _scalar(number: Number, device: torch.device) -> Number:
+def _scalar(number: Weight, device: torch.device) -> Weight:
     if isinstance(number, Tensor):
         return number.to(device, non_blocking=True)
     return float(number)

@@ -4,8 +4,10 @@ A program moves one piece of one tensor, for all averages. What it works on is i
 integers in the memory of the device:
 
 - `programs`: the row of a tensor, and which piece of it, for each program;
-- `rows`: how many items a tensor has, and of what kind, averaged ones and statistics alike;
-- `sources`, and each of `columns`: the address of each row's memory; 0 in a column is "not this one".
+- `rows`: how many items a tensor has, of what kind, and its place among the averaged tensors or among
+  the statistics;
+- `sources`: the address of each row's memory;
+- each of `columns` and of `copies`: by place, the addresses of what becomes of weights and statistics.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ def update(
     columns,
     weights,
     adds,
+    copies,
     on_device: tl.constexpr,
     n_columns: tl.constexpr,
+    n_copies: tl.constexpr,
     block: tl.constexpr,
 ):
     """Move averages toward the weights, or add these to their sums; copy statistics.
@@ -38,22 +42,26 @@ def update(
     Column k takes the weights with weights[k], a number or (bit k of `on_device`) a 0-d tensor, and
     adds them where adds[k] is not 0.
     """
-    row, start, size, kind = _place(programs, rows, block)
+    row, start, size, kind, place = _piece(programs, rows, block)
     source = tl.load(sources + row)
     if kind == WORDS:
-        _copy(source, tl.int32, row, start, size, columns, n_columns, block)
+        _copy(source, tl.int32, place, start, size, copies, n_copies, block)
     elif kind == BYTES:
-        _copy(source, tl.int8, row, start, size, columns, n_columns, block)
+        _copy(source, tl.int8, place, start, size, copies, n_copies, block)
     else:
         # Vectors of 16 bytes need such addresses, and no mask.
         together = source
         for k in tl.static_range(n_columns):
-            together |= tl.load(columns[k] + row)
+            together |= tl.load(columns[k] + place)
         how = (weights, adds)
         if (together % 16 == 0) & (start + block <= size):
-            _blend(source, kind, row, start, size, columns, how, on_device, n_columns, block, True)
+            _blend(
+                source, kind, place, start, size, columns, how, on_device, n_columns, block, True
+            )
         else:
-            _blend(source, kind, row, start, size, columns, how, on_device, n_columns, block, False)
+            _blend(
+                source, kind, place, start, size, columns, how, on_device, n_columns, block, False
+            )
 
 
 @triton.jit
@@ -71,13 +79,12 @@ def fold(
 
     What the addition rounds off stays in the sum.
     """
-    row, start, size, _ = _place(programs, rows, block)
-    address = tl.load(averages + row)
-    if address != 0:
+    _, start, size, kind, place = _piece(programs, rows, block)
+    if kind < WORDS:
         offsets = start + tl.arange(0, block)
         mask = offsets < size
-        at = address.to(tl.pointer_type(tl.float32)) + offsets
-        kept = tl.load(sums + row).to(tl.pointer_type(tl.float32)) + offsets
+        at = _at(tl.load(averages + place), tl.float32, False) + offsets
+        kept = _at(tl.load(sums + place), tl.float32, False) + offsets
         average = tl.load(at, mask=mask, other=0.0)
         rest = tl.load(kept, mask=mask, other=0.0)
         grown = _number(growth, on_device)
@@ -88,18 +95,19 @@ def fold(
 
 
 @triton.jit
-def _place(programs, rows, block: tl.constexpr):
+def _piece(programs, rows, block: tl.constexpr):
     program = tl.program_id(0).to(tl.int64) * 2
     row = tl.load(programs + program)
     start = tl.load(programs + program + 1) * block
-    return row, start, tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
+    at = rows + row * 3
+    return row, start, tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
 def _blend(
     source,
     kind,
-    row,
+    place,
     start,
     size,
     columns,
@@ -114,12 +122,10 @@ def _blend(
     mask = None if whole else offsets < size
     x = _weights(source, kind, offsets, mask, whole)
     for k in tl.static_range(n_columns):
-        address = tl.load(columns[k] + row)
-        if address != 0:
-            at = _at(address, tl.float32, whole) + offsets
-            average = tl.load(at, mask=mask)
-            weight = _number(weights[k], (on_device >> k) % 2)
-            tl.store(at, _moved(average, x, weight, adds[k]), mask=mask)
+        at = _at(tl.load(columns[k] + place), tl.float32, whole) + offsets
+        average = tl.load(at, mask=mask)
+        weight = _number(weights[k], (on_device >> k) % 2)
+        tl.store(at, _moved(average, x, weight, adds[k]), mask=mask)
 
 
 @triton.jit
@@ -160,20 +166,19 @@ def _number(value, is_pointer: tl.constexpr):
 def _copy(
     source,
     dtype: tl.constexpr,
-    row,
+    place,
     start,
     size,
-    columns,
-    n_columns: tl.constexpr,
+    copies,
+    n_copies: tl.constexpr,
     block: tl.constexpr,
 ):
     offsets = start + tl.arange(0, block)
     mask = offsets < size
-    x = tl.load(source.to(tl.pointer_type(dtype)) + offsets, mask=mask)
-    for k in tl.static_range(n_columns):
-        address = tl.load(columns[k] + row)
-        if address != 0:
-            tl.store(address.to(tl.pointer_type(dtype)) + offsets, x, mask=mask)
+    x = tl.load(_at(source, dtype, False) + offsets, mask=mask)
+    for k in tl.static_range(n_copies):
+        at = _at(tl.load(copies[k] + place), dtype, False) + offsets
+        tl.store(at, x, mask=mask)
 
 
 # Whether Triton runs them as Python on the host, as TRITON_INTERPRET=1 asks it to.

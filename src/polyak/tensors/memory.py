@@ -33,6 +33,8 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
 
 
+_shared = [0]
+
 META = "on the meta device, without values"
 
 
@@ -52,7 +54,13 @@ def copy_on_write(tensor: Tensor) -> Tensor | None:
         clone: Tensor = lazy(own)
     except RuntimeError:  # its memory is not torch's
         return None
+    _shared[0] += 1
     return clone
+
+
+def times_shared() -> int:
+    """How often `copy_on_write` has shared memory: after it tensors may move when they are written to."""
+    return _shared[0]
 
 
 def address(tensor: Tensor) -> int:

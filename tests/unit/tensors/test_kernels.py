@@ -15,7 +15,8 @@ from torch import nn
 import polyak
 from polyak import EMA, SWA, Average, Averages, Window
 from polyak.tensors import fused
-from polyak.tensors.blend import GroupedTensors, Update
+from polyak.tensors.blend import GroupedTensors
+from polyak.tensors.updates import Update
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -187,14 +188,36 @@ def test_the_tables_are_made_again_when_a_tensor_moves_and_only_then():
         if index == 2:
             moved_to = torch.zeros(4, 3, device=DEVICE)
             model.weight.data = moved_to
-        before = [rows.kernel._tables for rows in tables._grouped._rows]
+        before = [rows._tables for rows in tables._grouped._rows]
         known = [len(table) for table in before]
         filled(model, value)
         average.update()
         if index in (1, 3):
-            assert [rows.kernel._tables for rows in tables._grouped._rows] == before
+            assert [rows._tables for rows in tables._grouped._rows] == before
             assert [len(table) for table in before] == known
     assert only_value(average) == pytest.approx(sum(values) / 4)
+
+
+def test_memory_that_is_shared_with_a_loan_is_left_to_it():
+    """`applied()` shares the average copy-on-write; a kernel that writes to an address knows nothing of it."""
+    model = nn.Linear(3, 4, device=DEVICE)
+    average = Average(model, SWA())
+    filled(model, 1.0)
+    average.update()
+    for value in (3.0, 8.0):
+        with average.applied():
+            kept, before = model.weight.detach(), model.weight.tolist()
+        filled(model, value)
+        average.update()
+        assert kept.tolist() == before
+    assert only_value(average) == 4.0
+
+
+def test_it_says_that_the_updates_are_one_launch():
+    average = Average(nn.Linear(3, 4, device=DEVICE), SWA())
+    assert "one launch" not in str(average.plan())
+    average.update()
+    assert f"an update on {DEVICE} is one launch of a kernel, which took" in str(average.plan())
 
 
 def test_statistics_that_are_exchanged_are_found():
