@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 import polyak
 import polyak.sharded
+from polyak.averaging import packing
 from polyak.checkpoints.writing import collective
 from polyak.errors import ArgumentError, MismatchError, NonFiniteError, PolyakError, UsageError
 from polyak.tensors.sharding import boxes, local, narrowed
@@ -286,6 +287,38 @@ def check_mixed_precision(folder):
         with torch.no_grad(), average.applied():
             model(x)
     assert farthest(average.averaged_tensors(), exact) <= 1e-7
+
+
+def check_bfloat16(folder):
+    """Shards are lent in place of their accumulators, without copies, and every bit comes back."""
+    packing._COPIED_BYTES, usual = 0, packing._COPIED_BYTES
+    model, reference = shard(make().bfloat16()), make().bfloat16()
+    average, plain = polyak.Average(model, polyak.SWA()), polyak.Average(reference, polyak.SWA())
+    for x in batches(3):
+        x = x.bfloat16()
+        with torch.no_grad():
+            for p in (*model.parameters(), *reference.parameters()):
+                p.mul_(1.25).add_(0.37)
+        average.update()
+        plain.update()
+        own, state = live(model), {n: full(t) for n, t in average.state_dict()["tensors"].items()}
+        expected = plain.averaged_tensors()
+        with torch.no_grad(), average.applied(), plain.applied():
+            assert len(average._member.accumulator.packed) >= 5
+            torch.testing.assert_close(model(x), reference(x))
+            assert farthest(live(model), expected) == 0
+            inside = {n: full(t) for n, t in average.state_dict()["tensors"].items()}
+            average.save(folder / "inside.safetensors", overwrite=True)
+        average.save(folder / "outside.safetensors", overwrite=True)
+        saved = [load_file(folder / f"{name}.safetensors") for name in ("inside", "outside")]
+        for name, tensor in state.items():
+            assert torch.equal(inside[name], tensor)
+            assert torch.equal(full(average.state_dict()["tensors"][name]), tensor)
+        for name in expected:
+            assert torch.equal(saved[0][name], expected[name])
+            assert torch.equal(saved[1][name], expected[name])
+        assert farthest(live(model), own) == 0
+    packing._COPIED_BYTES = usual
 
 
 def check_tensor_parallel(folder):

@@ -106,6 +106,10 @@ class SpreadAverage(RunningAverage):
         """The average, the variance, and the deviations."""
         return [*super().tensors_held(), self.variance, *self.columns]
 
+    def tensors_to_check(self) -> list[list[Tensor]]:
+        """The same, without copies of what is packed, as a rule."""
+        return [*super().tensors_to_check(), self.variance, *self.columns]
+
     def state(self, names: Sequence[str]) -> dict[str, Any]:
         """What the average keeps, and the spread by the same names."""
         columns = tuple(dict(zip(names, column, strict=True)) for column in self.columns)
