@@ -33,7 +33,9 @@ def child(folder: Path) -> None:
         validation=first(whole.validation, 100),
         test=first(whole.test, 100),
     )
-    recipe = Recipe(epochs=4, seeds=2, batchnorm=True, shift=1, cycle_epochs=1, device="cpu")
+    recipe = Recipe(
+        epochs=4, seeds=2, batchnorm=True, shift=1, cycle_epochs=1, device="cpu", record_intervals=6
+    )
     print("ready", flush=True)
     loop.train(
         recipe,

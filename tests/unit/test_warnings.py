@@ -89,6 +89,24 @@ def recorder(folder, **options):
 
 
 @case(PolyakWarning)
+def draws_of_fewer_captures_than_the_rank(folder):
+    swag = polyak.SWAG(nn.Linear(3, 3), rank=20)
+    swag.update()
+    swag.update()
+    with swag.sample():  # the line that is to be named
+        pass
+
+
+@case(StaleStatistics)
+def draws_with_the_statistics_of_other_weights(folder):
+    swag = polyak.SWAG(network(), rank=0)
+    swag.update()
+    swag.update()
+    with swag.sample():  # the line that is to be named
+        pass
+
+
+@case(PolyakWarning)
 def recording_more_than_fits(folder):
     made = polyak.Recorder(network(), folder / "record", total=1e18, intervals=10**15, keep=10**14)
     made.update(1e9)  # the line that is to be named

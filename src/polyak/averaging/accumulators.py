@@ -1,7 +1,8 @@
 """What an average keeps of the weights: one class for each way of keeping it.
 
 `RunningAverage` serves every streaming profile, `WindowAverage` the profiles that must know what
-leaves them. A further one is a subclass of `Accumulator` and a line in `accumulator_class`.
+leaves them. A further one is a subclass of `Accumulator` and a line in `accumulator_class`, or is named
+where the average joins its tracker (`SpreadAverage`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
@@ -25,6 +28,7 @@ from polyak.tensors.blend import (
     blank_like,
     correction,
 )
+from polyak.tensors.packed import Packed
 from polyak.tensors.sharding import Span, narrowed
 from polyak.tensors.updates import Update
 
@@ -35,12 +39,17 @@ BLOCK_UPDATES = 64
 
 @dataclass(frozen=True)
 class Options:
-    """How averages are kept: dtype, device, what to do about non-finite weights, CUDA graphs."""
+    """How averages are kept: dtype, device, what to do about non-finite weights, CUDA graphs.
+
+    rank: how many deviations are kept, and on which device, where the spread is.
+    """
 
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     nonfinite: str | None = None
     capturable: bool = False
+    rank: int = 0
+    deviations_device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, torch.float32, torch.float64):
@@ -57,11 +66,20 @@ class Options:
 
 
 class Accumulator(ABC):
-    """What one average keeps, in lists of one tensor per averaged weight, in their order."""
+    """What one average keeps, in lists of one tensor per averaged weight, in their order.
+
+    While it is lent, `packed` are those of its `swap_targets` that hold a weight as well, by index.
+    """
+
+    packed: Mapping[int, Packed] = MappingProxyType({})
 
     @abstractmethod
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:
         """Make room for tensors like the live ones."""
+
+    @classmethod  # noqa: B027 - nothing to do for most
+    def check_model(cls, model: Module) -> None:
+        """Raise ArgumentError for a model whose tensors it cannot keep."""
 
     @abstractmethod
     def update(self, before: Clock, now: Clock) -> Update | None:
@@ -88,6 +106,10 @@ class Accumulator(ABC):
     @abstractmethod
     def tensors_held(self) -> list[list[Tensor]]:
         """All tensors, in lists of one per weight."""
+
+    def tensors_to_check(self) -> list[list[Tensor]]:
+        """The same, or tensors that are finite if these are."""
+        return self.tensors_held()
 
     @abstractmethod
     def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
@@ -129,6 +151,11 @@ class Accumulator(ABC):
         """In what dtype weights of `dtype` are held."""
 
     @classmethod
+    def tensors_per_weight(cls, options: Options) -> int:
+        """How many it keeps for each weight; 1 where that depends on the course of the run."""
+        return 1
+
+    @classmethod
     @abstractmethod
     def describe(cls, nbytes: int, options: Options, held: Accumulator | None) -> list[str]:
         """What it costs, with `nbytes` for one tensor per weight, and how exact it is."""
@@ -157,6 +184,9 @@ class RunningAverage(Accumulator):
         self.block_is_open = False
         self.block_updates = 0
         self.block_start: Number = 0.0
+        self.packed: Mapping[
+            int, Packed
+        ] = {}  # while lent: which hold their weight as well, by index
 
     def update(self, before: Clock, now: Clock) -> Update | None:
         """A step of the average toward the weights or, in a block, a sum."""
@@ -208,11 +238,21 @@ class RunningAverage(Accumulator):
 
     def tensors_held(self) -> list[list[Tensor]]:
         """The average, and the open block."""
-        return [self.tensors, self.block] if self.block_is_open else [self.tensors]
+        tensors = self._unpacked()
+        return [tensors, self.block] if self.block_is_open else [tensors]
+
+    def tensors_to_check(self) -> list[list[Tensor]]:
+        """The same, without copies of what is packed, as a rule."""
+        packed = self.packed
+        if not packed:
+            return RunningAverage.tensors_held(self)
+        # No block is open then.
+        return [[packed[i].finite() if i in packed else t for i, t in enumerate(self.tensors)]]
 
     def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`: its own where no block is open."""
-        average = narrowed(self.tensors[index], part)
+        whole = self.packed[index].average() if index in self.packed else self.tensors[index]
+        average = narrowed(whole, part)
         if not self.block_is_open:
             return average
         return average + correction(average, narrowed(self.block[index], part), self._growth(now))
@@ -232,17 +272,17 @@ class RunningAverage(Accumulator):
             "start": float(self.block_start),
             "tensors": dict(zip(names, self.block, strict=False)),
         }
-        tensors = dict(zip(names, self.tensors, strict=True))
+        tensors = dict(zip(names, self._unpacked(), strict=True))
         return {"tensors": tensors, "block": (block,) if self.block_is_open else ()}
 
     def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Take the values of a checked state."""
-        _copy(self.tensors, state["tensors"], names)
+        copy_by_name(self.tensors, state["tensors"], names)
         self.block_is_open = bool(state["block"])
         for block in state["block"] or ():
             self.block_updates, self.block_start = block["updates"], block["start"]
             self._make_block()
-            _copy(self.block, block["tensors"], names)
+            copy_by_name(self.block, block["tensors"], names)
 
     @classmethod
     def check_state(cls, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
@@ -263,10 +303,15 @@ class RunningAverage(Accumulator):
         """One copy of the weights, two in blocks."""
         digits = 1.1e-16 if options.dtype is torch.float64 else 6.0e-8
         return [
-            f"keeps {_megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
+            f"keeps {megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
             f"when weights are gathered in blocks of {BLOCK_UPDATES} updates",
             f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
         ]
+
+    def _unpacked(self) -> list[Tensor]:
+        """The average; copies of what is packed."""
+        packed = self.packed
+        return [packed[i].average() if i in packed else t for i, t in enumerate(self.tensors)]
 
     def _open_block(self, before: Clock) -> None:
         self._make_block()
@@ -362,7 +407,7 @@ class WindowAverage(Accumulator):
         self.kept = []
         for snapshot in state["snapshots"]:
             tensors = self._copies(self._live)
-            _copy(tensors, snapshot["tensors"], names)
+            copy_by_name(tensors, snapshot["tensors"], names)
             self.kept.append((snapshot["from"], snapshot["to"], tensors))
 
     @classmethod
@@ -382,7 +427,7 @@ class WindowAverage(Accumulator):
         """One copy of the weights per capture."""
         kept = len(held.kept) if isinstance(held, cls) else 0
         return [
-            f"keeps {_megabytes(nbytes)} for each capture in the window; {kept} now",
+            f"keeps {megabytes(nbytes)} for each capture in the window; {kept} now",
             "resolution: snapshots are exact",
         ]
 
@@ -425,9 +470,13 @@ def _is_small(before: Clock, now: Clock) -> bool:
     return bool(now.profile.share(now.time_if_none_skipped, dt) < SMALLEST_SHARE)
 
 
-def _copy(targets: Sequence[Tensor], sources: Mapping[str, Tensor], names: Sequence[str]) -> None:
+def copy_by_name(
+    targets: Sequence[Tensor], sources: Mapping[str, Tensor], names: Sequence[str]
+) -> None:
+    """Copy what is stored by name into tensors in the order of the names."""
     torch._foreach_copy_(list(targets), [sources[name] for name in names])
 
 
-def _megabytes(nbytes: int) -> str:
+def megabytes(nbytes: int) -> str:
+    """Bytes as they are shown."""
     return f"{nbytes / 2**20:,.1f} MiB"

@@ -63,7 +63,7 @@ def save(
         return _save_together(
             member, path, metadata, overwrite=overwrite, shards=shards, carry=carry
         )
-    tensors, ties = _state_dict(member)
+    tensors, ties = averaged_state_dict(member)
     extra = extra_state(member.tracker.tensors.model)
     if layout == "averaged_model":
         tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
@@ -168,7 +168,7 @@ def batchnorm_status(member: Member) -> str:
     return "stale" if member.stale_layers() else "refreshed"
 
 
-def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:
+def averaged_state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:
     """The averaged model's state dict, as `Module.state_dict` orders and versions it; and its ties."""
     model = member.tracker.tensors.model
     ties = named_tensors(model).ties

@@ -34,6 +34,7 @@ class Member:
 
     tracker: Tracker
     clock: Clock
+    held_by: type[Accumulator]
     unit: str | None = None
     accumulator: Accumulator | None = None
     own_statistics: list[Tensor] = field(default_factory=list)
@@ -93,6 +94,8 @@ class Tracker:
         nonfinite: str | None = None,
         average_buffers: str | Iterable[str] | None = None,
         capturable: bool = False,
+        rank: int = 0,
+        deviations_device: torch.device | str | None = None,
     ) -> None:
         require_module(model, "Average")
         policy = Policy(
@@ -101,7 +104,9 @@ class Tracker:
             patterns(average_buffers, "average_buffers") or (),
         )
         self.tensors = BoundTensors(model, policy)
-        self.options = Options(dtype, _device(device), nonfinite, capturable)
+        self.options = Options(
+            dtype, _device(device), nonfinite, capturable, rank, _device(deviations_device)
+        )
         require(
             unit is None or isinstance(unit, str),
             f"unit is {unit!r}; expected a word such as 'samples', or None.",
@@ -116,11 +121,13 @@ class Tracker:
         self._staging: Staging | None = None
         self._gathered: Gathered | None = None  # the statistics of the model
 
-    def join(self, profile: Profile | str) -> Member:
-        """One more average of these weights. Raises ArgumentError for a profile that does not fit."""
+    def join(self, profile: Profile | str, held_by: type[Accumulator] | None = None) -> Member:
+        """One more average of these weights. Raises ArgumentError for a profile that does not fit.
+
+        held_by: the accumulator, instead of the one that goes with the profile.
+        """
         profile = as_profile(profile)
-        accumulator_class(profile)
-        member = Member(self, Clock(profile), self.unit)
+        member = Member(self, Clock(profile), held_by or accumulator_class(profile), self.unit)
         self.members.append(member)
         return member
 
@@ -166,7 +173,8 @@ class Tracker:
         live = self.tensors.live
         for member in self.members:
             if member.accumulator is None:
-                member.accumulator = accumulator_class(member.profile)(live, self.options)
+                member.held_by.check_model(self.tensors.model)
+                member.accumulator = member.held_by(live, self.options)
                 member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
                 member.newest = None
                 self._grouped_at = -1

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from polyak.averaging.average import Average
 from polyak.averaging.lr_schedule import LRSchedule
+from polyak.averaging.recorder import Recorder
 from polyak.errors import NonFiniteError
 from polyak.maths.profiles import EMA, SWA
 from polyak.maths.schedules import Constant, Cosine, CyclicLinear, Linear, Schedule, chain
@@ -23,6 +25,7 @@ from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, shard_momenta, sharded_like, whole
 from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recording import attached_recorder
 from polyak.study.metrics import best_temperature, error, nll, reliability
 from polyak.tensors.modes import restored_modes
 
@@ -33,11 +36,11 @@ class Arm:
     """A model, its optimizer and schedule, an EMA of every step, and the SWA of averaging arms.
 
     The EMA counts steps and the SWA captures, so each is an `Average` attached with its own timing.
-    torch's random state (initial weights, dropout) belongs to the arm: it is seeded here, stored in
+    `record` is the folder of its record, where there is to be one. torch's random state (initial weights, dropout) belongs to the arm: it is seeded here, stored in
     `state_dict` and set by `load_state_dict`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only
         self,
         recipe: Recipe,
         data: Data,
@@ -46,6 +49,7 @@ class Arm:
         seed: int,
         name: str,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        record: Path | None = None,
     ) -> None:
         self.recipe, self.data, self.hardware, self.ranks = recipe, data, hardware, ranks
         self.seed, self.name = seed, name
@@ -68,6 +72,12 @@ class Arm:
             # averages at the branch, and this average is empty there.
             self.averages["swa"] = Average(self.model, SWA())
             self.averages["swa"].attach(self.optimizer, at=self.lr)
+        self.recorder: Recorder | None = None
+        if record is not None:
+            steps = recipe.epochs * self.steps_per_epoch
+            self.recorder = attached_recorder(
+                recipe, self.model, self.optimizer, record, steps=steps
+            )
 
     def train_epoch(self, epoch: int) -> float:
         """Train on every image once; returns the mean loss.
@@ -95,6 +105,11 @@ class Arm:
         with self.averages[kind].applied():
             yield self.model
 
+    def close_record(self) -> None:
+        """Training is over: write what is not written yet."""
+        if self.recorder is not None:
+            self.recorder.close()
+
     def kinds(self) -> list[str]:
         """The weights to evaluate: the iterate, and each average that is not empty."""
         return ["iterate", *(kind for kind, average in self.averages.items() if average.count)]
@@ -106,6 +121,7 @@ class Arm:
             "optimizer": whole(self.optimizer.state_dict()),
             "lr": self.lr.state_dict(),
             "averages": {kind: whole(a.state_dict()) for kind, a in self.averages.items()},
+            "record": self.recorder and whole(self.recorder.state_dict()),
             "random": self.hardware.random_state(),
         }
 
@@ -118,6 +134,8 @@ class Arm:
         self.lr.load_state_dict(state["lr"])
         for kind, average in state["averages"].items():
             self.averages[kind].load_state_dict(average)
+        if self.recorder is not None:
+            self.recorder.load_state_dict(state["record"])
         self.hardware.set_random_state(state["random"])
 
     def _ema(self) -> EMA:

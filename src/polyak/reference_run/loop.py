@@ -30,9 +30,10 @@ from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, joined, whole
 from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recording import begin_record, continue_record, record_folder
 from polyak.reference_run.run import MetricsLog, Run, run_folder, weights_path
 
-_MAGIC = b"polyak run checkpoint 1\n"
+_MAGIC = b"polyak run checkpoint 2\n"
 _KEPT_SEED = 0  # the one whose weights are kept
 
 Watch = Callable[[dict[str, Any], float], None]
@@ -169,18 +170,33 @@ class _Loop:
             self.branch = copy.deepcopy(arm.state_dict())
         self.arm = arm
         if unit.epoch + 1 == self.recipe.epochs:
+            arm.close_record()
             records += self._finals(arm, unit)
             self._keep_arm(arm)
             self.arm = None
         return records
 
     def _begin(self, unit: Unit) -> Arm:
+        self.ranks.first(lambda: self._begin_record(unit))
         arm = self._new_arm(unit)
         if unit.arm != "sgd" and self.branch is not None:
             arm.load_state_dict(self.branch)
             if arm.schedule.averages_after(arm.lr.last_epoch):  # the first step averages these
                 self._keep_averaged(arm, unit.epoch)
         return arm
+
+    def _begin_record(self, unit: Unit) -> None:
+        if (folder := self._record(unit)) is not None:
+            begin_record(folder)
+            if unit.arm != "sgd" and self.branch is not None:
+                source = record_folder(self.folder, unit.seed, "sgd")
+                continue_record(folder, source, self.branch["record"])
+
+    def _record(self, unit: Unit) -> Path | None:
+        """Where an arm is recorded, if it is."""
+        if not self.recipe.record_intervals:
+            return None
+        return record_folder(self.folder, unit.seed, unit.arm)
 
     def _new_arm(self, unit: Unit) -> Arm:
         return Arm(
@@ -190,6 +206,7 @@ class _Loop:
             seed=unit.seed,
             name=unit.arm,
             ranks=self.ranks,
+            record=self._record(unit),
         )
 
     def _commit(self, records: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@
     weights/seed-0/<arm>-average.safetensors   the SWA of an averaging arm
     weights/seed-0/<arm>-ema.safetensors       the EMA
     weights/seed-0/<arm>-epoch-031.safetensors each of the weights that were averaged
+    record/seed-0/<arm>/                       the means of the arm's intervals, of every seed
     checkpoints/                               what a resumed run continues from
 """
 
@@ -28,11 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from polyak.checkpoints.intervals import is_record
 from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
 from polyak.files import replacing, writing_errors
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe, load_recipe
+from polyak.reference_run.recording import record_folder
+from polyak.study.trajectory import Trajectory
 
 _SUFFIX_OF = {"iterate": "", "swa": "-average", "ema": "-ema"}
 
@@ -88,6 +92,17 @@ class Run:
         """Whether every arm of every seed has its final results."""
         done = {(record["seed"], record["arm"]) for record in self.finals()}
         return len(done) == self.recipe.seeds * len(self.recipe.arms)
+
+    def has_record(self, seed: int, arm: str) -> bool:
+        """Whether an arm was recorded."""
+        return is_record(record_folder(self.folder, seed, arm))
+
+    def trajectory(self, seed: int, arm: str) -> Trajectory:
+        """The record of an arm, from its seed's first step on.
+
+        Raises ArgumentError if the run did not record.
+        """
+        return Trajectory(record_folder(self.folder, seed, arm), cache_size=0)
 
     def averaging_arm(self) -> str | None:
         """The arm whose average is compared: swa, else cyclic; None if neither has finished."""

@@ -22,4 +22,6 @@ def short(few_images, monkeypatch):
     """A recipe for all arms of two seeds; runs of any recipe see a few images only."""
     monkeypatch.setattr(loop, "load_data", lambda recipe: few_images)
     monkeypatch.setattr("polyak.reference_run.run.load_data", lambda recipe: few_images)
-    return Recipe(epochs=4, seeds=2, cycle_epochs=1, device="cpu", batch_size=50)
+    return Recipe(
+        epochs=4, seeds=2, cycle_epochs=1, device="cpu", batch_size=50, record_intervals=6
+    )
