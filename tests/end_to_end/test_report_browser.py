@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from reference.tiny_run import make_run
+from reference.tiny_run import make_run, write_record
 
 from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.run import Run
@@ -38,6 +38,7 @@ def browser():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("runs") / "tiny")
+    write_record(folder)
     measure_landscape(Run(folder))
     return write_report(folder)
 

@@ -4,12 +4,8 @@ import re
 import shutil
 
 import pytest
-import torch
-from reference.tiny_run import BRANCH, EPOCHS, make_run
+from reference.tiny_run import BRANCH, make_run, write_record
 
-import polyak
-from polyak.reference_run.arm import steps_per_epoch
-from polyak.reference_run.recording import record_folder
 from polyak.reference_run.run import Run
 from polyak.report.page import write_report
 from polyak.report.questions import question_sections
@@ -21,17 +17,7 @@ def folder(request, tmp_path_factory):
     folder = make_run(
         tmp_path_factory.mktemp("runs") / "tiny", arms=("sgd", "swa"), batchnorm=request.param
     )
-    run = Run(folder)
-    model = run.model()
-    total = EPOCHS * steps_per_epoch(run.recipe, len(run.data.train))
-    with polyak.Recorder(
-        model, record_folder(folder, 0, "swa"), total=total, intervals=total
-    ) as one:
-        for _ in range(total):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter += 0.02 * torch.randn_like(parameter)
-            one.update()
+    write_record(folder)
     write_report(folder)
     return folder
 
