@@ -46,7 +46,7 @@ else:
     Fields.__module__ = __name__  # cyclopts treats classes of the module `types` as builtins
 
 
-def train(
+def train(  # noqa: PLR0913 - keyword-only arguments do not count
     recipe: str | None = None,
     /,
     *,

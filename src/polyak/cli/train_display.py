@@ -39,7 +39,7 @@ _HEADINGS = {
     "nll_scaled": "NLL, scaled",
     "ece": "ECE %",
 }
-_RECENT_SECONDS, _FEWEST_EPOCHS = 60, 8  # what the pace is taken from
+_RECENT_SECONDS, _FEWEST_EPOCHS, _FEWEST_TO_SAY = 60, 8, 4  # what the pace is taken from
 _NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA"}
 
 
@@ -67,7 +67,7 @@ def carry_out(
                 train(recipe, folder, resume=resume)
                 return
             console, run = _train(recipe, folder, resume=resume, placement=placement)
-    _print_results(console, run)
+            _print_results(console, run)
 
 
 def _train(
@@ -104,7 +104,7 @@ def describe_work(recipe: Recipe, placement: Placement) -> str:
 
 @contextmanager
 def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> Iterator[Watch]:
-    left = TimeLeft()
+    left = TimeLeft(sum(r["kind"] == "epoch" for r in before) / len(plan(recipe)))
     if not console.is_terminal:
         yield lambda record, done: console.print(
             plain_line(recipe, record, left.text(done)), highlight=False, soft_wrap=True
@@ -121,19 +121,22 @@ def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> 
 
 
 class TimeLeft:
-    """The time left to train, from the pace of the last minute or so of this process."""
+    """The time left to train, from the pace of the last minute or so of this process.
 
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, float]] = deque()
+    `before` is the fraction that was finished when it began.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._seen = deque([(time.monotonic(), before)])
 
     def text(self, done: float) -> str:
-        """`1:05 left to train`, given the finished fraction; empty before a second epoch ends."""
+        """`1:05 left to train`, given the finished fraction; empty until a few epochs have ended."""
         now = time.monotonic()
         self._seen.append((now, done))
         while len(self._seen) > _FEWEST_EPOCHS and now - self._seen[1][0] > _RECENT_SECONDS:
             self._seen.popleft()
         start, done_then = self._seen[0]
-        if done >= 1 or done <= done_then:
+        if done >= 1 or done <= done_then or len(self._seen) < _FEWEST_TO_SAY:
             return ""
         seconds = round((now - start) / (done - done_then) * (1 - done))
         return f"{seconds // 60}:{seconds % 60:02d} left to train"
@@ -212,7 +215,9 @@ def _print_results(console: Console, run: Run) -> None:
 
 
 def _print_report(console: Console, run: Run) -> None:
-    console.print("Measuring and drawing the report ...", highlight=False)
+    console.print(
+        "Measuring the surface around the solutions and drawing the report ...", highlight=False
+    )
     try:
         measure_landscape(run)
         console.print(f"report          {write_report(run.folder)}", highlight=False)

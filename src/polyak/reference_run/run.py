@@ -115,12 +115,7 @@ class Run:
                 f"{path} does not exist. Weights are kept for the first seed, of arms that have "
                 "finished."
             )
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise FormatError(
-                f"{path} is damaged: {error}. Train again in another folder."
-            ) from error
+        return _loaded_weights(path)
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
@@ -143,6 +138,24 @@ class Run:
     def model(self) -> nn.Module:
         """The model of the run with new weights, ready for `load_state_dict`."""
         return build_model(self.recipe, self.data)
+
+    def averaged_model(self) -> nn.Module:
+        """The model with the weights of `swa.safetensors`, in evaluation mode."""
+        path = self.folder / "swa.safetensors"
+        if not path.is_file():
+            raise ArgumentError(
+                f"{path} does not exist: no averaging arm of this run has finished."
+            )
+        model = self.model()
+        model.load_state_dict(_loaded_weights(path))
+        return model.eval()
+
+
+def _loaded_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FormatError(f"{path} is damaged: {error}. Train again in another folder.") from error
 
 
 def weights_path(folder: Path, seed: int, arm: str, name: str) -> Path:
