@@ -33,7 +33,8 @@ def child(folder: Path) -> None:
         validation=first(whole.validation, 100),
         test=first(whole.test, 100),
     )
-    recipe = Recipe(epochs=4, seeds=2, batchnorm=True, shift=1, cycle_epochs=1, device="cpu")
+    arms = ("sgd", "half", "swa", "cyclic")
+    recipe = Recipe(epochs=4, seeds=2, arms=arms, shift=1, cycle_epochs=1, device="cpu")
     print("ready", flush=True)
     loop.train(
         recipe,

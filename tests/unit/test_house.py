@@ -156,3 +156,12 @@ def _calls_in_replacing(tree: ast.AST) -> set[ast.Call]:
 
 def _is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
+
+
+def test_the_pages_bring_what_draws_their_formulas():
+    """Documentation is read without a network too."""
+    found = {}
+    exec((ROOT / "docs" / "conf.py").read_text(), found)  # noqa: S102 - ours
+    script = ROOT / "docs" / found["html_static_path"][0] / found["mathjax_path"]
+    assert script.stat().st_size > 1_000_000  # with its fonts
+    assert script.with_name("LICENSE").is_file()

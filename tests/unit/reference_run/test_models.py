@@ -38,9 +38,11 @@ def test_images_that_are_too_small():
 
 
 def test_the_recipe_decides(data):
-    net = build_model(Recipe(batchnorm=True), data)
+    net = build_model(Recipe(network="taught", batchnorm=True), data)
     assert isinstance(net.norm1, torch.nn.BatchNorm2d)
     assert (net.conv1.in_channels, net.output.out_features, net.hidden.in_features) == (3, 4, 144)
+    residual = build_model(Recipe(), data)
+    assert (residual.conv.in_channels, residual.output.out_features) == (3, 4)
 
 
 SOURCE = """
