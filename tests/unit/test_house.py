@@ -161,7 +161,7 @@ def _is_name(node: ast.AST, name: str) -> bool:
 def test_the_pages_bring_what_draws_their_formulas():
     """Documentation is read without a network too."""
     found = {}
-    exec((ROOT / "docs" / "conf.py").read_text(), found)  # noqa: S102 - ours
+    exec((ROOT / "docs" / "conf.py").read_text(), found)
     script = ROOT / "docs" / found["html_static_path"][0] / found["mathjax_path"]
     assert script.stat().st_size > 1_000_000  # with its fonts
     assert script.with_name("LICENSE").is_file()

@@ -20,7 +20,10 @@ from polyak.errors import ArgumentError, FormatError, require
 RECIPES = Path(__file__).parent / "recipes"
 ARMS = ("sgd", "half", "swa", "cyclic")
 AVERAGING_ARMS = ("swa", "cyclic")
-NETWORKS = ("residual", "taught")
+NETWORKS = (
+    "residual", "taught", "wrn-16-4", "wrn-28-10", "preresnet-20", "preresnet-110", "preresnet-164",
+    "vgg16", "vgg16-bn",
+)  # fmt: skip
 QUICK_EPOCHS = 8
 
 

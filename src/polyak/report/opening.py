@@ -69,7 +69,11 @@ def facts(run: Run) -> dict[str, str]:
     """Data, network, length and circumstances of a run."""
     recipe, origin = run.recipe, run.origin
     n = sum(parameter.numel() for parameter in run.model().parameters())
-    network = f"the network of {recipe.model}" if recipe.model else _NETWORKS[recipe.network]
+    network = (
+        f"the network of {recipe.model}"
+        if recipe.model
+        else _NETWORKS.get(recipe.network, recipe.network)
+    )
     if recipe.batchnorm:
         network += ", with BatchNorm"
     jobs = origin.get("jobs", "1")

@@ -69,7 +69,7 @@ def test_a_file_that_is_not_toml(tmp_path):
         ("arms", ("sgd", "adam"), "expected sgd, then"),
         ("shift", 99, "shift is 99"),
         ("name", "../x", "plain folder name"),
-        ("network", "resnet", "network is 'resnet'; expected residual or taught"),
+        ("network", "resnet", "network is 'resnet'; expected residual or taught or wrn-16-4"),
         ("swa_from", 0.999, "averaging would begin after the last of 30 epochs"),
         ("swa_from", 1.5, "swa_from is 1.5; expected a fraction"),
         ("warmup_epochs", 9, r"warmup_epochs is 9, and the arm half is annealed from epoch 7.5 on"),
