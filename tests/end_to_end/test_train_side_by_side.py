@@ -69,18 +69,18 @@ def results(folder):
 
 
 def test_the_same_bits_side_by_side_and_after_a_kill(there):
-    alone = finish(start(there, *ARGUMENTS, "--output", "alone", "--jobs", "1"))
+    alone = finish(start(there, *ARGUMENTS, "--seeds", "3:5", "--output", "alone", "--jobs", "1"))
     assert "2 seeds of sgd, half, swa; 1 thread" in alone
     expected = results(there / "alone")
     assert {json.loads(line)["seed"] for line in expected["metrics.jsonl"].splitlines()} == {3, 4}
 
-    process = start(there, *ARGUMENTS, "--output", "beside", "--jobs", "2")
+    process = start(there, *ARGUMENTS, "--seeds", "3:5", "--output", "beside", "--jobs", "2")
     for line in process.stdout:
         if "epoch   2/4" in line:
             break
     os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must not go on writing
-    process.wait()
-    process.stdout.read()  # ends when the last worker has
+    with process:
+        process.stdout.read()  # ends when the last worker has
     before = (there / "beside" / "metrics.jsonl").read_bytes()
     time.sleep(0.3)
     assert (there / "beside" / "metrics.jsonl").read_bytes() == before

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from polyak.reference_run.run import Run
 from polyak.study.paired import Estimate, estimate, paired
 
-ANNEALED = {"sgd": "annealed over the whole length", "half": "annealed in half of it"}
+ANNEALED = {"sgd": "annealed over the whole length", "half": "annealed in half the length"}
 """The arms that end with a small rate, and what they are called."""
 
 BySeed = dict[int, dict[int, float]]

@@ -84,7 +84,7 @@ def shares(budget: Budget) -> list[str]:
     if not budget.is_constant:
         return []
     said = [
-        f"The validation error with which SGD {ANNEALED[arm]}, ends: the EMA of the constant rate "
+        f"The validation error at the end of SGD {ANNEALED[arm]}: the EMA of the constant rate "
         f"{describe_reached(budget.reached('ema', arm))}."
         for arm in budget.annealed
     ]
@@ -136,7 +136,7 @@ def _what_follows(budget: Budget) -> list[str]:
         ]
     return [
         "What follows if you do not know the length in advance: a constant rate and an average need no "
-        f"end to be fixed. They save no training here: in validation error, {text}."
+        f"end to be fixed. That they save training is not shown here: in validation error, {text}."
     ]
 
 

@@ -59,9 +59,9 @@ def test_two_writers_are_refused(tmp_path):
 def test_resuming_another_recipe_says_what_differs(tmp_path):
     with run_folder(tmp_path / "run", RECIPE, resume=False) as folder:
         pass
-    other = dataclasses.replace(RECIPE, rate=0.1, seeds=5)
+    other = dataclasses.replace(RECIPE, rate=0.05, seeds=5)
     with (
-        pytest.raises(UsageError, match=r"rate: 0\.1 here, 0\.05 there\n  seeds: 5 here, 3 there"),
+        pytest.raises(UsageError, match=r"rate: 0\.05 here, 0\.1 there\n  seeds: 5 here, 3 there"),
         run_folder(folder, other, resume=True),
     ):
         pass

@@ -60,7 +60,7 @@ def test_a_file_that_is_not_toml(tmp_path):
         ("momentum", 1.0, "expected 0 <= momentum < 1"),
         ("weight_decay", -1.0, "weight_decay is -1.0"),
         ("final_ratio", 0.0, "final_ratio is 0.0"),
-        ("constant_until", 0.95, "constant_until <= annealed_at"),
+        ("constant_until", 0.98, "constant_until <= annealed_at"),
         ("branch_at", 1.0, "branch_at is 1.0"),
         ("branch_at", 0.001, "at least one epoch before and one after"),
         ("annealing", "sudden", "linear or cosine"),

@@ -106,7 +106,7 @@ def test_shares_are_first_epochs_over_the_budget_and_not_reached_is_an_answer():
 
 def test_where_half_of_the_length_does_as_well_no_training_is_saved():
     said = verdict.shares(budget([14.0, 12.0, 11.0, 10.5], half=((2, 11.0),)))
-    assert "They save no training here" in said[-1]
+    assert "That they save training is not shown here" in said[-1]
     assert "no difference found" in said[-1]
 
 
