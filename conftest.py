@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ def _leave(namespace: dict[str, Any]) -> None:
 
     plt.close("all")
 
+
+# Its kernels need Triton, which comes with the CUDA builds of torch and has no build for all systems.
+collect_ignore = [] if find_spec("triton") else ["src/polyak/tensors/kernels.py"]
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],

@@ -7,6 +7,8 @@ intervals; the cost of an interval is the same whatever its length.
 
 The reference network (53,866 weights) and one of 4.6 million on its images, SGD, batches of 64. A round of
 the recorder takes the weights 20 times and writes one interval. Memory is what is held beside the model.
+`processor_percent` counts the time of all threads on the processors, the writer's too: it hardly depends on
+what else the machine does.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def measure(name: str, rounds: int, interval: int, folder: Path) -> None:
             interval=interval,
             what=other,
             overhead_percent=100 * (times.ratio(other, "bare") - 1),
+            processor_percent=100 * (times.ratio(other, "bare", processor=True) - 1),
             sets_of_weights=memory / weights,
             milliseconds_a_step=1000 * times.median("bare") / interval,
         )

@@ -23,17 +23,19 @@ import torch
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each candidate, round by round."""
+    """Seconds of each candidate, round by round: on the clock, and of all threads on the processors."""
 
     seconds: dict[str, list[float]]
+    processor: dict[str, list[float]]
 
     def median(self, name: str) -> float:
         """Median seconds of a candidate."""
         return statistics.median(self.seconds[name])
 
-    def ratio(self, name: str, base: str) -> float:
+    def ratio(self, name: str, base: str, *, processor: bool = False) -> float:
         """Median over the rounds of the time of `name` divided by that of `base`."""
-        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        times = self.processor if processor else self.seconds
+        pairs = zip(times[name], times[base], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
 
@@ -43,13 +45,15 @@ def interleaved(
     """Run every candidate once a round, in rotating order, after one round that is not counted."""
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    processor: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds + 1):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            elapsed = _timed(candidates[name], device)
+            elapsed, computed = _timed(candidates[name], device)
             if index:
                 seconds[name].append(elapsed)
-    return Times(seconds)
+                processor[name].append(computed)
+    return Times(seconds, processor)
 
 
 def figure(name: str, **values: Any) -> None:
@@ -58,12 +62,12 @@ def figure(name: str, **values: Any) -> None:
     print(json.dumps({"figure": name, **rounded, **_where()}), flush=True)
 
 
-def _timed(call: Callable[[], object], device: str) -> float:
+def _timed(call: Callable[[], object], device: str) -> tuple[float, float]:
     _wait(device)
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     call()
     _wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - computed
 
 
 def _wait(device: str) -> None:

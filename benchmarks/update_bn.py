@@ -58,14 +58,19 @@ def check(model: nn.Module, batches: list[Tensor]) -> None:
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def measure(name: str, model: nn.Module, batches: list[Tensor], rounds: int) -> None:
+def measure(
+    name: str, model: nn.Module, batches: list[Tensor], options: argparse.Namespace
+) -> None:
+    model.to(options.device)
+    batches = [batch.to(options.device) for batch in batches]
     check(model, batches)
     times = interleaved(
         {
             "polyak": lambda: polyak.update_bn(model, batches),
             "torch": lambda: torchs.update_bn(batches, model),
         },
-        rounds=rounds,
+        rounds=options.rounds,
+        device=options.device,
     )
     figure(
         "update_bn",
@@ -80,14 +85,17 @@ def measure(name: str, model: nn.Module, batches: list[Tensor], rounds: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
     torch.manual_seed(0)
-    measure("tiny", tiny(), [torch.randn(64, 8) for _ in range(200)], rounds)
-    measure("small images", small_images(), [torch.randn(64, 1, 28, 28) for _ in range(20)], rounds)
+    measure("tiny", tiny(), [torch.randn(64, 8) for _ in range(200)], options)
+    measure(
+        "small images", small_images(), [torch.randn(64, 1, 28, 28) for _ in range(20)], options
+    )
     images = [torch.randn(32, 3, 32, 32) for _ in range(6)]
-    measure("deep", deep(), images, rounds)
+    measure("deep", deep(), images, options)
     last = [image.contiguous(memory_format=torch.channels_last) for image in images]
-    measure("deep, channels last", deep().to(memory_format=torch.channels_last), last, rounds)
+    measure("deep, channels last", deep().to(memory_format=torch.channels_last), last, options)
 
 
 if __name__ == "__main__":

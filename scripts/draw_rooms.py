@@ -24,6 +24,7 @@ ROOMS = (
     "integrations",
     "report",
     "reference_run",
+    "uncertainty",
     "study",
     "swa_utils",
     "sharded",

@@ -34,7 +34,8 @@ def child(folder: Path) -> None:
         test=first(whole.test, 100),
     )
     arms = ("sgd", "half", "swa", "cyclic")
-    recipe = Recipe(epochs=4, seeds=2, arms=arms, shift=1, cycle_epochs=1, device="cpu")
+    fields = {"shift": 1, "cycle_epochs": 1, "record_intervals": 6}
+    recipe = Recipe(epochs=4, seeds=2, arms=arms, device="cpu", **fields)
     print("ready", flush=True)
     loop.train(
         recipe,

@@ -39,6 +39,7 @@ class WeightAveraging(adapter.WeightAveraging):
         return None if self._averages is None else _Model(self._main)
 
     def on_train_start(self, trainer, pl_module):
+        self._restore()
         self._latest = max(self._latest, trainer.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):

@@ -23,6 +23,7 @@ _HOME_OF = {
     "Profile": "polyak.maths.profile",
     "Recorder": "polyak.averaging.recorder",
     "SWA": "polyak.maths.profiles",
+    "SWAG": "polyak.uncertainty.swag",
     "Trajectory": "polyak.study.trajectory",
     "Window": "polyak.maths.profiles",
     "evaluate_averages": "polyak.averaging.evaluate",
@@ -30,6 +31,7 @@ _HOME_OF = {
     "iter_averaged_tensors": "polyak.checkpoints.merging.average",
     "open_checkpoint": "polyak.checkpoints.reading.opening",
     "plot_schedule": "polyak.report.schedule",
+    "predict": "polyak.uncertainty.ensemble",
     "update_bn": "polyak.batchnorm.update",
 }
 
@@ -54,5 +56,7 @@ if TYPE_CHECKING:
     from polyak.maths.profiles import Window as Window
     from polyak.report.schedule import plot_schedule as plot_schedule
     from polyak.study.trajectory import Trajectory as Trajectory
+    from polyak.uncertainty.ensemble import predict as predict
+    from polyak.uncertainty.swag import SWAG as SWAG
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

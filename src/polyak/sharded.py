@@ -17,14 +17,16 @@ import torch
 from polyak.averaging import state
 from polyak.averaging.average import Average
 from polyak.averaging.averages import Averages
+from polyak.averaging.recorder import Recorder
 from polyak.averaging.tracker import Member
 from polyak.errors import ArgumentError, FormatError, MismatchError, require
+from polyak.tensors.names import named_tensors
 
 __all__ = ["load"]
 
 
 def load(
-    average: Average | Averages,
+    average: Average | Averages | Recorder,
     checkpoint_id: str | os.PathLike[str],
     *,
     key: str = "average",
@@ -37,11 +39,11 @@ def load(
     must call this. The average stays as it was if it fails.
 
     Args:
-        average: The average, or several; their profiles must be those that were saved.
+        average: The average, or several; their profiles must be those that were saved. Or a recorder.
         checkpoint_id: What `torch.distributed.checkpoint.save` was given.
         key: Under which name the state was saved; the names of nested ones are joined by dots.
         missing: What to do if the checkpoint has nothing under `key`: "raise", or with "model" begin a
-            new average with the weights of the model at the next update.
+            new average with the weights of the model at the next update; a recorder stays as it is.
         process_group: For `torch.distributed.checkpoint`; by default all ranks.
 
     Returns whether there was anything to load.
@@ -65,8 +67,8 @@ def load(
 
     """
     require(
-        isinstance(average, (Average, Averages)),
-        f"load() needs an Average or Averages; found {type(average).__name__}.",
+        isinstance(average, (Average, Averages, Recorder)),
+        f"load() needs an Average, Averages or a Recorder; found {type(average).__name__}.",
     )
     require(missing in ("raise", "model"), f"missing is {missing!r}; expected 'raise' or 'model'.")
     average._tracker.refuse_during_loan("load()")
@@ -79,7 +81,9 @@ def load(
             )
         _begin_anew(average)
         return False
-    if isinstance(average, Averages):
+    if isinstance(average, Recorder):
+        average.load_state_dict(checkpoint.read_record(key, average))
+    elif isinstance(average, Averages):
         checkpoint.refuse_other_names(key, list(average))
         states = {
             name: checkpoint.read(f"{key}.{name}", one._member) for name, one in average.items()
@@ -90,7 +94,9 @@ def load(
     return True
 
 
-def _begin_anew(average: Average | Averages) -> None:
+def _begin_anew(average: Average | Averages | Recorder) -> None:
+    if isinstance(average, Recorder):
+        return  # it has begun nothing yet, or goes on
     members = list(average.values()) if isinstance(average, Averages) else [average]
     for one in members:
         state.load_state(one._member, state.fresh_state(one._member))
@@ -149,6 +155,26 @@ class _Checkpoint:
         if "parts" in stored:
             room["parts"] = 0
         self._load({key: room})
+        return room
+
+    def read_record(self, key: str, recorder: Recorder) -> dict[str, Any]:
+        """The state of a recorder under a key."""
+        stored = self.below(key)
+        room: dict[str, Any] = dict.fromkeys(
+            {name.partition(".")[0] for name in stored} - {"average"}
+        )
+        if carried := {n.removeprefix("carry.") for n in stored if n.startswith("carry.")}:
+            slots = named_tensors(recorder.model).slots
+            if unknown := carried - slots.keys():
+                raise MismatchError.of(
+                    f"{self._id} holds the record of another model.",
+                    unexpected=unknown,
+                    advice="Nothing was loaded.",
+                )
+            room["carry"] = {n: state.zeros(slots[n].tensor, torch.bfloat16) for n in carried}
+        self._load({key: room})
+        if any(name.startswith("average.") for name in stored):
+            room["average"] = self.read(f"{key}.average", recorder._member)
         return room
 
     def _check(self, stored: Mapping[str, Any], room: Mapping[str, Any]) -> None:

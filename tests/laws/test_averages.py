@@ -64,7 +64,8 @@ def shake(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            kind = {"dtype": torch.float64, "device": "cpu"}  # wherever the model is
+            noise = torch.randn(parameter.shape, generator=generator, **kind)
             parameter.copy_(noise.to(parameter.dtype))
 
 

@@ -34,13 +34,22 @@ def noisy_bfloat16(n_steps):
 
 def twin(profile, series):
     """The same average in float64: every weight kept, each with its share."""
-    shares = torch.from_numpy(profile.weights(range(1, len(series) + 1)))
+    first = 0 if profile.initial_mass(0.0) == 1 else 1
+    shares = torch.from_numpy(profile.weights(range(first, len(series) + first)))
     return shares @ series.double()
 
 
 @pytest.mark.parametrize(("profile", "n_steps"), RUNS, ids=ids)
 def test_smooth_drift(profile, n_steps):
     assert relative_error(profile, n_steps, smooth_drift, torch.float32) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_drift(dtype):
+    """Few enough updates for an interpreter, and six folds."""
+    series = {torch.float32: smooth_drift, torch.bfloat16: noisy_bfloat16}[dtype]
+    profile = EMA(decay=0.9999, keep_initial=True)  # in blocks from the second update on
+    assert relative_error(profile, 400, series, dtype) < 1e-6
 
 
 def test_noisy_bfloat16():

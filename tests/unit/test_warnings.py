@@ -11,6 +11,8 @@ import itertools
 import pickle
 import re
 import shutil
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from polyak.averaging import recorder as recorder_module
 from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
 from polyak.integrations.transformers import attach
+from polyak.tensors import fused
 
 SOURCE = Path(polyak.__file__).parent
 CAUSE = "# the line that is to be named"
@@ -83,6 +86,24 @@ def recorder(folder, **options):
     made = polyak.Recorder(network(), folder / "record", interval=2, **options)
     made.update()
     return made
+
+
+@case(PolyakWarning)
+def draws_of_fewer_captures_than_the_rank(folder):
+    swag = polyak.SWAG(nn.Linear(3, 3), rank=20)
+    swag.update()
+    swag.update()
+    with swag.sample():  # the line that is to be named
+        pass
+
+
+@case(StaleStatistics)
+def draws_with_the_statistics_of_other_weights(folder):
+    swag = polyak.SWAG(network(), rank=0)
+    swag.update()
+    swag.update()
+    with swag.sample():  # the line that is to be named
+        pass
 
 
 @case(PolyakWarning)
@@ -423,6 +444,20 @@ def trained_to_a_nan(folder):
     trainer.train()  # the line that is to be named
 
 
+@case(PolyakWarning)
+def a_triton_that_is_broken(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "DEVICES", {"cpu"})
+        patch.setattr(fused, "_failures", {})
+        patch.setattr(fused, "_warned", set())
+        patch.setitem(
+            sys.modules, "triton", types.ModuleType("triton")
+        )  # without all that it offers
+        patch.delitem(sys.modules, "polyak.tensors.kernels", raising=False)
+        fused._kernels.cache_clear()
+        polyak.Average(network(), polyak.SWA()).update()  # the line that is to be named
+
+
 def caught(program, folder):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -467,6 +502,16 @@ def lightning_module_with_other_weights(folder):
         trainer.fit(module)  # the line that is to be named
 
     in_lightning(program, folder)
+
+
+@case(StaleStatistics)
+def search_of_a_model_with_statistics(folder):
+    model = network()
+    with polyak.Recorder(model, folder / "record", interval=1) as recorder:
+        for _ in range(4):
+            recorder.update()
+    trajectory = polyak.Trajectory(folder / "record")
+    trajectory.search(lambda state: 0.0, minimize=True)  # the line that is to be named
 
 
 @pytest.mark.parametrize(("program", "category"), CASES, ids=lambda c: c.__name__)

@@ -1,7 +1,8 @@
 """What an average keeps of the weights: one class for each way of keeping it.
 
 `RunningAverage` serves every streaming profile, `WindowAverage` the profiles that must know what
-leaves them. A further one is a subclass of `Accumulator` and a line in `accumulator_class`.
+leaves them. A further one is a subclass of `Accumulator` and a line in `accumulator_class`, or is named
+where the average joins its tracker (`SpreadAverage`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,24 +22,31 @@ from polyak.maths.profile import Profile
 from polyak.maths.profiles import Window
 from polyak.tensors.blend import (
     GroupedTensors,
-    Update,
     accumulator_dtype,
     blank_like,
-    paired_parts,
+    correction,
 )
+from polyak.tensors.sharding import Span, narrowed
+from polyak.tensors.updates import Update
 
+Part = Sequence[Span]  # of a tensor: from, to in each dimension; all of it if empty
 SMALLEST_SHARE = 2.0**-10
 BLOCK_UPDATES = 64
 
 
 @dataclass(frozen=True)
 class Options:
-    """How averages are kept: dtype, device, what to do about non-finite weights, CUDA graphs."""
+    """How averages are kept: dtype, device, what to do about non-finite weights, CUDA graphs.
+
+    rank: how many deviations are kept, and on which device, where the spread is.
+    """
 
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     nonfinite: str | None = None
     capturable: bool = False
+    rank: int = 0
+    deviations_device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, torch.float32, torch.float64):
@@ -57,6 +65,8 @@ class Options:
 class Accumulator(ABC):
     """What one average keeps, in lists of one tensor per averaged weight, in their order."""
 
+    takes_shards: ClassVar[bool] = True  # or it needs each tensor whole
+
     @abstractmethod
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:
         """Make room for tensors like the live ones."""
@@ -72,7 +82,7 @@ class Accumulator(ABC):
         """Called once the returned update has been applied."""
 
     @abstractmethod
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """The live tensors are others than before, or are grouped differently."""
 
     @abstractmethod
@@ -88,8 +98,11 @@ class Accumulator(ABC):
         """All tensors, in lists of one per weight."""
 
     @abstractmethod
-    def value(self, index: int, now: Clock) -> Tensor:
-        """The average of one tensor at `now`, in its own precision; it may be a tensor it holds."""
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
+        """The average of one tensor at `now`, or of a part of it, in its own precision.
+
+        It may be a tensor that the accumulator holds.
+        """
 
     def swap_targets(self) -> list[Tensor]:
         """The tensors that are the average as they stand, to swap into the model; empty if none are.
@@ -122,6 +135,11 @@ class Accumulator(ABC):
     @abstractmethod
     def dtype_held(cls, dtype: torch.dtype, options: Options) -> torch.dtype:
         """In what dtype weights of `dtype` are held."""
+
+    @classmethod
+    def tensors_per_weight(cls, options: Options) -> int:
+        """How many it keeps for each weight; 1 where that depends on the course of the run."""
+        return 1
 
     @classmethod
     @abstractmethod
@@ -182,13 +200,11 @@ class RunningAverage(Accumulator):
         """The open block belongs to the time before."""
         self.block_is_open = False
 
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """Group the accumulators as the live tensors are grouped."""
-        if grouped is None:
-            return
         self._grouped = grouped
         self._groups = grouped.group(self.tensors)
-        self._block_groups = grouped.group(self.block) if self.block else []
+        self._block_groups = grouped.group(self.block)
 
     def add(self, values: Sequence[Tensor], now: Clock) -> None:
         """Average more tensors, which have been constant so far."""
@@ -207,12 +223,12 @@ class RunningAverage(Accumulator):
         """The average, and the open block."""
         return [self.tensors, self.block] if self.block_is_open else [self.tensors]
 
-    def value(self, index: int, now: Clock) -> Tensor:
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`: its own where no block is open."""
-        average = self.tensors[index]
+        average = narrowed(self.tensors[index], part)
         if not self.block_is_open:
             return average
-        return average + _correction(average, self.block[index], self._growth(now))
+        return average + correction(average, narrowed(self.block[index], part), self._growth(now))
 
     def swap_targets(self) -> list[Tensor]:
         """The average, unless an open block holds a part of it."""
@@ -234,12 +250,12 @@ class RunningAverage(Accumulator):
 
     def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Take the values of a checked state."""
-        _copy(self.tensors, state["tensors"], names)
+        copy_by_name(self.tensors, state["tensors"], names)
         self.block_is_open = bool(state["block"])
         for block in state["block"] or ():
             self.block_updates, self.block_start = block["updates"], block["start"]
             self._make_block()
-            _copy(self.block, block["tensors"], names)
+            copy_by_name(self.block, block["tensors"], names)
 
     @classmethod
     def check_state(cls, state: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
@@ -260,7 +276,7 @@ class RunningAverage(Accumulator):
         """One copy of the weights, two in blocks."""
         digits = 1.1e-16 if options.dtype is torch.float64 else 6.0e-8
         return [
-            f"keeps {_megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
+            f"keeps {megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
             f"when weights are gathered in blocks of {BLOCK_UPDATES} updates",
             f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
         ]
@@ -282,13 +298,7 @@ class RunningAverage(Accumulator):
             self._block_groups = self._grouped.group(self.block)
 
     def _fold(self, now: Clock) -> None:
-        growth = self._growth(now)
-        for whole, whole_block in zip(self.tensors, self.block, strict=True):
-            for average, block in paired_parts(whole, whole_block):
-                correction = _correction(average, block, growth)
-                folded = average + correction
-                torch.sub(correction, folded - average, out=block)  # what that addition rounded off
-                average.copy_(folded)
+        self._grouped.fold(self._groups, self._block_groups, self._growth(now))
         self.block_start, self.block_updates = now.time, 0
 
     def _growth(self, now: Clock) -> Number:
@@ -323,7 +333,7 @@ class WindowAverage(Accumulator):
         """No snapshot is in the window."""
         self.kept = []
 
-    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors | None) -> None:
+    def regroup(self, live: Sequence[Tensor], grouped: GroupedTensors) -> None:
         """Copy these from now on."""
         self._live = live
 
@@ -336,16 +346,16 @@ class WindowAverage(Accumulator):
         """The snapshots."""
         return [tensors for _, _, tensors in self.kept]
 
-    def value(self, index: int, now: Clock) -> Tensor:
+    def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`, in the precision of a running average."""
-        newest = self.kept[-1][2][index]
+        newest = narrowed(self.kept[-1][2][index], part)
         dtype = accumulator_dtype(newest.dtype, self._options.dtype)
         result = torch.zeros_like(newest, dtype=dtype)
         so_far = 0.0
         for share, (_, _, tensors) in zip(self._shares(now), self.kept, strict=True):
             so_far += share
             # A running mean, not a sum: equal weights stay what they are, to the last bit.
-            result.lerp_(tensors[index].to(result.dtype), share / so_far)
+            result.lerp_(narrowed(tensors[index], part).to(result.dtype), share / so_far)
         return result
 
     def effective_samples(self, now: Clock) -> float:
@@ -365,7 +375,7 @@ class WindowAverage(Accumulator):
         self.kept = []
         for snapshot in state["snapshots"]:
             tensors = self._copies(self._live)
-            _copy(tensors, snapshot["tensors"], names)
+            copy_by_name(tensors, snapshot["tensors"], names)
             self.kept.append((snapshot["from"], snapshot["to"], tensors))
 
     @classmethod
@@ -385,7 +395,7 @@ class WindowAverage(Accumulator):
         """One copy of the weights per capture."""
         kept = len(held.kept) if isinstance(held, cls) else 0
         return [
-            f"keeps {_megabytes(nbytes)} for each capture in the window; {kept} now",
+            f"keeps {megabytes(nbytes)} for each capture in the window; {kept} now",
             "resolution: snapshots are exact",
         ]
 
@@ -417,16 +427,6 @@ def accumulator_class(profile: Profile) -> type[Accumulator]:
     )
 
 
-def _correction(average: Tensor, block: Tensor, growth: Number) -> Tensor:
-    """`(average + block) / growth - average`, without cancelling the digits of the average."""
-    excess: Any = growth - 1  # before rounding to the dtype of the average: it is small
-    if isinstance(growth, Tensor):
-        kind = (average.device, average.real.dtype)
-        growth, excess = growth.to(*kind), excess.to(*kind)
-    correction: Tensor = (block - average * excess) / growth
-    return correction
-
-
 def _is_small(before: Clock, now: Clock) -> bool:
     """Whether a block is called for: decided on the host, from the time if nothing was skipped."""
     if not now.on_device:
@@ -438,9 +438,13 @@ def _is_small(before: Clock, now: Clock) -> bool:
     return bool(now.profile.share(now.time_if_none_skipped, dt) < SMALLEST_SHARE)
 
 
-def _copy(targets: Sequence[Tensor], sources: Mapping[str, Tensor], names: Sequence[str]) -> None:
+def copy_by_name(
+    targets: Sequence[Tensor], sources: Mapping[str, Tensor], names: Sequence[str]
+) -> None:
+    """Copy what is stored by name into tensors in the order of the names."""
     torch._foreach_copy_(list(targets), [sources[name] for name in names])
 
 
-def _megabytes(nbytes: int) -> str:
+def megabytes(nbytes: int) -> str:
+    """Bytes as they are shown."""
     return f"{nbytes / 2**20:,.1f} MiB"

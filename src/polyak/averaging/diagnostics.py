@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import model_value
 from polyak.tensors.memory import shape_of
@@ -73,10 +72,12 @@ def plan(member: Member) -> TensorPlan:
         )
         for alias, name in named.ties.items()
     ]
+    held_by, options = member.held_by, member.tracker.options
     nbytes = sum(_bytes_held(row, member) for row in rows)
-    held_by, options = accumulator_class(member.profile), member.tracker.options
-    notes = held_by.describe(nbytes, options, member.accumulator)
-    return TensorPlan(tuple(rows), nbytes, tuple(notes))
+    weights = sum(_bytes_held(row, member) for row in rows if row.kind == Kind.AVERAGED.value)
+    notes = held_by.describe(weights, options, member.accumulator)
+    nbytes += weights * (held_by.tensors_per_weight(options) - 1)
+    return TensorPlan(tuple(rows), nbytes, (*notes, *member.tracker.notes()))
 
 
 @torch.no_grad()
@@ -123,8 +124,7 @@ def _bytes_held(row: TensorPlanRow, member: Member) -> int:
         return values * row.dtype.itemsize
     if row.kind != Kind.AVERAGED.value:
         return 0
-    held_by = accumulator_class(member.profile)
-    return values * held_by.dtype_held(row.dtype, member.tracker.options).itemsize
+    return values * member.held_by.dtype_held(row.dtype, member.tracker.options).itemsize
 
 
 def _squares(tensor: Tensor) -> float:

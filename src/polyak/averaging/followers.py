@@ -15,9 +15,17 @@ from polyak.averaging.values import refuse_nonfinite_average
 from polyak.errors import ArgumentError, MismatchError, UsageError, some
 from polyak.maths.arguments import flag, number
 from polyak.tensors.binding import Structure
+from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import odd_form, shape_of
 from polyak.tensors.names import named_modules, named_tensors, require_module
-from polyak.tensors.sharding import is_sharded, refuse_partitioned, refuse_sharded
+from polyak.tensors.sharding import (
+    fits,
+    is_sharded,
+    layout,
+    local,
+    refuse_flat_modules,
+    refuse_partitioned,
+)
 from polyak.tensors.swap import current_owner, recompute_derived
 
 
@@ -53,7 +61,8 @@ class Follower(Fed):
     and on other devices. What is averaged is copied from the accumulators, in full precision and without
     a copy of them, also while they gather a block; other parameters (frozen ones) are the model's. It is
     set at once, after each update, and when a state is loaded. While nothing has been averaged it stays
-    as it is: begin with a copy of the model.
+    as it is: begin with a copy of the model. Of a sharded model it is sharded in the same way: each rank
+    copies its shards, and nothing is gathered.
 
     Args:
         module: a module of its own, such as `copy.deepcopy(model)`.
@@ -66,7 +75,8 @@ class Follower(Fed):
 
     Raises:
         ArgumentError: parameters of the model itself, or none of its names.
-        MismatchError: tensors that the model does not have, or in other shapes, all by name.
+        MismatchError: tensors that the model does not have, in other shapes, or sharded otherwise, all by
+            name.
         UsageError: at an update, while another average is swapped into the module.
 
     >>> import copy, torch, polyak
@@ -124,6 +134,9 @@ class Follower(Fed):
             return
         tracker = member.tracker
         tracker.finish()
+        if self._is_sharded:  # what a forward pass has gathered holds the values of before
+            reshard(self.module)
+            tracker.tensors.settle()
         if self._generation != tracker.tensors.generation or not self._structure.holds():
             self._match()
         if (owner := current_owner(self._targets)) is not None:
@@ -145,9 +158,11 @@ class Follower(Fed):
     def _match(self) -> None:
         """Find by name what each tensor of the module follows. Raises MismatchError, naming all."""
         tensors = self._member.tracker.tensors
+        refuse_flat_modules(self.module)
+        reshard(self.module)
+        tensors.settle()
         named, kinds = tensors.inspect()
         own = named_tensors(self.module)
-        refuse_sharded("follower()", self.module, tensors.model)
         wanted = {n: s.tensor for n, s in own.slots.items() if s.is_parameter}
         if self._buffers:
             wanted |= {n: s.tensor for n, s in own.slots.items() if s.persistent}
@@ -181,7 +196,8 @@ class Follower(Fed):
             if (slot := named.slots.get(names[name])) is None:
                 continue
             have, expected = _form(tensor), _form(slot.tensor)
-            if have != expected and tensor is not slot.tensor:
+            same = have == expected and fits(tensor, slot.tensor)
+            if not same and tensor is not slot.tensor:
                 changed[name] = f"{have}, but the model's is {expected}"
         for alias, first in own_ties.items():
             full = self._prefix + alias
@@ -193,7 +209,8 @@ class Follower(Fed):
                 f"This {kind} cannot follow an average of {type(self._member.tracker.tensors.model).__name__}.",
                 unexpected=unknown,
                 changed=changed,
-                advice="A follower may hold fewer tensors than the model, not others. Nothing was copied.",
+                advice="A follower may hold fewer tensors than the model, not others, and is sharded over "
+                "the same mesh as the model. Nothing was copied.",
             )
 
     def _sort(self, wanted: dict[str, Tensor], names: dict[str, str], named: Any) -> None:
@@ -204,14 +221,15 @@ class Follower(Fed):
         self._statistics: list[tuple[int, Tensor]] = []
         self._others: list[tuple[Tensor, Tensor]] = []
         for name, tensor in wanted.items():
-            source = named.slots[names[name]].tensor
+            source, target = named.slots[names[name]].tensor, local(tensor)
             if names[name] in at:
-                self._averaged.append((at[names[name]], tensor))
+                self._averaged.append((at[names[name]], target))
             elif names[name] in statistic_at:
-                self._statistics.append((statistic_at[names[name]], tensor))
+                self._statistics.append((statistic_at[names[name]], target))
             elif source is not tensor and not odd_form(source):
-                self._others.append((source, tensor))
-        self._targets = list(wanted.values())
+                self._others.append((local(source), target))
+        self._targets = list(map(local, wanted.values()))
+        self._is_sharded = any(map(is_sharded, wanted.values()))
         self._generation = tensors.generation
         self._structure = Structure.of(self.module)
         self._derives = any(m._forward_pre_hooks for m in self.module.modules())
@@ -226,6 +244,9 @@ class WriteBack(Fed):
     optimizer's state and the BatchNorm statistics of the model stay as they are. Where it writes is a
     function of the average's time, so a resumed run continues bitwise; a step that only the device
     knows to be skipped counts. `copy_to(model)` does the same once.
+
+    Of a sharded model each rank writes to its shards. It asks all ranks for NaN and infinities first, so
+    all update together.
 
     `remove()` ends it, and so does the end of a `with` block.
 
@@ -281,8 +302,7 @@ class WriteBack(Fed):
         if not passed or member.is_empty() or member.accumulator is None:
             return
         tracker.finish()
-        if any(map(is_sharded, tracker.tensors.whole)):
-            refuse_sharded("write_back()", tracker.tensors.model)
+        tracker.tensors.settle()
         refuse_nonfinite_average(member, "write_back()")
         for index, live in enumerate(tracker.tensors.live):
             live.detach().copy_(member.accumulator.value(index, now))
@@ -304,4 +324,5 @@ def _checked_part(member: Member, part: str | None) -> str:
 
 def _form(tensor: Tensor) -> str:
     complex_ = "complex" if tensor.is_complex() else ""
-    return f"shape {shape_of(tensor)} {complex_} {odd_form(tensor)}".strip()
+    form = odd_form(tensor) or layout(tensor)
+    return f"shape {shape_of(tensor)} {complex_} {form}".strip()

@@ -54,7 +54,7 @@ def read_state(
     """The state in a file, for `Average.load_state_dict`; what `Average.load` documents."""
     bound = member.tracker.tensors
     whole = {n: t for n, t in zip(bound.names, bound.whole, strict=True) if is_sharded(t)}
-    state, metadata = _read(as_path(path), whole)
+    state, metadata = read_file(as_path(path), whole)
     if isinstance(state, dict) and state.keys() >= {"version", "profile", "tensors"}:
         if updates is not None:
             raise ArgumentError(
@@ -63,7 +63,7 @@ def read_state(
             )
         return state
     if updates is None and metadata.keys() >= _SAVED and isinstance(state, Mapping):
-        return _saved_state(member, path, state, metadata)
+        return saved_state(member, path, state, metadata)
     return translated_state(member, state, updates)
 
 
@@ -138,7 +138,7 @@ def _sum_squared_shares(profile: Profile, first: int, count: int) -> float:
     return float((profile.weights(times.tolist()) ** 2 / each).sum())
 
 
-def _saved_state(
+def saved_state(
     member: Member,
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -229,7 +229,7 @@ def _refuse_snapshots(member: Member) -> None:
         )
 
 
-def _read(path: Path, whole: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, str]]:
+def read_file(path: Path, whole: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, str]]:
     """What is in a file, and what it says about itself, without running code from it.
 
     whole: the sharded tensors of the model, of which only this rank's part is read.

@@ -102,7 +102,7 @@ class StepWatch:
             self._before()
 
     def _leave(self, layer: Any, *, innermost: bool) -> None:
-        if innermost:
+        if innermost and not _is_rehearsal(layer):
             self._real = either(0.0 if self._real is None else self._real, _was_real(layer))
         self._depth -= 1
         if self._depth <= 0 and self._real is not None:
@@ -222,6 +222,27 @@ def _was_real(optimizer: Any) -> float | Tensor:
     if not isinstance(found_inf, Tensor):
         return 1.0
     return (found_inf.detach().reshape(()) == 0).to(torch.float64)
+
+
+def _is_rehearsal(optimizer: Any) -> bool:
+    """Whether `torch.distributed.checkpoint` steps it with rates of 0, to make room for its state.
+
+    A warm-up may begin with a rate of 0 too, and such a step is real: the call stack tells.
+    """
+    for group in getattr(optimizer, "param_groups", ()):
+        rate = group.get("lr")
+        on_host = isinstance(rate, float) or (
+            isinstance(rate, Tensor) and rate.device.type == "cpu"
+        )
+        if not on_host or rate != 0:
+            return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "_init_optim_state" and "checkpoint" in frame.f_globals["__name__"]:
+            return True
+        frame = frame.f_back  # type: ignore[assignment] # the loop ends at None
+    return False
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -20,6 +20,7 @@ from polyak.maths.planning import Span
 from polyak.tensors.finite import refuse_nonfinite
 from polyak.tensors.memory import copy_on_write, odd_form
 from polyak.tensors.names import named_tensors
+from polyak.tensors.sharding import is_sharded, local
 
 if TYPE_CHECKING:
     from polyak.checkpoints.intervals import Interval
@@ -30,6 +31,7 @@ class Contents:
     """What one interval file will hold; tensors are read by the thread that writes it.
 
     averaged: the accumulators themselves, which nobody changes until the thread is done.
+    whole: by name the tensors of the model, which say of what sharded values are a part.
     """
 
     span: Span
@@ -37,6 +39,7 @@ class Contents:
     others: dict[str, Tensor]
     ties: dict[str, str]
     metadata: dict[str, str]
+    whole: dict[str, Tensor]
     ready: Any = None  # an event of the device that holds the accumulators
 
 
@@ -51,7 +54,7 @@ class Outcome:
 
 
 class RecordFolder:
-    """Writes, replaces and merges the files of one record."""
+    """Writes, replaces and merges the files of one record: this process alone, or all after `join`."""
 
     def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
         self.path = path
@@ -59,11 +62,38 @@ class RecordFolder:
         self.narrow = dtype if dtype is torch.bfloat16 else None
         self._pool: ThreadPoolExecutor | None = None
         self._future: Future[Outcome] | None = None
+        self._group: Any = None  # of the ranks that write together, and their
+        self._ranks: Any = None
         # Of a resumed record: what begins there or later is of a run that was given up.
         self._stale_from: float | None = None
 
+    def join(self) -> None:
+        """Each rank has a part of the weights, and all write one file, as soon as all have called this.
+
+        The thread speaks to the other ranks in a group of its own, for training goes on meanwhile.
+        """
+        if self._ranks is None:
+            from polyak.checkpoints.writing.ranks import Ranks
+
+            self._group = torch.distributed.new_group(backend="gloo")
+            self._ranks = Ranks(self._group)
+
     def begin(self, record: str) -> None:
         """The first file will be written. Raises OutputError if the folder holds a record."""
+        self.id = self._once(lambda: self._begin(record))
+
+    def _once(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns, which the first rank does for all; its error is that of all."""
+        ranks = self._ranks
+        if ranks is None:
+            return act()
+        return ranks.gather(ranks.together(lambda: act() if ranks.leader else None))[0]
+
+    def _everywhere(self, act: Callable[[], Any]) -> None:
+        """Call it here; an error on any rank is one on all."""
+        act() if self._ranks is None else self._ranks.together(act)
+
+    def _begin(self, record: str) -> str:
         there = sorted(self.path.glob("interval-*.safetensors"))
         if there:
             raise OutputError(
@@ -72,13 +102,18 @@ class RecordFolder:
                 "folder, or remove this one."
             )
         self._make()
-        self.id = record
+        return record
 
     def resume(self, record: str, start: float) -> None:
         """Continue a record: what begins at `start` or later is rewritten as it is reached.
 
         Raises OutputError if the folder holds the files of another record.
         """
+        self._once(lambda: self._resume(record))
+        self.id = record
+        self._stale_from = start
+
+    def _resume(self, record: str) -> None:
         from polyak.checkpoints.intervals import scan_intervals
 
         foreign = [one for one in scan_intervals(self.path).intervals if one.record != record]
@@ -88,8 +123,6 @@ class RecordFolder:
                 "this run. Nothing was loaded. Choose the folder that the state was saved with."
             )
         self._make()
-        self.id = record
-        self._stale_from = start
 
     def start(
         self,
@@ -155,26 +188,9 @@ class RecordFolder:
         carry: Mapping[str, Tensor],
         merge: Callable[[], None],
     ) -> Outcome:
-        from polyak.checkpoints.intervals import interval_path
-        from polyak.checkpoints.writing.save import write_checkpoint
-
         outcome = Outcome()
         try:
-            if contents.ready is not None:
-                contents.ready.synchronize()
-            refuse_nonfinite(contents.averaged.items(), "An interval of the record", "")
-            averaged = contents.averaged
-            if self.narrow is not None:
-                averaged, outcome.carry = _rounded(averaged, carry, self.narrow)
-            path = interval_path(self.path, number)
-            write_checkpoint(
-                path,
-                {**averaged, **contents.others},
-                ties=contents.ties,
-                metadata=contents.metadata,
-                overwrite=True,
-            )
-            self._remove_stale(path)
+            outcome.carry = self._write_file(contents, number, carry)
         except PolyakError as error:
             outcome.error = error
             return outcome
@@ -182,10 +198,41 @@ class RecordFolder:
             outcome.error = OutputError(f"Could not write to {self.path}: {error.strerror}.")
             return outcome
         try:
-            merge()
+            self._once(merge)
         except (PolyakError, OSError) as error:
             outcome.merge_error = OutputError(str(error))
         return outcome
+
+    def _write_file(
+        self, contents: Contents, number: int, carry: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Write the file of an interval; what rounding has left of it for the next one."""
+        from polyak.checkpoints.intervals import interval_path
+
+        if contents.ready is not None:
+            contents.ready.synchronize()
+        averaged, left = contents.averaged, dict[str, Tensor]()
+        self._everywhere(
+            lambda: refuse_nonfinite(averaged.items(), "An interval of the record", "")
+        )
+        if self.narrow is not None:
+            averaged, left = _rounded(averaged, carry, self.narrow)
+        path = interval_path(self.path, number)
+        self._put(path, {**averaged, **contents.others}, contents)
+        self._once(lambda: self._remove_stale(path))
+        return left
+
+    def _put(self, path: Path, tensors: Mapping[str, Tensor], contents: Contents) -> None:
+        described: dict[str, Any] = {"ties": contents.ties, "metadata": contents.metadata}
+        if self._ranks is None:
+            from polyak.checkpoints.writing.save import write_checkpoint
+
+            write_checkpoint(path, tensors, overwrite=True, **described)
+            return
+        from polyak.checkpoints.writing.collective import Boxes, write_collectively
+
+        boxes = {n: Boxes(*saving.boxed(t, contents.whole.get(n, t))) for n, t in tensors.items()}
+        write_collectively(path, boxes, overwrite=True, group=self._group, **described)
 
     def _remove_stale(self, written: Path) -> None:
         """After a resume: remove what a run that is given up has written after the state."""
@@ -216,6 +263,7 @@ def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Cont
     """What the file of an interval holds: the mean, the newest statistics, all else as it is now."""
     tracker = member.tracker
     tensors, held = tracker.tensors, member.accumulator
+    tensors.settle()
     assert held is not None, "something was captured"  # noqa: S101 - for the type checker
     averaged = {name: held.value(i, member.clock) for i, name in enumerate(tensors.names)}
     statistics = dict(zip(tensors.statistic_names, member.statistics, strict=True))
@@ -230,7 +278,8 @@ def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Cont
     kept = averaged.keys() | others.keys()
     ties = {alias: name for alias, name in named.ties.items() if name in kept}
     said = {**metadata, "batchnorm": "stale" if tensors.statistics else "none"}
-    return Contents(span, averaged, others, ties, said, _event(averaged.values()))
+    whole = {name: slot.tensor for name, slot in named.slots.items()}
+    return Contents(span, averaged, others, ties, said, whole, _event(averaged.values()))
 
 
 def record_id(tensors: Sequence[Tensor]) -> str:
@@ -244,6 +293,8 @@ def record_id(tensors: Sequence[Tensor]) -> str:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     """The values of now, whatever is written to the tensor later: no copy where that can be had."""
+    if is_sharded(tensor):
+        return local(tensor).detach().clone()
     shared = None if odd_form(tensor) else copy_on_write(tensor)
     return tensor.detach().clone() if shared is None else shared
 

@@ -35,7 +35,7 @@ from polyak.maths.planning import Span
 from polyak.maths.profiles import SWA
 from polyak.tensors.names import named_tensors
 from polyak.tensors.ranks import rank
-from polyak.tensors.sharding import refuse_sharded
+from polyak.tensors.sharding import is_sharded, part_of, sharded_as
 
 SLOW_SECONDS = 1.0
 """How long a capture may wait for the disk before a warning says so."""
@@ -67,10 +67,11 @@ class Recorder:
         unit: what time is counted in. `attach` counts "steps", or "captures" with `at=`.
 
     Raises:
-        ArgumentError: options out of their domain, a sharded model (record an unsharded one, or make a
-            `Trajectory.from_checkpoints` of its checkpoints).
+        ArgumentError: options out of their domain; a model that FSDP1 has sharded.
 
-    Under `torch.distributed` rank 0 records, which is right for DDP.
+    Under `torch.distributed` rank 0 records, which is right for DDP. Of a sharded model every rank keeps the
+    mean of its shards, and all write one file together: `update`, `close` and the first capture are called
+    on all ranks, which see the same folder. `polyak.sharded.load` brings its state back.
 
     >>> import tempfile, torch, polyak
     >>> model = torch.nn.Linear(2, 1)
@@ -105,7 +106,6 @@ class Recorder:
         )
         wide = None if dtype is torch.bfloat16 else dtype
         self._tracker = Tracker(model, unit=unit, dtype=wide, device=device)
-        refuse_sharded("Recorder", model)
         self._member = self._tracker.join(SWA())
         self._member.unit = unit
         self.unit = unit
@@ -219,8 +219,8 @@ class Recorder:
             "start": self._start,
             "captured": self._covered,
             "captures": self._captures,
-            "carry": tuple(self._carry.items()),
-            "average": average if self._captures else {**average, **no_average()},
+            "carry": self._carry_to_save(),
+            "average": average if self._captures else {**average, **no_average(average)},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -233,13 +233,15 @@ class Recorder:
         self._settle()
         found = checked_state(state_dict, self._base)
         state.check_state(self._member, found["average"])
-        if found["record"] and rank() == 0:
+        if found["record"] and self._takes_part():
             self._folder.resume(found["record"], found["start"])
         self._begun = bool(found["record"])
         state.load_state(self._member, found["average"])
         self._interval, self._time = found["interval"], found["time"]
         self._start, self._covered = found["start"], found["captured"]
-        self._captures, self._carry = found["captures"], dict(found["carry"])
+        slots = named_tensors(self.model).slots
+        self._captures = found["captures"]
+        self._carry = {n: part_of(t, slots[n].tensor) for n, t in dict(found["carry"]).items()}
         self._unread, self._latest = 0.0, self._time
         self._state_start = self._start
         self._closed = False
@@ -261,6 +263,19 @@ class Recorder:
             f"Recorder({type(self.model).__name__}, {str(self._folder.path)!r}, "
             f"interval={self._interval:g}, time={self._time:g} {self.unit})"
         )
+
+    def _carry_to_save(self) -> Any:
+        slots = named_tensors(self.model).slots
+        if not any(is_sharded(slots[name].tensor) for name in self._carry):
+            return tuple(self._carry.items())
+        return {n: sharded_as(t, slots[n].tensor) for n, t in self._carry.items()}
+
+    def _takes_part(self) -> bool:
+        """Whether this rank records: the first does for all, or each its part of a sharded model."""
+        if self._tracker.tensors.are_sharded():
+            self._folder.join()
+            return True
+        return rank() == 0
 
     def _advance(self, dt: float, real: bool | Tensor = True) -> None:
         dt = float(number("dt", dt))
@@ -318,7 +333,7 @@ class Recorder:
 
     def _capture(self, until: float) -> None:
         """The present weights stand for the time from the last ones to `until`."""
-        if rank() == 0:
+        if self._takes_part():
             self._tracker.update(until - self._covered, True, [self._member])
             self._begin()
         self._covered = until
@@ -334,6 +349,8 @@ class Recorder:
         saving.refuse_odd_forms(self._member, self._folder.path)
         self._folder.begin(record_id(self._tracker.tensors.live))
         self._begun = True
+        if rank() != 0:
+            return
         each = self._bytes_of_one()
         said, most = expected(each, self._total, self._base, self._keep)
         sys.stderr.write(f"polyak: recording to {self._folder.path}, {said}.\n")
@@ -359,7 +376,7 @@ class Recorder:
         for name, slot in named.slots.items():
             kept = averaged.get(name, slot.tensor)
             narrow = dtype is not None and name in averaged and kept.is_floating_point()
-            total += kept.numel() * (2 if narrow else kept.element_size()) * slot.persistent
+            total += slot.tensor.numel() * (2 if narrow else kept.element_size()) * slot.persistent
         return total
 
     def _write(self) -> None:
@@ -369,7 +386,7 @@ class Recorder:
         if self._keep is not None and self._place(self._time) >= self._keep:
             self._interval *= 2
             self._merges = True
-        if rank() != 0:
+        if not self._takes_part():
             return
         interval, protected, merges = self._interval, self._state_start, self._merges
 

@@ -69,9 +69,10 @@ def checked_state(found: Any, base: float) -> dict[str, Any]:
     return dict(found)
 
 
-def no_average() -> dict[str, Any]:
+def no_average(average: Mapping[str, Any]) -> dict[str, Any]:
     """An interval that has just begun holds nothing: what the last one left is not its own."""
     return {
+        **({"parts": 0} if "parts" in average else {}),
         "time": 0.0,
         "count": 0,
         "sum_squared_shares": 0.0,

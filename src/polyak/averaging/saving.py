@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def save(
         return _save_together(
             member, path, metadata, overwrite=overwrite, shards=shards, carry=carry
         )
-    tensors, ties = _state_dict(member)
+    tensors, ties = averaged_state_dict(member)
     extra = extra_state(member.tracker.tensors.model)
     if layout == "averaged_model":
         tensors, ties = _as_averaged_model(tensors, ties, int(metadata["count"]))
@@ -83,7 +85,7 @@ def _save_together(
     carry = options.pop("carry")
     entries = _entries(member)
     extra = extra_state(member.tracker.tensors.model)
-    entries |= {n: _boxes(v, v) for n, v in extra.items() if isinstance(v, Tensor)}
+    entries |= {n: boxed(v, v) for n, v in extra.items() if isinstance(v, Tensor)}
     if lost := {name: value for name, value in extra.items() if name not in entries}:
         warn_of_lost(as_path(path), lost, is_torch=False)
     ties = named_tensors(member.tracker.tensors.model).ties
@@ -108,18 +110,33 @@ def _entries(member: Member) -> dict[str, Any]:
     for name, slot in named_tensors(tensors.model).slots.items():
         if slot.persistent:
             own = statistics.get(name, local(slot.tensor))
-            value = model_value(member, index[name], exchanged=True) if name in index else own
-            found[name] = _boxes(value, slot.tensor)
+            found[name] = boxed(own, slot.tensor)
+            if name in index:
+                part = partial(model_value, member, index[name], exchanged=True)
+                found[name] = boxed(own, slot.tensor, part)
     return found
 
 
-def _boxes(value: Tensor, like: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[Any]]:
+def boxed(
+    value: Tensor, like: Tensor, compute: Callable[..., Tensor] | None = None
+) -> tuple[torch.dtype, tuple[int, ...], list[Any]]:
+    """The values on this rank of a tensor that is sharded as `like` is, as `write_collectively` takes it.
+
+    With `compute` they are not those of `value`, but computed when they are written, part by part.
+    """
+    from polyak.checkpoints.writing.deferred import Deferred
+
     first = is_first_replica(like) and (is_sharded(like) or rank() == 0)
     places = [
-        (tuple(start for start, _ in spans), narrowed(value.detach(), here))
+        (
+            tuple(start for start, _ in spans),
+            narrowed(value.detach(), here)
+            if compute is None
+            else Deferred(value.dtype, here, lambda part: compute(part=part)),
+        )
         for spans, here in (boxes(like) if first else ())
     ]
-    return like.dtype, tuple(like.shape), places
+    return value.dtype, tuple(like.shape), places
 
 
 def _check_collective(path: Any, layout: str, *, shards: bool, carry: Any) -> None:
@@ -151,7 +168,7 @@ def batchnorm_status(member: Member) -> str:
     return "stale" if member.stale_layers() else "refreshed"
 
 
-def _state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:
+def averaged_state_dict(member: Member) -> tuple[OrderedDict[str, Tensor], dict[str, str]]:
     """The averaged model's state dict, as `Module.state_dict` orders and versions it; and its ties."""
     model = member.tracker.tensors.model
     ties = named_tensors(model).ties

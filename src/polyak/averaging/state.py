@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.averaging.accumulators import accumulator_class
 from polyak.averaging.clock import Clock
 from polyak.averaging.tracker import Member, Tracker
 from polyak.errors import FormatError, MismatchError, PolyakError
@@ -102,7 +101,7 @@ def _held(member: Member) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if any(tensor.is_meta for tensor in live.values()):
         return {"tensors": {}}, {}
     values = list(map(local, live.values()))
-    empty = accumulator_class(member.profile)(values, member.tracker.options)
+    empty = member.held_by(values, member.tracker.options)
     statistics = {n: torch.zeros_like(local(t)) for n, t in of[Kind.STATISTIC].items()}
     return _as_dtensors(empty.state(list(live)), list(live), list(live.values())), statistics
 
@@ -122,10 +121,10 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
     """The state of an average that is still empty, with room for blocks and snapshots."""
     tracker = member.tracker
     with tracker.tensors.bound_temporarily():
-        state = state_dict(Member(tracker, Clock(member.profile), member.unit))
+        state = state_dict(Member(tracker, Clock(member.profile), member.held_by, member.unit))
         tensors = tracker.tensors
         if n_blocks:
-            block = [{n: _zeros(t, t.dtype) for n, t in state["tensors"].items()}]
+            block = [{n: zeros(t, t.dtype) for n, t in state["tensors"].items()}]
             state["block"] = [{"updates": 0, "start": 0.0, "tensors": b} for b in block]
         if n_snapshots:
             state["snapshots"] = [
@@ -133,7 +132,7 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
                     "from": 0.0,
                     "to": 0.0,
                     "tensors": {
-                        n: _zeros(t, t.dtype)
+                        n: zeros(t, t.dtype)
                         for n, t in zip(tensors.names, tensors.whole, strict=True)
                     },
                 }
@@ -142,7 +141,8 @@ def fresh_state(member: Member, n_blocks: int = 0, n_snapshots: int = 0) -> dict
     return state
 
 
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a tensor that is sharded as another one is."""
     values = torch.zeros_like(local(like).detach(), dtype=dtype)
     return sharded_as(values, like) if is_sharded(like) else values
 
@@ -283,7 +283,7 @@ def _groups(member: Member, state: Mapping[str, Any]) -> dict[str, Mapping[str, 
         dict(() if state["layer_modes"] is None else state["layer_modes"])
         set(state["fresh_layers"])
         if _holds_weights(state) and state["profile"] == profile_text(member.profile):
-            groups = accumulator_class(member.profile).check_state(state)
+            groups = member.held_by.check_state(state)
         if "parts" in state and state["parts"] != sum(len(state.get(k) or ()) for k in _PARTS):
             bad.append(_PARTS_LEFT_OUT)
         steps, real, stepped = state["pending"]
@@ -326,7 +326,7 @@ def _check_tensors(
     member: Member, state: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     tensors, options = member.tracker.tensors, member.tracker.options
-    held_by = accumulator_class(member.profile)
+    held_by = member.held_by
     whole = dict(zip(tensors.names, tensors.whole, strict=True))
     # What trained when the state was saved may still be frozen here: a run that resumes thaws later.
     whole |= {n: t for n, t in tensors.frozen().items() if n in _tensors_of(state)}

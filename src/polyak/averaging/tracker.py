@@ -22,8 +22,10 @@ from polyak.maths.text import as_profile
 from polyak.tensors.binding import BoundTensors
 from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
+from polyak.tensors.gathering import Gathered, Taken
 from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
+from polyak.tensors.sharding import refuse_sharded
 from polyak.tensors.swap import current_owner
 
 
@@ -33,9 +35,11 @@ class Member:
 
     tracker: Tracker
     clock: Clock
+    held_by: type[Accumulator]
     unit: str | None = None
     accumulator: Accumulator | None = None
-    statistics: list[Tensor] = field(default_factory=list)
+    own_statistics: list[Tensor] = field(default_factory=list)
+    newest: Taken | None = None  # statistics that are not in these yet
     fresh_layers: set[str] = field(default_factory=set)  # whose statistics were measured on it
     measured_buffers: dict[str, Tensor] = field(default_factory=dict)  # of averaged statistics
     pending: list[Any] | None = None  # of a loaded state, until an attachment takes it over
@@ -50,6 +54,14 @@ class Member:
     def profile(self) -> Profile:
         """How much each moment counts."""
         return self.clock.profile
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The statistics that belong to the average, in the order of the bound ones."""
+        if self.newest is not None:
+            self.newest.spread(self.own_statistics)
+            self.newest = None
+        return self.own_statistics
 
     def stale_layers(self) -> list[str]:
         """Layers whose statistics are those of the newest weights, not of the average."""
@@ -83,6 +95,8 @@ class Tracker:
         nonfinite: str | None = None,
         average_buffers: str | Iterable[str] | None = None,
         capturable: bool = False,
+        rank: int = 0,
+        deviations_device: torch.device | str | None = None,
     ) -> None:
         require_module(model, "Average")
         policy = Policy(
@@ -91,7 +105,9 @@ class Tracker:
             patterns(average_buffers, "average_buffers") or (),
         )
         self.tensors = BoundTensors(model, policy)
-        self.options = Options(dtype, _device(device), nonfinite, capturable)
+        self.options = Options(
+            dtype, _device(device), nonfinite, capturable, rank, _device(deviations_device)
+        )
         require(
             unit is None or isinstance(unit, str),
             f"unit is {unit!r}; expected a word such as 'samples', or None.",
@@ -101,15 +117,18 @@ class Tracker:
         self.skipped = 0  # updates skipped because of non-finite weights
         self.attachment: Any = None  # updates the members without an attachment of their own
         self.layer_modes: dict[str, bool] | None = None  # at the last capture, if the model trained
-        self._grouped: GroupedTensors | None = None
+        self._grouped = self._grouped_statistics = GroupedTensors((), ())
         self._grouped_at = -1
         self._staging: Staging | None = None
+        self._gathered: Gathered | None = None  # the statistics of the model
 
-    def join(self, profile: Profile | str) -> Member:
-        """One more average of these weights. Raises ArgumentError for a profile that does not fit."""
+    def join(self, profile: Profile | str, held_by: type[Accumulator] | None = None) -> Member:
+        """One more average of these weights. Raises ArgumentError for a profile that does not fit.
+
+        held_by: the accumulator, instead of the one that goes with the profile.
+        """
         profile = as_profile(profile)
-        accumulator_class(profile)
-        member = Member(self, Clock(profile), self.unit)
+        member = Member(self, Clock(profile), held_by or accumulator_class(profile), self.unit)
         self.members.append(member)
         return member
 
@@ -155,8 +174,11 @@ class Tracker:
         live = self.tensors.live
         for member in self.members:
             if member.accumulator is None:
-                member.accumulator = accumulator_class(member.profile)(live, self.options)
-                member.statistics = [s.detach().clone() for s in self.tensors.statistics]
+                if not member.held_by.takes_shards:
+                    refuse_sharded("SWAG", self.tensors.model)
+                member.accumulator = member.held_by(live, self.options)
+                member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
+                member.newest = None
                 self._grouped_at = -1
         if self._grouped_at != self.tensors.generation:
             self._group()
@@ -179,6 +201,10 @@ class Tracker:
     def is_attached(self) -> bool:
         """Whether an attachment updates any of the members."""
         return bool(self._attachments())
+
+    def notes(self) -> list[str]:
+        """How the updates are carried out, in words."""
+        return self._grouped.notes()
 
     def owner_of_loan(self) -> object | None:
         """Whose average is in the model now; None while it holds its own weights."""
@@ -265,36 +291,44 @@ class Tracker:
         ]
         updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
         steps = [partial(held.settle, now) for held, _, now in pairs]
-        if self._grouped is not None:
-            steps.insert(0, partial(self._grouped.blend, updates))
+        due = [m for m, now in zip(members, moments, strict=True) if now.on_device or now.share]
+        taken = None if self._gathered is None else self._gathered.take()
+        copies = [] if taken else [member.statistics for member in due]
         if self._staging is not None:
-            self._staging.start(self.tensors.live, steps)
+            self._staging.start(self.tensors.live, [partial(self._grouped.blend, updates), *steps])
+            self._grouped_statistics.blend((), copies)
         else:
+            self._grouped.blend(updates, copies)
             for step in steps:
                 step()
-        self._copy_statistics(members, moments)
+        self._note_statistics(due, taken)
 
-    def _copy_statistics(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
+    def _note_statistics(self, due: Sequence[Member], taken: Taken | None) -> None:
         if not self.tensors.statistics:
             return
-        for member, now in zip(members, moments, strict=True):
-            if now.on_device or now.share:
-                torch._foreach_copy_(member.statistics, self.tensors.statistics)
-                member.fresh_layers, member.measured_buffers = set(), {}
+        for member in due:
+            member.newest = taken
+            member.fresh_layers, member.measured_buffers = set(), {}
         in_training = self.tensors.model.training
         norms = self.tensors.norms.items()
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None
 
     def _group(self) -> None:
-        live = self.tensors.live
+        live, statistics = self.tensors.live, self.tensors.statistics
         held = [member.accumulator for member in self.members if member.accumulator is not None]
         targets = [tensors for accumulator in held if (tensors := accumulator.blend_targets())]
-        source: Sequence[Tensor] = live
+        n = len(targets)
         if targets and stages(live, self.options.device):
             self._staging = Staging(live)
-            source = self._staging.tensors
-        if targets:
-            self._grouped = GroupedTensors(source, targets[0], n_averages=len(targets))
+            self._grouped = GroupedTensors(self._staging.tensors, targets[0], n_averages=n)
+            self._grouped_statistics = GroupedTensors((), (), statistics=statistics)
+        elif targets:
+            self._grouped = GroupedTensors(live, targets[0], n_averages=n, statistics=statistics)
+        else:
+            self._grouped = GroupedTensors((), (), statistics=statistics)
+        # The replays of a CUDA graph run no host code, which is what tells them apart later.
+        in_one_call = self._grouped.copies_statistics or self.options.capturable
+        self._gathered = None if in_one_call else Gathered(statistics)
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
         self._grouped_at = self.tensors.generation

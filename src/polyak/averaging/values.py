@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from polyak.averaging.accumulators import Part
 from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
@@ -18,7 +19,7 @@ from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
-from polyak.tensors.sharding import is_sharded, layout, local, sharded_as
+from polyak.tensors.sharding import is_sharded, layout, local, narrowed, sharded_as
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 _SMALL = 4096  # values
@@ -58,20 +59,21 @@ def as_model_dtype(member: Member) -> list[Tensor]:
     return [model_value(member, i) for i in range(len(member.tracker.tensors.names))]
 
 
-def model_value(member: Member, index: int, *, exchanged: bool = False) -> Tensor:
+def model_value(member: Member, index: int, *, exchanged: bool = False, part: Part = ()) -> Tensor:
     """The same of one weight; where contents are exchanged only the dtype has to be the weight's."""
     tensors, targets = member.tracker.tensors, _swap_targets(member)
     live = tensors.live[index]
     if (measured := member.measured_buffers.get(tensors.names[index])) is not None:
-        return measured
+        return narrowed(measured, part)
     if targets:
         kept = targets[index]
         if _same_memory(kept, live) or (exchanged and kept.dtype == live.dtype):
-            return kept
+            return narrowed(kept, part)
     if member.accumulator is None:
-        return live.detach()
+        return narrowed(live.detach(), part)
     with torch.no_grad(), torch.inference_mode(False):
-        return torch.empty_like(live).copy_(member.accumulator.value(index, member.clock))
+        value = member.accumulator.value(index, member.clock, part)
+        return torch.empty_like(narrowed(live, part)).copy_(value)
 
 
 @torch.no_grad()
@@ -135,7 +137,8 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
                 acting.leave()
     finally:
         acting.restore(writes.changed - _of_norms(member))
-    _warn_of_writes(member, writes.exchanged)
+    if member in member.tracker.members:  # a draw of a SWAG is not kept
+        _warn_of_writes(member, writes.exchanged)
 
 
 @torch.no_grad()

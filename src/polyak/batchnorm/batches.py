@@ -33,6 +33,12 @@ def run(model: Module, batches: Iterable[Any], forward: Forward | None) -> int:
     return n_batches
 
 
+def feed(model: Module, batch: Any, forward: Forward | None) -> object:
+    """What the model returns for one batch."""
+    call, target = (forward, model) if forward else (_default_forward, _unwrapped(model))
+    return call(target, moved(batch, _device_of(model)))
+
+
 def checked(batches: Any, *, forward: object, limit: int | None, passes: int) -> Iterable[Any]:
     """Refuse what cannot be run before anything is touched."""
     at_least_one("passes", passes)

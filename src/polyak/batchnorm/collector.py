@@ -207,25 +207,26 @@ def merge_ranks(
 
 
 def _packed(collectors: Sequence[StatisticsCollector], n_batches: int) -> Tensor:
-    """One vector: the batches, then count, calls, means and spreads layer by layer."""
-    device, dtype = collectors[0].moments.mean.device, collectors[0].moments.mean.dtype
-    pieces = [torch.tensor([n_batches], dtype=dtype)]
+    """One vector: the batches, count and calls of every layer, then means and spreads layer by layer."""
+    like = collectors[0].moments.mean
+    numbers: list[float] = [n_batches]
+    pieces = []
     for collector in collectors:
         own = collector.moments
-        pieces.append(torch.tensor([own.count, collector.calls], dtype=dtype))
+        numbers += [own.count, collector.calls]
         pieces += [own.mean, own.spread]
-    return torch.cat([piece.to(device, dtype) for piece in pieces])
+    header = torch.tensor(numbers, dtype=like.dtype)
+    return torch.cat([piece.to(like.device, like.dtype) for piece in (header, *pieces)])
 
 
 def _merge_part(collectors: Sequence[StatisticsCollector], part: Tensor) -> int:
-    position = 1
-    for collector in collectors:
+    position = 1 + 2 * len(collectors)
+    n_batches, *numbers = part[:position].tolist()  # the one wait for a device
+    for collector, count, calls in zip(collectors, numbers[::2], numbers[1::2], strict=True):
         own = collector.moments
         n_channels = own.mean.numel()
-        count, calls = part[position : position + 2].tolist()
-        flat = part[position + 2 : position + 2 + 2 * n_channels].to(own.mean)
-        mean, spread = flat.view(2, n_channels)
+        mean, spread = part[position : position + 2 * n_channels].to(own.mean).view(2, n_channels)
         own.merge(count, mean, spread)
         collector.calls += int(calls)
-        position += 2 + 2 * n_channels
-    return int(part[0])
+        position += 2 * n_channels
+    return int(n_batches)

@@ -69,10 +69,6 @@ class Moments:
         """Whether an unbiased variance exists."""
         return self.count > 1
 
-    def is_finite(self) -> bool:
-        """Whether all values were finite, and nothing overflowed."""
-        return bool((self.mean + self.spread).isfinite().all())
-
 
 class InstanceMoments(Moments):
     """What InstanceNorm keeps: means over instances of each instance's mean and variance.
@@ -111,6 +107,8 @@ def _wide(like: Tensor) -> torch.dtype:
 
 
 def _column(counts: list[int], like: Tensor) -> Tensor:
+    if len(set(counts)) == 1:  # nearly always; nothing is sent to a device
+        return like.new_full((len(counts), 1), counts[0], dtype=_wide(like))
     column = torch.tensor(counts, dtype=_wide(like))
     return column.to(like.device, non_blocking=True).unsqueeze(1)
 

@@ -19,6 +19,7 @@ from polyak.batchnorm.layers import chosen_layers, norm_layers, unsupported_norm
 from polyak.batchnorm.moments import Moments
 from polyak.batchnorm.record import note_measured
 from polyak.errors import ArgumentError, NonFiniteError, StaleStatistics, UsageError, require, warn
+from polyak.tensors.finite import nonfinite
 from polyak.tensors.modes import restored_modes, set_mode
 from polyak.tensors.names import named_tensors
 from polyak.tensors.policy import RUNNING_STATISTICS
@@ -212,23 +213,31 @@ def _statistics(
         )
     if missed := collectors.keys() - reached.keys():
         warn(_MISSED.format(", ".join(sorted(missed)), n_batches), StaleStatistics)
-    for name, collector in sorted(reached.items(), key=lambda item: item[1].first_call):
-        _check(name, collector.moments, n_batches)
+    _check({name: collector.moments for name, collector in _in_order(reached)}, n_batches)
     return {collector.layer: collector.statistics() for collector in reached.values()}
 
 
-def _check(name: str, moments: Moments, n_batches: int) -> None:
-    if not moments.is_enough():
-        raise ArgumentError(
-            f"Layer {name!r} saw one value per channel in all of the data ({n_batches} batches), "
-            "which has no variance. Pass more data."
-        )
-    if not moments.is_finite():
-        raise NonFiniteError(
-            f"Layer {name!r} saw a NaN, an infinity or an overflow in its input within "
-            f"{n_batches} batches; no statistics were changed. Check the data and the weights "
-            "before this layer."
-        )
+def _in_order(
+    reached: Mapping[str, StatisticsCollector],
+) -> list[tuple[str, StatisticsCollector]]:
+    return sorted(reached.items(), key=lambda item: item[1].first_call)
+
+
+def _check(found: Mapping[str, Moments], n_batches: int) -> None:
+    """Refuse the first layer whose statistics are none, waiting once for all that a device holds."""
+    bad = nonfinite((name, t) for name, own in found.items() for t in (own.mean, own.spread))
+    for name, moments in found.items():
+        if not moments.is_enough():
+            raise ArgumentError(
+                f"Layer {name!r} saw one value per channel in all of the data ({n_batches} batches), "
+                "which has no variance. Pass more data."
+            )
+        if name in bad:
+            raise NonFiniteError(
+                f"Layer {name!r} saw a NaN, an infinity or an overflow in its input within "
+                f"{n_batches} batches; no statistics were changed. Check the data and the weights "
+                "before this layer."
+            )
 
 
 def _store(found: Mapping[_NormBase, Buffers]) -> None:

@@ -29,8 +29,16 @@ app.command(
 app.command("polyak.cli.report:report", help="Write the page of a run.")
 app.command("polyak.cli.report:compare", help="Put finished runs side by side.")
 app.command("polyak.cli.average:average", help="Average checkpoints, or convert one.")
+app.command("polyak.cli.search:search", help="Find the best average of a recorded run.")
+app.command("polyak.cli.search:decay", help="What if I had decayed the learning rate from here?")
+app.command("polyak.cli.search:stop", help="When could I have stopped?")
 app.command(
     "polyak.cli.trajectory:thin", help="Merge neighbouring intervals of the record of a run."
+)
+app.command(
+    "polyak.cli.adapters:merge_adapters",
+    name="merge-adapters",
+    help="Merge LoRA adapters of separate runs.",
 )
 app.command(
     "polyak.cli.update_bn:update_bn",

@@ -87,8 +87,9 @@ class Outputs:
         output: A .safetensors file, a torch archive (.pt .pth .bin .ckpt), or a folder. Repeat
             --method and -o for several outputs in one pass.
         method: swa, ema:half_life=3000, ema:decay=0.999, power:std=0.1, polynomial:c=1,k=0.5,
-            window:length=10000, annealed:shape=linear|cosine|sqrt; times in training steps. By
-            default swa.
+            window:length=10000, annealed:shape=linear|cosine|sqrt; times in training steps. Of separate
+            fine-tunes, with --base: ties:density=0.2, dare:density=0.1, model-stock; of two,
+            slerp:t=0.5. By default swa.
         weights: One weight per input in the order given, like 0.2,0.3,0.5, instead of --method.
         normalize: Divide the weights by their sum.
 
@@ -105,7 +106,7 @@ class Outputs:
         """Output -> method; ArgumentError where their numbers differ."""
         if self.method and self.weights:
             raise ArgumentError("--method and --weights exclude each other.")
-        methods: list[Method] = [_numbers(text) for text in self.weights or ()]
+        methods: list[Method] = [comma_separated(text) for text in self.weights or ()]
         methods = methods or list(self.method or ["swa"])
         if len(methods) != len(self.output):
             raise ArgumentError(
@@ -173,7 +174,8 @@ class Work:
     dry_run: Annotated[bool, _Flag] = False
 
 
-def _numbers(text: str) -> list[float]:
+def comma_separated(text: str) -> list[float]:
+    """The numbers of --weights."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

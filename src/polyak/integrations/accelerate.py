@@ -7,6 +7,7 @@ schedule inside its scheduler, and `applied()` works on the model beneath its wr
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,24 +15,32 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from polyak import Average, Averages
+from polyak import Average, Averages, sharded
 from polyak.errors import ArgumentError, FormatError, MissingExtra, PolyakError, UsageError, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
 
 _SHARDED = (
-    "track() saves one whole average per process, and {} spreads the weights over the processes. "
-    "Average the checkpoints that it writes: polyak.average_checkpoints, or `polyak average`."
+    "{} keeps the weights in forms of its own, which track() cannot save. {}verage the checkpoints that it "
+    "writes: polyak.average_checkpoints, or `polyak average`."
 )
 _REFUSED = {
     "DEEPSPEED": "DeepSpeed steps its own copies of the weights, in accelerator.backward(), where no hook "
     "sees it. With its stages 0 to 2 call average.update() after accelerator.backward(loss) if "
     "model.was_step_applied() (in your own loop: after engine.step()), and save average.state_dict() "
     "on each process beside its checkpoint. Stage 3 shards the weights: average its checkpoints.",
-    "FSDP": _SHARDED.format("FSDP"),
-    "MEGATRON_LM": _SHARDED.format("Megatron-LM"),
+    "FSDP": _SHARDED.format(
+        "FSDP1", "Pass FullyShardedDataParallelPlugin(fsdp_version=2) to the Accelerator, or a"
+    ),
+    "MEGATRON_LM": _SHARDED.format("Megatron-LM", "A"),
 }
+
+_WRITTEN = (
+    " Accelerate has written the model and the optimizer before it asked: {} holds the average as the "
+    "weights that train, so remove it."
+)
+_LOADED = "The model and the optimizer have been loaded, as Accelerate loads them first with FSDP2."
 
 # What each accelerator carries already: name -> average.
 _carried: WeakKeyDictionary[Any, dict[str, Average | Averages]] = WeakKeyDictionary()
@@ -74,7 +83,17 @@ class Tracking:
             raise UsageError(
                 "save_state() inside applied(): it would save the average as the weights that train. "
                 "Leave the `with` block first; to save the averaged model, call average.save()."
+                f"{_WRITTEN.format(folder) if _is_fsdp2(self._accelerator) else ''}"
             )
+        if _shards(self._accelerator, self.average):
+            from torch.distributed.checkpoint.state_dict_saver import save
+
+            together = Path(folder, self.name)
+            if self._rank == 0 and (together / ".metadata").exists():  # perhaps of more processes
+                shutil.rmtree(together)
+            self._accelerator.wait_for_everyone()
+            save({self.name: self.average.state_dict()}, checkpoint_id=together)
+            return
         torch.save(self.average.state_dict(), self._file(folder, self._rank))
         if self._rank == 0:  # a checkpoint of more processes was here
             for file in Path(folder).iterdir():
@@ -89,10 +108,19 @@ class Tracking:
                 f"that {self.name!r} belongs to would not be loaded. Call accelerator.prepare(model, "
                 "optimizer, ...) first."
             )
+        try:
+            self._find_and_read(folder)
+        except PolyakError as error:
+            late = f" {_LOADED}" if _is_fsdp2(self._accelerator) else ""
+            raise type(error)(f"{error}{late}") from None
+
+    def _find_and_read(self, folder: str) -> None:
         # Saved by fewer processes: those of a whole model hold the same weights, as rank 0 does.
         files = [self._file(folder, rank) for rank in (self._rank, 0)]
         found = next((file for file in files if file.exists()), None)
-        if found is not None:
+        if Path(folder, self.name, ".metadata").exists():
+            sharded.load(self.average, Path(folder, self.name), key=self.name)
+        elif found is not None:
             self._read(found)
         elif self._missing == "start":
             self.average.reset()
@@ -129,8 +157,9 @@ def track(
     """Save and load an average with `accelerator.save_state()` and `accelerator.load_state()`.
 
     Every process writes its own file into the checkpoint, `<name>_<process>.pt`, and continues from it
-    bitwise; on more processes than before the others continue from the first one's. Automatic naming
-    and rotation of checkpoints apply to it. Attach the average as always: `average.attach(optimizer)`,
+    bitwise; on more processes than before the others continue from the first one's. Of a sharded model
+    (FSDP2, tensor parallelism) all write together a distributed checkpoint, `<name>/`, which any number of
+    processes continues from. Automatic naming and rotation of checkpoints apply to it. Attach the average as always: `average.attach(optimizer)`,
     with the optimizer that `prepare` returned or the one it was given.
 
     Args:
@@ -144,10 +173,11 @@ def track(
     hooks and so the average and its model through `free_memory()`.
 
     Raises ArgumentError for arguments of another kind, a name that is no file's, or an accelerator with
-    DeepSpeed, FSDP or Megatron-LM; UsageError if the name or the average is tracked already; MissingExtra
+    DeepSpeed, FSDP1 or Megatron-LM; UsageError if the name or the average is tracked already; MissingExtra
     without Accelerate. `load_state` raises ArgumentError if the average is not there, MismatchError if it
     is a different one (another profile, other tensors) and FormatError for a damaged file, before anything
-    is loaded; `save_state` raises UsageError inside `applied()`.
+    is loaded (with FSDP2 Accelerate loads model and optimizer first); `save_state` raises UsageError inside
+    `applied()`.
 
     >>> import accelerate, polyak, tempfile, torch
     >>> from polyak.integrations.accelerate import track
@@ -192,5 +222,16 @@ def _check(accelerator: Any, average: Any, name: Any, missing: Any) -> None:
         f"name is {name!r}; expected the name of a file, without folders.",
     )
     require(missing in ("raise", "start"), f"missing is {missing!r}; expected 'raise' or 'start'.")
-    if refused := _REFUSED.get(accelerator.distributed_type.value):
+    refused = _REFUSED.get(accelerator.distributed_type.value)
+    if refused and not _is_fsdp2(accelerator):
         raise ArgumentError(refused)
+
+
+def _is_fsdp2(accelerator: Any) -> bool:
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def _shards(accelerator: Any, average: Average | Averages) -> bool:
+    """Whether processes hold parts of the weights. FSDP2 shows plain ones after a forward pass."""
+    model = average.model if isinstance(average, Average) else next(iter(average.values())).model
+    return _is_fsdp2(accelerator) or any(hasattr(p, "placements") for p in model.parameters())

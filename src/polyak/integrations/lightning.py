@@ -2,20 +2,22 @@
 
     trainer = Trainer(callbacks=[WeightAveraging("ema:half_life=500")])
 
-The callback is first and last among the trainer's callbacks while it fits, so that whatever they and the
-module do from `on_validation_start` to `on_validation_end` sees the average.
+While it fits, the callback is the first of the trainer's, and three methods of trainer and strategy are
+replaced on the instances: a validation ends after the hooks of all callbacks and of the module, and a file
+is written, weights only too, while the module holds the average.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from polyak import After, Average, Averages, Profile
+from polyak import After, Average, Averages, Profile, sharded
 from polyak.errors import (
     MismatchError,
     MissingExtra,
@@ -23,17 +25,13 @@ from polyak.errors import (
     require,
     warn,
 )
-from polyak.integrations import lightning_parts as parts
 
 try:
     import lightning
     from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch.callbacks import StochasticWeightAveraging
-    from lightning.pytorch.strategies import (
-        DeepSpeedStrategy,
-        FSDPStrategy,
-        ModelParallelStrategy,
-    )
+
+    from polyak.integrations import lightning_parts as parts
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("lightning"):
         raise
@@ -47,11 +45,7 @@ if tuple(map(int, re.findall(r"\d+", lightning.__version__)[:2])) < _NEEDED:
     )
 from lightning.pytorch.callbacks import WeightAveraging as _LightningsOwn  # noqa: E402 - new in 2.6
 
-_AVERAGING = (_LightningsOwn, StochasticWeightAveraging)
-_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _ONLY = "average"  # the name of a single average in a checkpoint
-_OF_A_RUN = {"_averages", "_left", "_restored", "_fitting", "_attached", "_epoch", "_refreshed"}
-_OF_A_RUN |= {"_loan", "_guest", "_closing"}
 
 
 class WeightAveraging(Callback):
@@ -87,8 +81,8 @@ class WeightAveraging(Callback):
 
     Raises ArgumentError for options out of their domain, at once; and when `fit` begins, for several
     optimizers without `optimizer=` and `update_bn` on a module without `forward`. UsageError for a second
-    averaging callback, and for DeepSpeed and FSDP strategies. MismatchError for a checkpoint with the
-    average of another profile.
+    averaging callback, and for the strategies of DeepSpeed and of the first FSDP. MismatchError for a
+    checkpoint with the average of another profile.
 
     """
 
@@ -143,27 +137,21 @@ class WeightAveraging(Callback):
             name: After(start, average.profile) if start else average.profile
             for name, average in checked.items()
         }
-        self._forget()
+        vars(self).update(_before_fit())
 
-    def _forget(self) -> None:
-        self._averages: Averages | None = None
-        self._left: dict[str, Any] | None = None  # what trained, when the last fit ended
-        self._restored: Mapping[str, Any] | None = None  # a checkpoint, until the model is in place
-        self._fitting = False
-        self._attached = False
-        self._epoch = -1  # the last one that was averaged
-        self._refreshed: dict[str, int] = {}  # counts at which statistics were measured
-        self._loan: Any = None
-        self._guest: Average | None = None  # another average that is evaluated now
-        self._closing = _Closing(self)
+    _averages: Averages | None
+    _left: dict[str, Any] | None  # what trained, when the last fit ended
+    _restored: Mapping[str, Any] | None  # a checkpoint, until the model is in place
+    _fitting: bool
+    _attached: bool
+    _epoch: int  # the last one that was averaged
+    _refreshed: dict[str, int]  # counts at which statistics were measured
+    _loan: Any  # the average in the module
+    _shared: set[str]  # what a checkpoint has as a raw weight and as an average
 
     def __getstate__(self) -> dict[str, Any]:
         """What was asked for: an average stays with its model, in its process."""
-        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
+        return {**vars(self), **_before_fit()}
 
     @property
     def average(self) -> Average | Averages:
@@ -186,7 +174,7 @@ class WeightAveraging(Callback):
             return dict(self._left)
         if self._averages is None:
             raise UsageError("There are no raw weights yet: the module has not been fitted.")
-        with self._own_weights():
+        with self._holding(average=False):
             return parts.copied(self._main.model.state_dict())
 
     # The course of a fit
@@ -195,14 +183,17 @@ class WeightAveraging(Callback):
         """Make the average; or continue that of the last fit, from the weights with which it ended."""
         if stage != "fit":
             return
-        parts.refuse(trainer, self, (WeightAveraging, *_AVERAGING), _SHARDED)
+        parts.refuse(trainer, self, (WeightAveraging, _LightningsOwn, StochasticWeightAveraging))
+        parts.check_forward(pl_module, self._update_bn, self._forward)
         self._end()
         if self._averages is not None and self._main.model is pl_module:
             self._continue(pl_module)
         else:
             self._begin(pl_module)
-        self._restored, self._epoch = None, -1
-        self._fitting = True
+        self._restored, self._epoch, self._fitting = None, -1, True
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
+        for owner, name, ours in self._replaced(trainer):
+            setattr(owner, name, partial(ours, trainer, getattr(owner, name)))
 
     def on_load_checkpoint(
         self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -211,44 +202,31 @@ class WeightAveraging(Callback):
         if not self._fitting:
             return
         self._begin(pl_module)
-        if not checkpoint.keys() >= {"current_model_state", "averaging_state"}:
+        if "averaging_state" not in checkpoint:
             warn(
                 "The checkpoint holds no average: a new one begins with the weights in it. (A checkpoint "
                 "has one if it was written while this callback was fitting, not weights only.)"
             )
             return
-        # What the module's own on_save_checkpoint left out is as the module has it now.
-        current = {**pl_module.state_dict(), **checkpoint["current_model_state"]}
-        pl_module.load_state_dict(current, strict=pl_module.strict_loading)
-        self._restored = checkpoint
-
-    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Load what was restored, and take the first and the last place among the callbacks."""
-        parts.check_forward(pl_module, self._update_bn, self._forward)
-        if self._restored is not None:
-            self._load(self._restored)
-            self._restored = None
-        others = [c for c in trainer.callbacks if c not in (self, self._closing)]
-        trainer.callbacks = [self, *others, self._closing]
-        parts.wrap_hooks(
-            pl_module,
-            {"on_save_checkpoint": self._saved_on_average, "on_validation_end": self._ended},
-        )
+        parts.load_raw(trainer, pl_module, checkpoint.get("current_model_state"))
+        self._restored = {**checkpoint, "folder": trainer.ckpt_path}
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Attach the average to the optimizer, unless it begins with a later epoch."""
-        if not self._attached and trainer.current_epoch >= self._start_epoch:
-            optimizers = parts.chosen_optimizers(trainer.optimizers, self._optimizer)
-            if not any(o.param_groups for o in optimizers):
-                require(
-                    self._per_epoch,
-                    "configure_optimizers() returned no optimizer, so there are no steps to count. Pass "
-                    "per_epoch=True.",
-                )
-                return
+        """Load what was restored, and attach to the optimizer unless averaging begins later."""
+        self._restore()
+        if self._attached or trainer.current_epoch < self._start_epoch:
+            return
+        optimizers = parts.chosen_optimizers(trainer.optimizers, self._optimizer)
+        if any(o.param_groups for o in optimizers):
             every = {"by_hand": True} if self._per_epoch else {"every": self._every}
             self._all.attach(optimizers, **every)
             self._attached = True
+        else:
+            require(
+                self._per_epoch,
+                "configure_optimizers() returned no optimizer, so there are no steps to count. Pass "
+                "per_epoch=True.",
+            )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """The same, for an average that begins with this epoch."""
@@ -281,20 +259,26 @@ class WeightAveraging(Callback):
         if not self._fitting or trainer.sanity_checking:
             return
         for name in list(self._profiles)[1:]:
-            if not self._all[name].empty:
-                with self._own_weights():
-                    self._evaluate(trainer, pl_module, name)
+            average = self._all[name]
+            if not average.empty:
+                self._refresh(trainer, name)
+                with (
+                    self._holding(average=False),
+                    parts.logged_below(f"val/{name}/", trainer, pl_module) as loop,
+                    average.applied(),
+                ):
+                    loop.run()
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Leave the average in the module, and keep the weights that trained."""
-        if not self._fitting:
-            return
-        self._all.detach()
-        self._refresh(trainer, *self._profiles)
-        self._finish(pl_module)
+        if self._fitting:
+            self._all.detach()
+            self._refresh(trainer, *self._profiles)
+            self._finish(pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """The same after a fit that found nothing left to do."""
+        self._restore()
         if self._fitting and self._left is None and not self._main.empty:
             self._finish(pl_module)
 
@@ -305,91 +289,68 @@ class WeightAveraging(Callback):
         if self._fitting:
             self._end()
             if self._left is None:
-                self._left = parts.copied(pl_module.state_dict(), "cpu")
+                self._left = parts.copied(pl_module.state_dict())
             self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Leave no trace in the trainer and the module."""
         if self._fitting:
             self._end()
-            trainer.callbacks = [c for c in trainer.callbacks if c is not self._closing]
-            parts.unwrap_hooks(pl_module)
+            for owner, name, _ in self._replaced(trainer):
+                vars(owner).pop(name, None)
             self._fitting = False
-
-    # Checkpoints
 
     def on_save_checkpoint(
         self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the average in the place of the weights, and these beside it."""
+        """Put the weights that train beside the average, and what is needed to go on averaging."""
         if self._averages is None or self._main.model is not pl_module:
             return
-        self._refresh(trainer, *self._profiles)
-        with self._own_weights():
-            raw = pl_module.state_dict()
-            if self._left is not None and not self._fitting and not self._unchanged(pl_module):
-                return  # the module has been given other weights since
-            if self._left is not None:
-                raw = {**raw, **self._left}
-            averaged = self._averaged_state(raw)
-            raw = parts.copied(raw) if self._loan is not None else raw
+        if self._left is not None and not self._fitting and not self._unchanged(pl_module):
+            return  # the module has been given other weights since
+        raw = self._left
+        if raw is None:
+            with self._holding(average=False):
+                raw = parts.copied(trainer.strategy.lightning_module_state_dict())
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._main.count)}
+        checkpoint["polyak"] = {"epoch": self._epoch}
+        states = self._all.state_dict()
+        if parts.writes_folders(trainer):
+            checkpoint["state_dict"]["polyak"] = {"raw": raw, "averages": states}
+            return
+        raw, states = parts.gathered((raw, states))
+        averaged = parts.held_once(checkpoint["state_dict"], states[self._main_name]["tensors"])
+        raw = parts.held_once(raw, averaged)
+        self._shared = {name for name in raw if raw[name] is averaged.get(name)}
         checkpoint["state_dict"] = averaged
         checkpoint["current_model_state"] = raw
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._main.count)}
-        checkpoint["polyak"] = {"averages": self._all.state_dict(), "epoch": self._epoch}
+        checkpoint["polyak"]["averages"] = states
 
-    def _saved_on_average(
-        self, hook: Callable[[dict[str, Any]], Any], checkpoint: dict[str, Any]
+    # What stands in for methods of trainer and strategy
+
+    def _replaced(self, trainer: Any) -> list[tuple[Any, str, Callable[..., Any]]]:
+        return [
+            (trainer, "save_checkpoint", self._save),
+            (trainer.strategy, "save_checkpoint", self._write),
+            (trainer.strategy, "on_validation_end", self._end_validation),
+        ]
+
+    def _save(self, trainer: Any, save: Callable[..., Any], *args: Any, **options: Any) -> None:
+        self._refresh(trainer, *self._profiles)
+        with self._holding(average=True):
+            save(*args, **options)
+
+    def _write(
+        self, trainer: Any, write: Callable[..., Any], checkpoint: Any, *args: Any, **options: Any
     ) -> None:
-        """The module's own on_save_checkpoint; it is called for weights alone, too."""
-        if self._main.empty:
-            hook(checkpoint)
-            return
-        if "current_model_state" not in checkpoint:  # weights alone
-            with self._own_weights():
-                self._refresh(self._main.model.trainer, next(iter(self._profiles)))
-                checkpoint["state_dict"] = self._averaged_state({})
-        averaged = dict(checkpoint["state_dict"])
-        with self._main.applied():
-            hook(checkpoint)
-            checkpoint["state_dict"] = parts.own_copies(checkpoint["state_dict"], averaged)
-        parts.leave_out_frozen(checkpoint, averaged)
+        # What the module does not save, such as a frozen backbone, is not saved as a raw weight either.
+        for name in self._shared - checkpoint["state_dict"].keys():
+            checkpoint.get("current_model_state", {}).pop(name, None)
+        write(checkpoint, *args, **options)
 
-    def _ended(self, hook: Callable[[], Any]) -> None:
-        """The module's own on_validation_end, which comes after those of all callbacks."""
-        average = self._guest or self._main
-        with nullcontext() if average.empty else average.applied():
-            hook()
-
-    def _averaged_state(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The state dict of the averaged module. What is held anyway is not copied: it is saved once."""
-        if self._main.empty:
-            return dict(raw)
-        held = self._main.state_dict()["tensors"]
-        with torch.inference_mode(False), torch.no_grad(), self._main.applied():
-            return {
-                name: parts.shared_or_copied(value, raw.get(name), held.get(parts.plain_name(name)))
-                for name, value in self._main.model.state_dict().items()
-            }
-
-    def _load(self, checkpoint: Mapping[str, Any]) -> None:
-        saved = checkpoint.get("polyak")
-        if saved is None:  # Lightning's own
-            count = int(checkpoint["averaging_state"].get("n_averaged", 0))
-            for average in self._all.values() if count else ():
-                average.import_state(checkpoint)
-            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-            if progress["processed"] == progress["ready"]:  # the epoch is in the average
-                self._epoch = checkpoint["epoch"]
-            return
-        if saved["averages"].keys() != self._profiles.keys():
-            raise MismatchError(
-                f"The checkpoint holds the averages {', '.join(saved['averages'])}, and this callback keeps "
-                f"{', '.join(self._profiles)}. Nothing was loaded. Give it the same profiles by the same "
-                "names, or begin anew from the weights: load_from_checkpoint(), and fit() without ckpt_path=."
-            )
-        self._all.load_state_dict(saved["averages"])
-        self._epoch = saved["epoch"]
+    def _end_validation(self, trainer: Any, end: Callable[[], Any]) -> None:
+        self._give_back()
+        end()
 
     # What it is made of
 
@@ -399,8 +360,12 @@ class WeightAveraging(Callback):
         return self._averages
 
     @property
+    def _main_name(self) -> str:
+        return next(iter(self._profiles))
+
+    @property
     def _main(self) -> Average:
-        return self._all[next(iter(self._profiles))]
+        return self._all[self._main_name]
 
     def _begin(self, module: LightningModule) -> None:
         self._averages = Averages(module, self._profiles, **self._options)
@@ -423,15 +388,43 @@ class WeightAveraging(Callback):
 
     def _unchanged(self, module: LightningModule) -> bool:
         """Whether the module holds the average, or the weights that trained, as the last fit left it."""
-        state = parts.copied(module.state_dict(), "cpu")
+        state = module.state_dict()
         if parts.equal(state, self._left or {}):
             return True
-        return not self._main.empty and parts.equal(
-            state, parts.copied(self._averaged_state({}), "cpu")
-        )
+        if self._main.empty:
+            return False
+        state = parts.copied(state)
+        with self._main.applied():
+            return parts.equal(state, module.state_dict())
+
+    def _restore(self) -> None:
+        """Load the averages of the checkpoint from which the run goes on."""
+        checkpoint, self._restored = self._restored, None
+        if checkpoint is None:
+            return
+        saved = checkpoint.get("polyak")
+        if saved is None:  # Lightning's own
+            count = int(checkpoint["averaging_state"].get("n_averaged", 0))
+            for average in self._all.values() if count else ():
+                average.import_state(checkpoint)
+            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+            if progress["processed"] == progress["ready"]:  # the epoch is in the average
+                self._epoch = checkpoint["epoch"]
+            return
+        self._epoch = saved["epoch"]
+        if "averages" not in saved:
+            sharded.load(self._all, checkpoint["folder"], key=f"{parts.IN_FOLDER}.averages")
+            return
+        if saved["averages"].keys() != self._profiles.keys():
+            raise MismatchError(
+                f"The checkpoint holds the averages {', '.join(saved['averages'])}, and this callback keeps "
+                f"{', '.join(self._profiles)}. Nothing was loaded. Give it the same profiles by the same "
+                "names, or begin anew from the weights: load_from_checkpoint(), and fit() without ckpt_path=."
+            )
+        self._all.load_state_dict(saved["averages"])
 
     def _finish(self, module: LightningModule) -> None:
-        self._left = parts.copied(module.state_dict(), "cpu")
+        self._left = parts.copied(module.state_dict())
         self._main.copy_to(module)
 
     def _lend(self) -> None:
@@ -446,15 +439,14 @@ class WeightAveraging(Callback):
                 loan.give_back()
 
     @contextmanager
-    def _own_weights(self) -> Iterator[None]:
-        """The module's own weights in the module, whether the average is lent now or not."""
-        was_lent = self._loan is not None
-        self._give_back()
+    def _holding(self, *, average: bool) -> Iterator[None]:
+        """The average in the module, or its own weights, whichever is there now."""
+        before = self._loan is not None
+        (self._lend if average else self._give_back)()
         try:
             yield
         finally:
-            if was_lent:
-                self._lend()
+            (self._lend if before else self._give_back)()
 
     def _end(self) -> None:
         self._give_back()
@@ -470,29 +462,20 @@ class WeightAveraging(Callback):
             average = self._all[name]
             if not average.empty and self._refreshed.get(name) != average.count:
                 self._refreshed[name] = average.count
-                with self._own_weights(), parts.undisturbed(trainer):
-                    batches = parts.batches(trainer, self._update_bn)
-                    average.update_bn(batches, forward=self._forward)
-
-    def _evaluate(self, trainer: Any, module: LightningModule, name: str) -> None:
-        """One more validation, without callbacks; what the module logs gets the name of the average."""
-        self._refresh(trainer, name)
-        self._guest = self._all[name]
-        try:
-            with (
-                parts.validation_logged_below(f"val/{name}/", trainer, module) as loop,
-                self._guest.applied(),
-            ):
-                loop.run()
-        finally:
-            self._guest = None
+                with self._holding(average=False), parts.undisturbed(trainer):
+                    average.update_bn(
+                        parts.batches(trainer, self._update_bn), forward=self._forward
+                    )
 
 
-class _Closing(Callback):
-    """The last callback of a trainer: it ends the loan for a validation."""
-
-    def __init__(self, owner: WeightAveraging) -> None:
-        self._owner = owner
-
-    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        self._owner._give_back()
+def _before_fit() -> dict[str, Any]:
+    """What a callback that has not fitted holds."""
+    empty: dict[str, Any] = dict.fromkeys(("_averages", "_left", "_restored", "_loan"))
+    return {
+        **empty,
+        "_fitting": False,
+        "_attached": False,
+        "_epoch": -1,
+        "_refreshed": {},
+        "_shared": set(),
+    }

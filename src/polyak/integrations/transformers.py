@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -25,13 +23,21 @@ from torch.utils.data import Subset
 from polyak import SWA, Average, Averages, Profile
 from polyak.errors import (
     ArgumentError,
-    FormatError,
     MissingExtra,
     NonFiniteError,
-    PolyakError,
     UsageError,
     require,
     warn,
+)
+from polyak.integrations.trainer_checkpoint import (
+    FOLDER,
+    STATE,
+    ignoring_adapter,
+    load_state,
+    save_shards,
+    save_state,
+    shards,
+    versions,
 )
 
 try:
@@ -40,16 +46,14 @@ try:
 except ImportError as error:
     raise MissingExtra.of("transformers", "transformers", "Averaging in its Trainer") from error
 
-FOLDER = "averaged"  # in each checkpoint: the averaged model, as the Trainer saves models,
-STATE = "average.pt"  # and what is needed to continue averaging, beside optimizer.pt
-
 _PUBLIC = ("train", "evaluate", "predict", "save_model")
 _REPLACED = (*_PUBLIC, "_load_from_checkpoint", "_load_best_model")
 _SHARDING = {
     "is_deepspeed_enabled": "DeepSpeed",
-    "is_fsdp_enabled": "FSDP",
+    "is_fsdp_enabled": "FSDP1",
     "is_fsdp_xla_enabled": "FSDP of XLA",
 }
+_USE_FSDP2 = "Pass fsdp_config={'version': 2, ...} to its TrainingArguments, or average"
 
 
 class TrainerAverage(TrainerCallback):
@@ -146,7 +150,7 @@ class TrainerAverage(TrainerCallback):
     # What stands in for the Trainer's methods.
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
-        if self._placed and self._versions == _versions(self._first.model):
+        if self._placed and self._versions == versions(self._trainer, self._first.model):
             self.restore()
         self._placed, self._raw = False, None
         self._resumed, self._starting = None, True
@@ -191,7 +195,7 @@ class TrainerAverage(TrainerCallback):
         if self._starting and Path(path).is_dir():
             self._resumed = Path(path)
             self._resume(self._trainer.model, self._resumed)
-        with _ignoring_adapter(self._trainer.model, Path(path) / FOLDER):
+        with ignoring_adapter(self._trainer.model, Path(path) / FOLDER):
             return self._original("_load_from_checkpoint")(path, *args, **kwargs)
 
     def _load_best_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,6 +204,9 @@ class TrainerAverage(TrainerCallback):
         best = state.best_model_checkpoint
         if self._training and best is not None and (Path(best) / FOLDER).is_dir():
             self._keep_raw()
+            if shards(self._trainer):
+                self._load_shards(Path(best))
+                return
             state.best_model_checkpoint = str(Path(best) / FOLDER)
             try:
                 load(*args, **kwargs)
@@ -207,12 +214,17 @@ class TrainerAverage(TrainerCallback):
                 state.best_model_checkpoint = best
         self._note_placed()
 
+    def _load_shards(self, best: Path) -> None:
+        average = self._options.make(self._first.model)
+        if load_state(average, best):
+            _first(average).copy_to(self._first.model)
+        self._note_placed()
+
     # What these are made of.
 
     @property
     def _first(self) -> Average:
-        average = self.average
-        return average if isinstance(average, Average) else next(iter(average.values()))
+        return _first(self.average)
 
     def _others(self) -> dict[str, Average]:
         average = self.average
@@ -226,13 +238,7 @@ class TrainerAverage(TrainerCallback):
         """Continue the average of the checkpoint, before anything of the checkpoint is loaded."""
         self._begin(model)
         self._used = True
-        file = checkpoint / STATE
-        if file.exists():
-            try:
-                self.average.load_state_dict(_read(file))
-            except PolyakError as error:
-                raise type(error)(f"{file}: {error}") from None
-        elif self._options.missing == "raise":
+        if not load_state(self.average, checkpoint) and self._options.missing == "raise":
             raise ArgumentError(
                 f"{checkpoint} holds no average: there is no {STATE}. Nothing was loaded. It was saved "
                 "before attach(), or with save_only_model=True. Pass missing='start' to begin a new "
@@ -270,13 +276,16 @@ class TrainerAverage(TrainerCallback):
 
     def _save_average(self, folder: Path) -> None:
         args, average = self._trainer.args, folder / FOLDER
-        if self._lends():
+        if self._lends() and shards(self._trainer):
+            self._refresh_statistics()
+            save_shards(self._trainer, self._first, average)
+        elif self._lends():
             with self._lent(self._first):
                 self._original("save_model")(str(average), _internal_call=True)
         elif args.should_save and average.is_dir():
             shutil.rmtree(average)  # of an earlier run, whose checkpoint was replaced just now
-        if args.should_save and not args.save_only_model:
-            torch.save(self.average.state_dict(), folder / STATE)
+        if not args.save_only_model:
+            save_state(self._trainer, self.average, folder)
 
     def _place(self) -> None:
         self._keep_raw()
@@ -295,7 +304,7 @@ class TrainerAverage(TrainerCallback):
 
     def _note_placed(self, *, placed: bool = True) -> None:
         self._placed = placed
-        self._versions = _versions(self._first.model)
+        self._versions = versions(self._trainer, self._first.model)
 
     def _refresh_statistics(self) -> None:
         """Measure the averages' BatchNorm statistics, once between two updates."""
@@ -394,7 +403,10 @@ def attach(  # noqa: PLR0913 - each one fact about the average, keyword-only
 
     Returns a `TrainerAverage`, with `average`, `restore()` and `remove()`.
 
-    Raises ArgumentError for a Trainer with DeepSpeed or FSDP, or arguments out of their domain;
+    With FSDP2 every process averages its shards, and all write their parts: `averaged/` without gathering
+    it, and for `average.pt` a distributed checkpoint, `average/`.
+
+    Raises ArgumentError for a Trainer with DeepSpeed or FSDP1, or arguments out of their domain;
     UsageError if it has an average already, or a method is missing that this replaces.
     `train(resume_from_checkpoint=...)` raises ArgumentError if there is no average in the checkpoint,
     MismatchError if it is another one (another profile), FormatError if it is damaged, before anything is
@@ -428,10 +440,11 @@ def _check_trainer(trainer: Any) -> None:
             "{'ema': ..., 'swa': ...}); to replace it, call remove() on what attach() returned."
         )
     for mark, framework in _SHARDING.items():
-        if getattr(trainer, mark, False):
+        if getattr(trainer, mark, False) and not (framework == "FSDP1" and shards(trainer)):
             raise ArgumentError(
-                f"This Trainer uses {framework}, and attach() does not carry sharded or partitioned weights "
-                "yet. Average the checkpoints that it writes: polyak.average_checkpoints, or "
+                f"This Trainer uses {framework}, whose forms of the weights attach() does not carry. "
+                f"{_USE_FSDP2 if framework == 'FSDP1' else 'Average'} the checkpoints that it writes: "
+                "polyak.average_checkpoints, or "
                 f"`polyak average {trainer.args.output_dir}/checkpoint-*`."
             )
 
@@ -467,32 +480,5 @@ def _check_options(trainer: Any, options: _Options) -> None:
     )
 
 
-def _read(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise FormatError(f"It is damaged, or attach() did not write it: {error}") from None
-
-
-def _versions(model: Module) -> list[Any]:
-    """What changes if a tensor is written to, converted or moved."""
-    tensors = chain(model.parameters(), model.buffers())
-    return [(id(t), t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors]
-
-
-@contextmanager
-def _ignoring_adapter(model: Any, folder: Path) -> Iterator[None]:
-    """The Trainer takes a folder with an adapter in a checkpoint for a further adapter of the model."""
-    load = getattr(model, "load_adapter", None)
-    if load is None:
-        yield
-        return
-
-    def load_others(path: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if Path(path) == folder else load(path, *args, **kwargs)
-
-    model.load_adapter = load_others
-    try:
-        yield
-    finally:
-        del model.load_adapter
+def _first(average: Average | Averages) -> Average:
+    return average if isinstance(average, Average) else next(iter(average.values()))

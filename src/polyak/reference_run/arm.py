@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from polyak.averaging.average import Average
 from polyak.averaging.lr_schedule import LRSchedule
+from polyak.averaging.recorder import Recorder
 from polyak.errors import NonFiniteError
 from polyak.maths.profiles import EMA, SWA
 from polyak.maths.schedules import (
@@ -31,6 +33,7 @@ from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, shard_momenta, sharded_like, whole
 from polyak.reference_run.recipe import AVERAGING_ARMS, Recipe
+from polyak.reference_run.recording import attached_recorder
 from polyak.study.metrics import best_temperature, error, nll, reliability
 from polyak.tensors.modes import restored_modes
 
@@ -42,11 +45,11 @@ class Arm:
     """A model, its optimizer and schedule, an EMA of every step, and the SWA of averaging arms.
 
     The EMA counts steps and the SWA captures, so each is an `Average` attached with its own timing.
-    torch's random state (initial weights, dropout) belongs to the arm: it is seeded here, stored in
+    `record` is the folder of its record, where there is to be one. torch's random state (initial weights, dropout) belongs to the arm: it is seeded here, stored in
     `state_dict` and set by `load_state_dict`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only
         self,
         recipe: Recipe,
         data: Data,
@@ -55,6 +58,7 @@ class Arm:
         seed: int,
         name: str,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        record: Path | None = None,
     ) -> None:
         self.recipe, self.data, self.hardware, self.ranks = recipe, data, hardware, ranks
         self.seed, self.name = seed, name
@@ -80,6 +84,12 @@ class Arm:
             # arm leaves SGD, the schedule averages there, and this average is empty.
             self.averages["swa"] = Average(self.model, SWA())
             self.averages["swa"].attach(self.optimizer, at=self.lr)
+        self.recorder: Recorder | None = None
+        if record is not None:
+            steps = recipe.epochs * self.steps_per_epoch
+            self.recorder = attached_recorder(
+                recipe, self.model, self.optimizer, record, steps=steps
+            )
 
     def train_epoch(self, epoch: int) -> float:
         """Train on every image once; returns the mean loss.
@@ -108,6 +118,11 @@ class Arm:
         with self.averages[kind].applied():
             yield self.model
 
+    def close_record(self) -> None:
+        """Training is over: write what is not written yet."""
+        if self.recorder is not None:
+            self.recorder.close()
+
     def kinds(self) -> list[str]:
         """The weights to evaluate: the iterate, and each average that is not empty."""
         return ["iterate", *(kind for kind, average in self.averages.items() if average.count)]
@@ -119,6 +134,7 @@ class Arm:
             "optimizer": whole(self.optimizer.state_dict()),
             "lr": self.lr.state_dict(),
             "averages": {kind: whole(a.state_dict()) for kind, a in self.averages.items()},
+            "record": self.recorder and whole(self.recorder.state_dict()),
             "random": self.hardware.random_state(),
         }
 
@@ -132,6 +148,8 @@ class Arm:
         for kind, average in state["averages"].items():
             if kind in self.averages:
                 self.averages[kind].load_state_dict(average)
+        if self.recorder is not None:
+            self.recorder.load_state_dict(state["record"])
         self.hardware.set_random_state(state["random"])
 
     def _ema(self) -> EMA:

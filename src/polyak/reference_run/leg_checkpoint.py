@@ -18,7 +18,7 @@ import torch
 from polyak.errors import FormatError, UsageError
 from polyak.files import replacing
 
-_MAGIC = b"polyak run checkpoint 2\n"
+_MAGIC = b"polyak run checkpoint 3\n"
 
 
 def leg_path(folder: Path, seed: int, arm: str) -> Path:

@@ -27,6 +27,7 @@ from polyak.reference_run.leg_checkpoint import LegCheckpoint, branch_path, leg_
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, joined, whole
 from polyak.reference_run.recipe import AVERAGING_ARMS, Recipe
+from polyak.reference_run.recording import begin_record, continue_record, record_folder
 from polyak.reference_run.run import Run, metrics_text, run_folder, weights_path, write_origin
 
 Watch = Callable[[dict[str, Any], float], None]
@@ -222,21 +223,45 @@ class Trainer:
                 branch_path(self.folder, seed, epoch).unlink(missing_ok=True)
 
     def _arm(self, leg: Leg, found: LegCheckpoint | None) -> Arm:
-        arm = Arm(
-            self.recipe, self.data, self.hardware, seed=leg.seed, name=leg.arm, ranks=self.ranks
-        )
         first = self.recipe.first_epoch(leg.arm)
-        if found is None and first:
+        begins = found is None
+        if begins and first:
             path = branch_path(self.folder, leg.seed, first)
             found = LegCheckpoint.read(path)
             if found is None:
                 raise UsageError(f"{path} is missing. Start again in another folder.")
+        if begins:
+            self.ranks.first(lambda: self._begin_record(leg, found))
+        arm = self._new_arm(leg)
+        if found is not None:
             arm.load_state_dict(found.state)
-            if arm.schedule.averages_after(arm.lr.last_epoch):  # the first step averages these
-                self._keep_averaged(arm, first)
-        elif found is not None:
-            arm.load_state_dict(found.state)
+        if begins and first and arm.schedule.averages_after(arm.lr.last_epoch):
+            self._keep_averaged(arm, first)  # the first step averages these
         return arm
+
+    def _new_arm(self, leg: Leg) -> Arm:
+        return Arm(
+            self.recipe,
+            self.data,
+            self.hardware,
+            seed=leg.seed,
+            name=leg.arm,
+            ranks=self.ranks,
+            record=self._record(leg),
+        )
+
+    def _begin_record(self, leg: Leg, branch: LegCheckpoint | None) -> None:
+        if (folder := self._record(leg)) is not None:
+            begin_record(folder)
+            if branch is not None:
+                source = record_folder(self.folder, leg.seed, "sgd")
+                continue_record(folder, source, branch.state["record"])
+
+    def _record(self, leg: Leg) -> Path | None:
+        """Where an arm is recorded, if it is: the control has another length, and no average."""
+        if not self.recipe.record_intervals or self.ranks.is_sharded or leg.arm == "half":
+            return None
+        return record_folder(self.folder, leg.seed, leg.arm)
 
     def _epoch(self, arm: Arm, epoch: int) -> Records:
         try:
@@ -245,6 +270,7 @@ class Trainer:
             if records[0]["averaged"]:
                 self._keep_averaged(arm, epoch + 1)
             if epoch + 1 == self.recipe.last_epoch(arm.name):
+                arm.close_record()
                 records += self._finals(arm)
                 self._keep_arm(arm)
         except NonFiniteError as error:

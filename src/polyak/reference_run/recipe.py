@@ -67,6 +67,9 @@ class Recipe:
         0.01, "cyclic arm: the rate a cycle ends at, where weights are taken."
     )
     cycle_epochs: int = _field(2, "cyclic arm: the length of a cycle in epochs.")
+    record_intervals: int = _field(
+        40, "Intervals of every arm whose means are recorded, to average afterwards; 0 for none."
+    )
     ema_half_life: float = _field(2.0, "Half-life of the EMA that runs in every arm, in epochs.")
     flips: bool = _field(True, "Flip training images left to right at random.")
     shift: int = _field(0, "Shift training images by up to this many pixels at random.")
@@ -197,6 +200,11 @@ def _check_counts(recipe: Recipe) -> None:
     for name in ("epochs", "batch_size", "cycle_epochs", "seeds"):
         value = getattr(recipe, name)
         require(value >= 1, f"Recipe field {name} is {value}; expected 1 or more.")
+    require(
+        recipe.record_intervals >= 0,
+        f"record_intervals is {recipe.record_intervals}; expected a number of intervals, or 0 to record "
+        "nothing.",
+    )
     for name in ("warmup_epochs", "first_seed"):
         value = getattr(recipe, name)
         require(value >= 0, f"Recipe field {name} is {value}; expected 0 or more.")

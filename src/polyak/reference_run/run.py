@@ -11,6 +11,7 @@
     weights/seed-0/sgd-average-ema.safetensors an arm's EMA
     weights/seed-0/swa-average-swa.safetensors the SWA of an averaging arm
     weights/seed-0/swa-iterate-epoch-023.safetensors  each of the iterates that were averaged
+    record/seed-0/<arm>/                       the means of the arm's intervals, of every seed
     checkpoints/                               what a resumed run continues from
 """
 
@@ -35,6 +36,8 @@ from polyak.files import replacing, writing_errors
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe, load_recipe
+from polyak.reference_run.recording import record_folder
+from polyak.study.trajectory import Trajectory
 from polyak.version import __version__
 
 _SUFFIX_OF = {"iterate": "-iterate", "swa": "-average-swa", "ema": "-average-ema"}
@@ -92,6 +95,13 @@ class Run:
         """Whether every arm of every seed has its final results."""
         done = {(record["seed"], record["arm"]) for record in self.finals()}
         return len(done) == self.recipe.seeds * len(self.recipe.arms)
+
+    def trajectory(self, seed: int, arm: str) -> Trajectory:
+        """The record of an arm, from its seed's first step on.
+
+        Raises ArgumentError if the run did not record.
+        """
+        return Trajectory(record_folder(self.folder, seed, arm))
 
     def averaging_arm(self) -> str | None:
         """The arm whose average is compared: swa, else cyclic; None if neither has finished."""

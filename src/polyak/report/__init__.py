@@ -18,6 +18,7 @@ _HOME_OF = {
     "plot_segments": "polyak.report.figures",
     "write_comparison": "polyak.report.page",
     "write_report": "polyak.report.page",
+    "write_search": "polyak.report.search",
 }
 
 if TYPE_CHECKING:
@@ -32,5 +33,6 @@ if TYPE_CHECKING:
     from polyak.report.page import write_comparison as write_comparison
     from polyak.report.page import write_report as write_report
     from polyak.report.schedule import plot_schedule as plot_schedule
+    from polyak.report.search import write_search as write_search
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOME_OF)

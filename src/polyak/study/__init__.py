@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "Scored": "polyak.study.found",
+    "ScaledNLL": "polyak.study.classify",
+    "Found": "polyak.study.found",
+    "Comparison": "polyak.study.found",
+    "Command": "polyak.study.command",
     "Piece": "polyak.study.plan",
     "Plan": "polyak.study.plan",
     "Plane": "polyak.study.landscape",
@@ -20,6 +25,11 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from polyak.study.classify import ScaledNLL as ScaledNLL
+    from polyak.study.command import Command as Command
+    from polyak.study.found import Comparison as Comparison
+    from polyak.study.found import Found as Found
+    from polyak.study.found import Scored as Scored
     from polyak.study.landscape import Plane as Plane
     from polyak.study.landscape import Segments as Segments
     from polyak.study.landscape import along_line as along_line

@@ -1,19 +1,21 @@
-r"""Error, likelihood and calibration of predictions, from logits and labels.
+r"""Error, likelihood, calibration and uncertainty of predictions, from logits and labels.
 
-Everything here is computed in float64 on the CPU from logits `(n, k)` (n examples, k classes) and
-labels `(n,)`, so that the figures of two models differ only if the models do.
+Everything here is computed in float64 from logits `(n, k)` (n examples, k classes) and labels `(n,)`, so
+that the figures of two models differ only if the models do. Log-probabilities are logits too.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from polyak.errors import ArgumentError, NonFiniteError
+from polyak.maths.arguments import at_least_one
 
 N_BINS = 15
 """Equal-width bins of confidence, as Guo et al. 2017 use them."""
@@ -23,7 +25,7 @@ _LARGEST_LOG_SCALE = math.log(1e3)
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence against accuracy in bins of equal width; empty bins hold 0.
+    """Confidence against accuracy in bins; empty bins hold 0.
 
     `confidence` and `accuracy` are the means in each bin, `count` the examples.
     """
@@ -63,21 +65,79 @@ def nll(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> float:
     _check(logits, labels)
     if not temperature > 0:
         raise ArgumentError(f"temperature is {temperature}; expected a positive number.")
-    return float(cross_entropy(logits.double() / temperature, labels))
+    return float(cross_entropy(logits.double() / temperature, labels.long()))
 
 
-def reliability(logits: Tensor, labels: Tensor, *, n_bins: int = N_BINS) -> Reliability:
-    r"""Bins of equal width over the confidence, the largest probability: $(b/B, (b+1)/B]$.
+def brier(logits: Tensor, labels: Tensor) -> float:
+    r"""Mean Brier score, $\frac1n \sum_i \sum_k (p_{ik} - [y_i = k])^2$: from 0 to 2.
 
-    Source: Guo et al. 2017, arXiv 1706.04599.
+    Source: Brier 1950.
+
+    >>> brier(torch.zeros(1, 2), torch.tensor([0]))
+    0.5
+    """
+    _check(logits, labels)
+    p = logits.double().softmax(dim=1)
+    right = p.gather(1, labels.long()[:, None]).squeeze(1)
+    return float((p.square().sum(dim=1) - 2 * right + 1).mean())
+
+
+def entropy(logits: Tensor) -> Tensor:
+    r"""Entropy of each prediction in nats, $-\sum_k p_k \log p_k$: `(..., k)` to `(...)`, float64.
+
+    >>> entropy(torch.zeros(1, 2))  # log 2
+    tensor([0.6931], dtype=torch.float64)
+    """
+    log_p = logits.double().log_softmax(dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    r"""How well a score tells examples from outside the training distribution from those inside.
+
+    The area under the ROC curve: the probability that a score outside is larger than one inside, ties
+    counted half. `inside` and `outside` are scores of uncertainty, such as the entropy, of any number
+    of examples each. Raises ArgumentError for none, NonFiniteError for a NaN.
+
+    >>> auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.9]))
+    0.875
+    """
+    inside, outside = inside.double().flatten(), outside.double().flatten()
+    if not len(inside) or not len(outside):
+        raise ArgumentError(
+            f"There are {len(inside)} scores inside and {len(outside)} outside; expected some of each."
+        )
+    if bool(inside.isnan().any()) or bool(outside.isnan().any()):
+        raise NonFiniteError(
+            "The scores hold NaN, which is neither larger nor smaller than others."
+        )
+    ordered = inside.sort().values
+    below = torch.searchsorted(ordered, outside).double()
+    not_above = torch.searchsorted(ordered, outside, right=True).double()
+    return float(((below + not_above) / 2).mean() / len(inside))
+
+
+def reliability(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = N_BINS,
+    binning: Literal["width", "mass"] = "width",
+) -> Reliability:
+    r"""Confidence, the largest probability, against accuracy, in bins.
+
+    With `binning="width"` bins have equal width, $(b/B, (b+1)/B]$ (Guo et al. 2017, arXiv 1706.04599); with
+    "mass" they begin at the quantiles of the confidence, so that about as many examples are in each; equal
+    confidences are in one bin. Figures of the two are not comparable.
 
     >>> r = reliability(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]), n_bins=2)
     >>> r.count, r.accuracy, round(r.ece, 4)
     ((0, 2), (0.0, 0.5), 0.4999)
     """
     _check(logits, labels)
+    at_least_one("n_bins", n_bins)
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    bins = (confidence * n_bins).ceil().long().sub_(1).clamp_(0, n_bins - 1)
+    bins = _bins(confidence, n_bins, binning)
     count = torch.bincount(bins, minlength=n_bins)
     filled = count.clamp(min=1)
     right = torch.bincount(bins, (predicted == labels).double(), minlength=n_bins) / filled
@@ -85,9 +145,15 @@ def reliability(logits: Tensor, labels: Tensor, *, n_bins: int = N_BINS) -> Reli
     return Reliability(tuple(mean.tolist()), tuple(right.tolist()), tuple(count.tolist()))
 
 
-def ece(logits: Tensor, labels: Tensor, *, n_bins: int = N_BINS) -> float:
-    """Expected calibration error, a fraction of 1; see `Reliability.ece`."""
-    return reliability(logits, labels, n_bins=n_bins).ece
+def ece(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = N_BINS,
+    binning: Literal["width", "mass"] = "width",
+) -> float:
+    """Expected calibration error, a fraction of 1; see `Reliability.ece` and `reliability`."""
+    return reliability(logits, labels, n_bins=n_bins, binning=binning).ece
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -106,7 +172,7 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     _check(logits, labels)
     z = logits.double()
-    target = z.gather(1, labels[:, None]).mean()
+    target = z.gather(1, labels.long()[:, None]).mean()
     low, high = -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE
     for _ in range(60):
         middle = (low + high) / 2
@@ -115,11 +181,25 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
+def _bins(confidence: Tensor, n_bins: int, binning: str) -> Tensor:
+    if binning == "width":
+        return (confidence * n_bins).ceil().long().sub_(1).clamp_(0, n_bins - 1)
+    if binning != "mass":
+        raise ArgumentError(f"binning is {binning!r}; expected 'width' or 'mass'.")
+    ordered = confidence.sort().values
+    starts = torch.arange(1, n_bins, device=ordered.device) * len(ordered) // n_bins
+    return torch.searchsorted(ordered[starts].contiguous(), confidence, right=True)
+
+
 def _check(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ArgumentError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
             "(n, k) and (n,), with n at least 1."
+        )
+    if labels.is_floating_point():
+        raise ArgumentError(
+            f"labels are {labels.dtype}; expected the numbers of classes as integers."
         )
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ArgumentError(

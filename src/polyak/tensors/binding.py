@@ -81,6 +81,13 @@ class BoundTensors:
         """Bring parameters that FSDP has gathered back to their shards, which are what is averaged."""
         reshard(self.model)
 
+    def are_sharded(self) -> bool:
+        """Whether each rank has a part of the model, which need not be bound yet."""
+        if self.bound:
+            return bool(self.ranks)
+        self.settle()
+        return any(is_sharded(slot.tensor) for slot in named_tensors(self.model).slots.values())
+
     def bind(self) -> None:
         """Bind the model's tensors as they are now. Raises ArgumentError if none is averaged."""
         self.settle()

@@ -3,24 +3,29 @@
 A list of tensors is split into *groups*. Where nothing has to be converted and one average is
 updated, a group is as many whole tensors as possible: one foreach call for all. Where several
 averages track the same weights, or the weights have another dtype than the averages, groups are
-bounded, so that what is read or converted once is still in the cache for the last average.
+bounded, so that what is read or converted once is still in the cache for the last average. On a GPU
+all this is one launch (`fused.py`), and only tensors that its kernel does not take go by groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from polyak.tensors import fused
+from polyak.tensors.fused import FusedRows
+from polyak.tensors.memory import is_dense
+from polyak.tensors.updates import Targets, Update, Weight
 
 # Values per bounded group. On a CPU the group must stay in the (last) cache and be worth a second
 # thread: 2^20 was best of 2^16 to 2^21 (LOG.md); on an accelerator launches must stay few, and the
 # scratch memory for conversion small beside the weights.
 _GROUP_VALUES = {"cpu": 1 << 20}
 _GROUP_VALUES_ELSEWHERE = 1 << 24
-
-Weight = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -43,37 +48,75 @@ class _Group:
     scratch: list[Tensor] | None
 
 
-@dataclass(frozen=True)
-class Update:
-    """One average's part in an update: its tensors, in groups, and the weight of the live ones.
-
-    `lerp_` by that weight toward the live weights or, with `adds`, `add_` of them times the weight.
-    """
-
-    groups: list[list[Tensor]]
-    weight: Weight
-    adds: bool = False
-
-
 class GroupedTensors:
-    """Splits the live weights and the accumulators of any number of averages in the same way."""
+    """Moves any number of averages toward the same live weights, and copies statistics beside them."""
 
-    def __init__(self, live: Sequence[Tensor], like: Sequence[Tensor], *, n_averages: int) -> None:
+    def __init__(
+        self,
+        live: Sequence[Tensor],
+        like: Sequence[Tensor],
+        *,
+        n_averages: int = 1,
+        statistics: Sequence[Tensor] = (),
+    ) -> None:
+        self._live, self._like, self._statistics = live, like, statistics
+        self._bounded = n_averages > 1
         self._groups: list[_Group] = []
-        buckets: dict[tuple[object, ...], list[int]] = {}
-        for index, (source, target) in enumerate(zip(live, like, strict=True)):
-            key = (source.device, source.dtype, target.device, target.dtype, source.is_conj())
-            buckets.setdefault(key, []).append(index)
-        for indices in buckets.values():
-            self._groups += _groups(live, like, indices, bounded=n_averages > 1)
-        self.live = self.group(live)
+        self.live: list[list[Tensor]] = []  # of what goes by groups
+        self._rows = _fused_rows(live, like, statistics)
+        fused_weights = {index for rows in self._rows for index in rows.weights}
+        fused_statistics = {index for rows in self._rows for index in rows.statistics}
+        self._group([i for i in range(len(live)) if i not in fused_weights])
+        self._copied = [i for i in range(len(statistics)) if i not in fused_statistics]
 
-    def group(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors, group by group: views, no copies."""
-        return [[piece.of(tensors) for piece in group.pieces] for group in self._groups]
+    def group(self, tensors: Sequence[Tensor]) -> Targets:
+        """The tensors, to be changed by updates: no copies."""
+        return Targets(list(tensors))
 
-    def blend(self, updates: Sequence[Update]) -> None:
-        """Apply every average's update, reading the live weights once."""
+    def blend(self, updates: Sequence[Update], copies: Sequence[Sequence[Tensor]] = ()) -> None:
+        """Apply every average's update, reading the live weights once.
+
+        copies: lists of tensors that become what the statistics are now.
+        """
+        launches = []
+        for rows in list(self._rows):
+            if (prepared := rows.prepare(updates, copies)) is None:
+                self._do_without(rows)
+            else:
+                launches += [(rows, launch) for launch in prepared]
+        for rows, launch in launches:
+            rows.run(launch)
+        self._blend_groups(updates)
+        for targets in copies if self._copied else ():
+            sources = [self._statistics[i] for i in self._copied]
+            torch._foreach_copy_([targets[i] for i in self._copied], sources)
+
+    def notes(self) -> list[str]:
+        """How the updates are carried out, where that is not by torch."""
+        return [
+            f"an update on {rows.device} is one launch of a kernel, which took "
+            f"{fused.seconds_compiling(rows.device):.1f} s to compile in this process"
+            for rows in self._rows
+        ]
+
+    @property
+    def copies_statistics(self) -> bool:
+        """Whether a kernel copies statistics; it takes all of a device or none."""
+        return len(self._copied) < len(self._statistics)
+
+    def fold(self, averages: Targets, sums: Targets, growth: Weight) -> None:
+        """`average = (average + sum) / growth`; what that rounds off stays in the sum (Fast2Sum)."""
+        for rows in list(self._rows):
+            if not rows.fold(averages, sums, growth):
+                self._do_without(rows)
+        done = {index for rows in self._rows for index in rows.weights}
+        for index, pair in enumerate(zip(averages.tensors, sums.tensors, strict=True)):
+            if index not in done:
+                for average, part in paired_parts(*pair):
+                    _fold(average, part, growth)
+
+    @torch.inference_mode()  # no_grad still asks each of a thousand tensors whether it takes gradients
+    def _blend_groups(self, updates: Sequence[Update]) -> None:
         for index, group in enumerate(self._groups):
             source = self.live[index]
             if group.scratch is not None:
@@ -81,7 +124,29 @@ class GroupedTensors:
                 source = group.scratch
             for update in updates:
                 apply = add_ if update.adds else lerp_
-                apply(update.groups[index], source, update.weight)
+                apply(self._views(update.targets)[index], source, update.weight)
+
+    def _group(self, indices: Sequence[int]) -> None:
+        buckets: dict[tuple[object, ...], list[int]] = {}
+        for index in indices:
+            source, target = self._live[index], self._like[index]
+            key = (source.device, source.dtype, target.device, target.dtype, source.is_conj())
+            buckets.setdefault(key, []).append(index)
+        for bucket in buckets.values():
+            self._groups += _groups(self._live, self._like, bucket, bounded=self._bounded)
+        self.live = self._views(Targets(list(self._live)))
+
+    def _views(self, targets: Targets) -> list[list[Tensor]]:
+        for group in self._groups[len(targets.groups) :]:
+            targets.groups.append([piece.of(targets.tensors) for piece in group.pieces])
+        return targets.groups
+
+    def _do_without(self, rows: FusedRows) -> None:
+        """The kernel cannot be compiled: what it would have moved goes by groups from now on."""
+        self._rows.remove(rows)
+        self._group(rows.weights)
+        self._copied += rows.statistics
+        fused.warn_of_failure(rows.device)
 
 
 def lerp_(averages: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
@@ -107,6 +172,23 @@ def add_(sums: list[Tensor], sources: list[Tensor], weight: Weight) -> None:
         torch._foreach_add_(sums, list(torch._foreach_mul(sources, _beside(weight, sums[0]))))
     else:
         torch._foreach_add_(sums, sources, alpha=weight)
+
+
+def correction(average: Tensor, part: Tensor, growth: Weight) -> Tensor:
+    """`(average + part) / growth - average`, without cancelling the digits of the average."""
+    excess: Any = growth - 1  # before rounding to the dtype of the average: it is small
+    if isinstance(growth, Tensor):
+        kind = (average.device, average.real.dtype)
+        growth, excess = growth.to(*kind), excess.to(*kind)
+    result: Tensor = (part - average * excess) / growth
+    return result
+
+
+def _fold(average: Tensor, part: Tensor, growth: Weight) -> None:
+    rest = correction(average, part, growth)
+    folded = average + rest
+    torch.sub(rest, folded - average, out=part)  # what that addition rounded off
+    average.copy_(folded)
 
 
 def _beside(weight: Tensor, tensor: Tensor) -> Tensor:
@@ -160,9 +242,22 @@ def paired_parts(
             yield from paired_parts(x, y, at_most=at_most)
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the values fill one range of memory, each once, in any order of dimensions."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+def _fused_rows(
+    live: Sequence[Tensor], like: Sequence[Tensor], statistics: Sequence[Tensor]
+) -> list[FusedRows]:
+    """What the kernel takes on each device where it runs."""
+    found = []
+    for device in dict.fromkeys(tensor.device for tensor in (*live, *statistics)):
+        if not fused.is_available(device):
+            fused.warn_of_failure(device)
+            continue
+        here = [i for i, tensor in enumerate(live) if tensor.device == device]
+        weights = [i for i in here if fused.fits(live[i], like[i])]
+        there = [i for i, tensor in enumerate(statistics) if tensor.device == device]
+        copied = [i for i in there if fused.can_be_copied(statistics[i])]
+        if weights or copied:
+            found.append(FusedRows(live, weights, statistics, copied))
+    return found
 
 
 def _groups(

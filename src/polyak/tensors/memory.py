@@ -33,6 +33,8 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
 
 
+_shared = [0]
+
 META = "on the meta device, without values"
 
 
@@ -52,12 +54,23 @@ def copy_on_write(tensor: Tensor) -> Tensor | None:
         clone: Tensor = lazy(own)
     except RuntimeError:  # its memory is not torch's
         return None
+    _shared[0] += 1
     return clone
+
+
+def times_shared() -> int:
+    """How often `copy_on_write` has shared memory: after it tensors may move when they are written to."""
+    return _shared[0]
 
 
 def address(tensor: Tensor) -> int:
     """Where the values are; unlike `data_ptr()`, asking is not taken for a write that must copy."""
     return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the values fill one range of memory, each once, in any order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def in_shared_memory(tensor: Tensor) -> bool:

@@ -27,6 +27,20 @@ def restored_modes(model: Module) -> Iterator[None]:
         _write_modes(modes)
 
 
+@contextmanager
+def evaluation_mode(model: Module) -> Iterator[None]:
+    """The model in evaluation mode for the block; each module's own `train` brings it back."""
+    entry = _modes(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in entry:
+            if module.training is not training:
+                module.train(training)
+        _write_modes(entry)
+
+
 def set_mode(module: Module, *, training: bool) -> None:
     """Write the flag if it differs: assigning to a module costs as much as running a small layer."""
     if module.training is not training:

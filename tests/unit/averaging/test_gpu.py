@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 
 import polyak
 from polyak import EMA, SWA, Average, Averages
+from polyak.tensors import fused
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
+
+
+@pytest.fixture
+def waiting():
+    """`with waiting("error"): ...` refuses to wait for the GPU, "warn" warns; never beyond the test."""
+
+    def switch(mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that this is a prototype
+            torch.cuda.set_sync_debug_mode(mode)
+
+    @contextmanager
+    def until_the_end_of_the_block(mode):
+        torch.cuda.synchronize()
+        switch(mode)
+        try:
+            yield
+        finally:
+            switch("default")
+
+    try:
+        yield until_the_end_of_the_block
+    finally:
+        switch("default")
 
 
 def model_of(count=20, size=1000, dtype=torch.float32):
@@ -27,18 +55,17 @@ def fill(model, value):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("profile", [SWA(), EMA(decay=0.99999, keep_initial=True)])
-def test_an_update_waits_for_nothing(profile, dtype):
+def test_an_update_waits_for_nothing(profile, dtype, waiting):
     model = model_of(dtype=dtype)
     average = Average(model, profile)
     average.update()
     average.update()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting("error"):
         for _ in range(3):
             average.update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")  # by torch, by Triton
 
 
 def launches(call):
@@ -47,7 +74,7 @@ def launches(call):
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(e.count for e in profiler.key_averages() if e.key.startswith("cudaLaunchKernel"))
+    return sum(e.count for e in profiler.key_averages() if e.key.startswith(LAUNCHES))
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors():
@@ -59,6 +86,35 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
         counts.append(launches(average.update))
     assert counts[1] <= 4 * max(counts[0], 1)
     assert counts[1] < 40
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and fused.is_available(torch.device("cuda", 0))),
+    reason="needs Triton",
+)
+def test_several_averages_of_several_dtypes_with_statistics_are_one_launch():
+    norms = nn.ModuleList(nn.BatchNorm1d(64) for _ in range(30)).cuda()
+    model = nn.ModuleList([model_of(20), model_of(20, dtype=torch.bfloat16), norms])
+    averages = Averages(model, {"swa": SWA(), "ema": EMA(decay=0.9), "slow": EMA(decay=0.99)})
+    averages.update()
+    averages.update()
+    assert launches(averages.update) == 1
+
+
+def waits(call, waiting):
+    with warnings.catch_warnings(record=True) as said, waiting("warn"):
+        warnings.simplefilter("always")
+        call()
+    return sum("synchronizing" in str(warning.message) for warning in said)
+
+
+def test_update_bn_does_not_wait_for_each_layer(waiting):
+    counts = []
+    for n_layers in (4, 40):
+        model = nn.Sequential(*(nn.BatchNorm1d(8) for _ in range(n_layers))).cuda()
+        batches = [torch.randn(n, 8, device="cuda") for n in (16, 16, 5)]
+        counts.append(waits(lambda m=model, b=batches: polyak.update_bn(m, b), waiting))
+    assert counts[1] == counts[0] <= 4
 
 
 def test_captured_in_a_graph():
@@ -86,6 +142,53 @@ def _capture(average):
     with torch.cuda.graph(graph):
         average.update()
     return graph
+
+
+class Training:
+    """A network with BatchNorm, its optimizer and averages: the same steps eagerly and in a graph."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1)
+        self.model = nn.Sequential(*layers).cuda()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        profiles = {"swa": SWA(), "ema": EMA(decay=0.9), "after": polyak.After(5, SWA())}
+        self.averages = Averages(self.model, profiles, capturable=True)
+        self.x = torch.randn(32, 8, device="cuda")
+
+    def step(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model(self.x).square().mean().backward()
+        self.optimizer.step()
+        self.averages.update()
+
+
+def test_a_whole_training_step_in_a_graph():
+    eager, captured = Training(), Training()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch's documentation has it: warm up beside the main stream
+        for _ in range(3):
+            captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    captured.optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(3):
+        eager.step()
+    for seed in range(6):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(seed))
+        for training in (eager, captured):
+            training.x.copy_(x)
+        eager.step()
+        graph.replay()
+    for name, average in eager.averages.items():
+        other = captured.averages[name]
+        assert (average.time, average.count) == (other.time, other.count)
+        found, expected = other.averaged_tensors(), average.averaged_tensors()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found["1.num_batches_tracked"].item() == 9
 
 
 def test_fused_steps_that_a_scaler_skips():

@@ -469,12 +469,12 @@ def test_a_kill_leaves_whole_files_and_the_run_is_continued(tmp_path):
         assert json.loads(file.metadata()["interval"]) == [190, 200]
 
 
-def test_sharded_models_are_refused(tmp_path):
-    class FSDPModule(nn.Linear):
+def test_flat_parameters_are_refused(tmp_path):
+    class FullyShardedDataParallel(nn.Linear):
         pass
 
-    with pytest.raises(PolyakError, match="sharded"):
-        polyak.Recorder(FSDPModule(2, 2), tmp_path, interval=10)
+    with pytest.raises(PolyakError, match="fully_shard"):
+        polyak.Recorder(FullyShardedDataParallel(2, 2), tmp_path, interval=10)
 
 
 def ddp_rank(rank, folder):

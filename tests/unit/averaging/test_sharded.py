@@ -8,25 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from reference import sharded_averages, sharded_runs
-from torch import multiprocessing, nn
+from reference.ranks import launch
+from torch import nn
 
 from polyak import SWA, Average, Averages
 from polyak.errors import ArgumentError
-
-
-def launch(target, n_ranks: int, *args: object) -> None:
-    """Run `target(rank, n_ranks, *args)` in as many forked processes, which share our imports."""
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=target, args=(r, n_ranks, *args)) for r in range(n_ranks)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(90)
-    for process in ranks:
-        if process.is_alive():
-            process.kill()
-            process.join()
-
 
 NAMES = {2: tuple(sharded_runs.CHECKS), 4: sharded_runs.ON_FOUR}
 

@@ -397,7 +397,7 @@ def test_wrong_calls(tmp_path):
         (lambda: average_checkpoints(paths, {out: "mean"}), "Unknown method"),
         (
             lambda: average_checkpoints(paths, {out: "swa"}, max_memory="1KB"),
-            "one thread with 1 outputs needs",
+            "one thread needs",
         ),
         (lambda: average_checkpoints(paths, {out: "swa"}, threads=0), "threads is 0"),
         (lambda: average_checkpoints(paths, {out: "swa"}, part="5/4"), "part is '5/4'"),

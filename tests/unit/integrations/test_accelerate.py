@@ -342,8 +342,8 @@ def test_arguments(arguments, options, message):
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        ("FSDP", r"FSDP spreads the weights over the processes.*average_checkpoints"),
-        ("MEGATRON_LM", r"Megatron-LM spreads the weights over the processes"),
+        ("FSDP", r"FSDP1 keeps the weights in forms.*fsdp_version=2.*average_checkpoints"),
+        ("MEGATRON_LM", r"Megatron-LM keeps the weights in forms.*average_checkpoints"),
         ("DEEPSPEED", r"average.update\(\) after accelerator.backward.*model.was_step_applied\(\)"),
     ],
 )

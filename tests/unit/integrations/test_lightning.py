@@ -309,7 +309,7 @@ def test_several_averages_are_validated_and_logged_by_name(tmp_path):
     assert close(weights(module), mean(module.steps))
 
 
-@pytest.mark.parametrize("source", ["number", "loader"])
+@pytest.mark.parametrize("source", [4, data(), list(data()), tuple(data())])
 def test_statistics_are_measured_on_the_average_and_training_does_not_notice(source):
     def run(**options):
         torch.manual_seed(5)
@@ -321,7 +321,7 @@ def test_statistics_are_measured_on_the_average_and_training_does_not_notice(sou
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain, _ = run()
-    callback, module = run(update_bn=4 if source == "number" else data())
+    callback, module = run(update_bn=source)
     assert same(callback.raw_weights(), plain.raw_weights())
     expected = copy.deepcopy(module)
     polyak.update_bn(expected, data())
@@ -440,3 +440,30 @@ def test_what_the_module_saves_itself_is_the_average(tmp_path):
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {"net.2.weight", "net.2.bias"}
     assert torch.equal(saved["state_dict"]["net.2.weight"], module.net[2].weight)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_goes_wrong_with_lightnings_own_does_not_here(ours, tmp_path):
+    def make(late=None):
+        if ours:
+            return WeightAveraging("ema:decay=0.9", start=late)
+        return EMAWeightAveraging(decay=0.9, update_starting_at_step=late)
+
+    callback = make()
+    saver = ModelCheckpoint(tmp_path, filename="a", save_weights_only=True)
+    _, module = fitted(callback, saver)
+    left = weights(module)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    right = {
+        "the module's epoch end is on the average": same(module.seen["epoch_end"], left),
+        "a file of weights alone holds the average": same(saved, left),
+        "the raw weights are kept": ours and same(callback.raw_weights(), module.steps[-1]),
+    }
+    trainer(callback).fit(module, data(), data())
+    count = callback.average.count if ours else int(callback._average_model.n_averaged)
+    right["a second fit goes on"] = count == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EmptyAverage)
+        _, module = fitted(make(late=100))
+    right["a late start leaves what trained"] = same(weights(module), module.steps[-1])
+    assert set(right.values()) == {ours}, right

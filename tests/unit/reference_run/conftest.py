@@ -23,4 +23,5 @@ def short(few_images, monkeypatch):
     monkeypatch.setattr(loop, "load_data", lambda recipe: few_images)
     monkeypatch.setattr("polyak.reference_run.run.load_data", lambda recipe: few_images)
     fields = {"epochs": 4, "seeds": 2, "cycle_epochs": 1, "device": "cpu", "batch_size": 50}
+    fields["record_intervals"] = 6
     return load_recipe("taught", fields)

@@ -9,7 +9,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from polyak.errors import ArgumentError, FormatError, NonFiniteError, OutputError, UsageError
+from polyak.errors import (
+    ArgumentError,
+    FormatError,
+    NonFiniteError,
+    OutputError,
+    UsageError,
+)
+from polyak.maths.profiles import EMA, Window
 from polyak.reference_run.arm import logits_of
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.loop import plan, train
@@ -79,6 +86,30 @@ def test_arms_share_the_run_up_to_the_branch(finished):
     assert all(
         torch.equal(t, entering[n]) for n, t in finished.weights(0, "cyclic", "epoch-003").items()
     )
+
+
+@pytest.mark.parametrize("record_intervals", [40, 3])
+def test_every_arm_is_recorded_from_the_first_step_of_its_seed(short, tmp_path, record_intervals):
+    recipe = dataclasses.replace(short, record_intervals=record_intervals, seeds=1)
+    run = train(recipe, tmp_path / "run")
+    for arm in recipe.arms:
+        record = run.trajectory(0, arm)
+        assert (record.start, record.end, record.missing) == (0, 16, ())
+        assert len(record.intervals) == min(record_intervals, 16)
+        if record_intervals == 40:  # an interval for each step: the EMA of all arms is in it
+            made = record.average(EMA.from_half_life(recipe.ema_half_life * N_STEPS))
+            for name, tensor in run.weights(0, arm, "ema").items():
+                assert torch.allclose(made[name], tensor, atol=1e-6), (arm, name)
+    before = Window(16 / 3)
+    same = [run.trajectory(0, arm).average(before, 16 / 3) for arm in recipe.arms]
+    assert all(torch.equal(t, same[2][n]) for n, t in same[0].items())
+
+
+def test_no_record_if_none_is_wanted(short, tmp_path):
+    run = train(dataclasses.replace(short, record_intervals=0, seeds=1), tmp_path / "run")
+    assert not (run.folder / "record").exists()
+    with pytest.raises(ArgumentError, match="holds no recorded intervals"):
+        run.trajectory(0, "swa")
 
 
 def test_stopping_after_any_record_changes_no_bit(finished, short, tmp_path):

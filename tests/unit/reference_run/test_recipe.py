@@ -52,6 +52,7 @@ def test_a_file_that_is_not_toml(tmp_path):
     [
         ("epochs", 0, "epochs is 0; expected 1 or more"),
         ("seeds", 0, "seeds is 0"),
+        ("record_intervals", -1, "record_intervals is -1; expected a number of intervals, or 0"),
         ("rate", -0.1, "rate is -0.1; expected a positive"),
         ("rate", float("nan"), "rate is nan"),
         ("swa_rate", 0.0, "swa_rate is 0.0"),

@@ -8,10 +8,11 @@ from torch import nn
 
 from polyak.errors import NonFiniteError, UsageError
 from polyak.tensors import blend
-from polyak.tensors.blend import GroupedTensors, Update, add_, blank_like, lerp_, paired_parts
+from polyak.tensors.blend import GroupedTensors, add_, blank_like, lerp_, paired_parts
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.names import named_tensors
 from polyak.tensors.swap import current_owner, swapped
+from polyak.tensors.updates import Update
 
 
 @pytest.fixture

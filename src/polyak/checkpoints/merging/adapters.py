@@ -182,7 +182,8 @@ def _check_same_run(product: Sequence[StoredTensor], other: Checkpoint, newest: 
     raise MismatchError(
         f"{other.path} and {newest.path} are adapters of separate runs: the cosine between their "
         f"{found} (at least {LEAST_COSINE} within a run). Averaging A and B separately is then not "
-        "averaging B A. Merge each into its base (peft: merge_and_unload) and average those."
+        "averaging B A. Merge the products: polyak merge-adapters, for LoRA of PEFT; or merge each into its "
+        "base (peft: merge_and_unload) and average those."
     )
 
 

@@ -93,8 +93,9 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
             The suffix decides the format: `.safetensors`, a torch archive (`.pt .pth .bin .ckpt`), or
             none for a folder of shards with the newest input's configuration.
         method: How the one output is made, `"swa"` by default: a profile, its text
-            (`"ema:half_life=3000"`), one weight per input in the order in which they were given, or
-            `polyak.checkpoints.OutputWeights`. The weights of a profile sum to 1. A list of weights must
+            (`"ema:half_life=3000"`), one weight per input in the order in which they were given,
+            `polyak.checkpoints.OutputWeights`, or what combines separate fine-tunes: `Ties`, `Dare`,
+            `ModelStock`, `Slerp`. The weights of a profile sum to 1. A list of weights must
             sum to 1, unless `normalize` or `base` is given. `OutputWeights` are used as they are,
             whatever their sum.
         dtype: Of the floating tensors as written, like `"bfloat16"`; by default that of the inputs.
@@ -220,7 +221,7 @@ def iter_averaged_tensors(  # noqa: PLR0913 - keyword-only arguments do not coun
             runs.add(memory, 0, tensor.nbytes)
             plan = MergePlan([tensor], merge.plan.chunk_bytes)
             paths = [one.path for one in merge.all_inputs]
-            worker = Worker(Job(plan, merge.coefficients, [[runs]], paths))
+            worker = Worker(Job(plan, merge.rules, [[runs]], paths))
             for index in range(len(plan)):
                 worker.merge(plan[index], checksums=False)
             yield tensor.name, memory.as_tensor(tensor.dtype, tensor.shape)

@@ -8,8 +8,6 @@ finite are found by one pass over each result, and explained only when found.
 
 from __future__ import annotations
 
-import itertools
-import math
 import mmap
 import threading
 import zlib
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.plan import VECTOR, ByteRuns, Chunk, MergePlan, Reader, Segment
-from polyak.checkpoints.merging.weights import SUM_TOLERANCE
+from polyak.checkpoints.merging.rules import Piece, Rule, WeightedSum
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, accumulator, itemsize
 from polyak.errors import NonFiniteError
 
@@ -35,38 +33,12 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A merge: coefficients[k][i] of input i in output k; outputs[k][s]: where segment s goes."""
+    """A merge: rules[k] makes output k; outputs[k][s]: where its segment s goes."""
 
     plan: MergePlan
-    coefficients: Sequence[Sequence[float]]
+    rules: Sequence[Rule]
     outputs: Sequence[Sequence[ByteRuns[Sink]]]
     paths: Sequence[str]
-
-
-class WeightedSum:
-    """The coefficients of one output, and how an input is added to its sum.
-
-    Coefficients that sum to 1 without a negative one make a running mean, `y += share (x - y)`, for the
-    price of a plain sum: what is equal in all inputs (a frozen layer) comes out bitwise as it was.
-    """
-
-    def __init__(self, coefficients: Sequence[float]) -> None:
-        self.coefficients = coefficients
-        self._shares: list[float] | None = None
-        if min(coefficients) >= 0 and abs(math.fsum(coefficients) - 1) <= SUM_TOLERANCE:
-            totals = itertools.accumulate(coefficients)
-            self._shares = [c / t if t else 0.0 for c, t in zip(coefficients, totals, strict=True)]
-
-    def add(self, total: Tensor, values: Tensor, index: int, *, first: bool) -> None:
-        """Add the values of input `index` to `total`; the first ones may have any dtype."""
-        if first:
-            total.copy_(values)
-            if self._shares is None:
-                total.mul_(self.coefficients[index])
-        elif self._shares is None:
-            total.add_(values, alpha=self.coefficients[index])
-        else:
-            total.lerp_(values, self._shares[index])
 
 
 class Buffer:
@@ -90,15 +62,15 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._sums = [WeightedSum(coefficients) for coefficients in job.coefficients]
         arithmetic = [s for s in job.plan.segments if s.numbers]
         sizes = [(s, s.chunk_values(job.plan.chunk_bytes)) for s in job.plan.segments]
         self._raw = Buffer(max((n * s.bytes_in for s, n in sizes), default=0))
         self._out = Buffer(max((n * s.bytes_out for s, n in sizes if s.numbers), default=0))
         wide = max((n * accumulator(s.read_as).itemsize for s, n in sizes if s.numbers), default=0)
         self._wide = Buffer(wide)
-        count = len(job.outputs) if arithmetic else 0
-        self._totals = [Buffer(wide) for _ in range(count)]
+        self._rows = [
+            [Buffer(wide) for _ in range(rule.buffers)] for rule in job.rules if arithmetic
+        ]
 
     def merge(self, chunk: Chunk, *, checksums: bool) -> list[int]:
         """Do one chunk; CRC-32 of what each output was given (zeros unless asked for).
@@ -111,21 +83,25 @@ class Worker:
             _read(segment.inputs[-1], chunk.begin, self._raw.bytes[:length])
             everywhere = range(len(self._job.outputs))
             return self._write(everywhere, chunk, self._raw.bytes[:length], checksums)
-        sums = self._sums if segment.mean else [_newest_only(segment)]
-        self._accumulate(segment, chunk, sums)
-        return self._cast(segment, chunk, len(sums), checksums)
+        rules = self._job.rules if segment.mean else [_newest_only(segment)]
+        self._accumulate(segment, chunk, rules)
+        return self._cast(segment, chunk, len(rules), checksums)
 
-    def _accumulate(self, segment: Segment, chunk: Chunk, sums: Sequence[WeightedSum]) -> None:
-        """Add up every input that counts in some sum, in order."""
+    def _accumulate(self, segment: Segment, chunk: Chunk, rules: Sequence[Rule]) -> None:
+        """Give every input that counts somewhere to the rules, in order."""
         padded, dtype = _padded(chunk), accumulator(segment.read_as)
         begin = chunk.begin * segment.bytes_in
         buffer = self._raw.bytes[: chunk.end * segment.bytes_in - begin]
         raw = self._raw.as_tensor(TORCH_DTYPES[segment.read_as], padded)
         wide = raw if raw.dtype == dtype else self._wide.as_tensor(dtype, padded)
-        totals = [t.as_tensor(dtype, padded) for t in self._totals[: len(sums)]]
+        rows = [
+            [row.as_tensor(dtype, padded) for row in mine[: rule.buffers]]
+            for mine, rule in zip(self._rows, rules, strict=False)
+        ]
+        pieces = _pieces(segment, chunk) if any(rule.per_tensor for rule in rules) else ()
         begun: set[int] = set()
         for index, runs in enumerate(segment.inputs):
-            counting = [k for k, one in enumerate(sums) if one.coefficients[index]]
+            counting = [k for k, one in enumerate(rules) if one.coefficients[index]]
             if not counting:
                 continue
             _read(runs, begin, buffer)
@@ -135,19 +111,22 @@ class Worker:
             if wide is not raw and begun:
                 wide.copy_(raw)
             for k in counting:
-                sums[k].add(totals[k], wide if begun else raw, index, first=k not in begun)
+                values = wide if begun else raw
+                rules[k].add(rows[k], values, index, pieces, first=k not in begun)
             begun.update(counting)
+        for rule, mine in zip(rules, rows, strict=True):
+            rule.finish(mine)
 
-    def _cast(self, segment: Segment, chunk: Chunk, sums: int, checksums: bool) -> list[int]:
+    def _cast(self, segment: Segment, chunk: Chunk, rules: int, checksums: bool) -> list[int]:
         count = chunk.end - chunk.begin
         padded = _padded(chunk)
         target = TORCH_DTYPES[segment.written_as]
         crcs: list[int] = []
-        for k in range(sums):
-            total = self._totals[k].as_tensor(accumulator(segment.read_as), padded)
+        for k in range(rules):
+            total = self._rows[k][0].as_tensor(accumulator(segment.read_as), padded)
             if not fits(total[:count], segment.written_as):
                 raise explained(self._job.paths, segment, chunk, total)
-            buffer = self._totals[k]
+            buffer = self._rows[k][0]
             if target != total.dtype:
                 buffer = self._out
                 buffer.as_tensor(target, padded).copy_(total)
@@ -243,6 +222,15 @@ def _read(runs: ByteRuns[Reader], begin: int, buffer: memoryview) -> None:
 
 def _newest_only(segment: Segment) -> WeightedSum:
     return WeightedSum([0.0] * (len(segment.inputs) - 1) + [1.0])
+
+
+def _pieces(segment: Segment, chunk: Chunk) -> list[Piece]:
+    """Whose values the chunk holds."""
+    found, at = [], 0
+    for tensor, first, last in segment.tensors_in(chunk.begin, chunk.end):
+        found.append((tensor.name, first, slice(at, at + last - first)))
+        at += last - first
+    return found
 
 
 def _padded(chunk: Chunk) -> int:

@@ -138,10 +138,8 @@ class Segment:
 
     def tensors_in(self, begin: int, end: int) -> Iterator[tuple[MergedTensor, int, int]]:
         """(tensor, first, last) of the values `begin` to `end`, counted within the tensor."""
-        at = bisect_right(self.starts, begin) - 1
-        for start, tensor in itertools.islice(
-            zip(self.starts, self.tensors, strict=True), at, None
-        ):
+        for at in range(bisect_right(self.starts, begin) - 1, len(self.starts)):
+            start, tensor = self.starts[at], self.tensors[at]
             if start >= end:
                 return
             size = tensor.nbytes // self.bytes_out
@@ -191,26 +189,26 @@ class MergePlan:
         begin = (index - self._first[at]) * size
         return Chunk(at, begin, min(begin + size, segment.values))
 
-    def memory_per_thread(self, outputs: int) -> int:
-        """Bytes of buffers that one thread needs for this many outputs."""
-        return max((self._memory(segment, outputs) for segment in self.segments), default=0)
+    def memory_per_thread(self, rows: int) -> int:
+        """Bytes of buffers that one thread needs for outputs that are made in this many rows."""
+        return max((self._memory(segment, rows) for segment in self.segments), default=0)
 
-    def threads_within(self, max_memory: int, outputs: int, wanted: int) -> int:
+    def threads_within(self, max_memory: int, rows: int, wanted: int) -> int:
         """How many threads fit in `max_memory`; ArgumentError if not even one does."""
-        each = self.memory_per_thread(outputs)
+        each = self.memory_per_thread(rows)
         if each > max_memory:
             raise ArgumentError(
-                f"max_memory is {max_memory} bytes; one thread with {outputs} outputs needs {each}. "
+                f"max_memory is {max_memory} bytes; one thread needs {each}. "
                 "Allow more, or write fewer outputs at once."
             )
         return max(1, min(wanted, len(self), max_memory // each if each else wanted))
 
-    def _memory(self, segment: Segment, outputs: int) -> int:
+    def _memory(self, segment: Segment, rows: int) -> int:
         values = segment.chunk_values(self.chunk_bytes)
         if segment.numbers is None:
             return values
         wide = accumulator(segment.read_as).itemsize
-        return values * (segment.bytes_in + wide * (1 + outputs) + segment.bytes_out)
+        return values * (segment.bytes_in + wide * (1 + rows) + segment.bytes_out)
 
 
 Key = tuple[int, str, bool, int, int, int]

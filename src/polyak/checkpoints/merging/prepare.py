@@ -30,7 +30,14 @@ from polyak.checkpoints.merging.dcp_output import (
 from polyak.checkpoints.merging.engine import Job, Sink, run
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
-from polyak.checkpoints.merging.plan import ByteRuns, MergePlan, bytes_to_read, in_writing_order
+from polyak.checkpoints.merging.plan import (
+    CHUNK_BYTES,
+    ByteRuns,
+    MergePlan,
+    bytes_to_read,
+    in_writing_order,
+)
+from polyak.checkpoints.merging.rules import Rule, WeightedSum
 from polyak.checkpoints.merging.weights import (
     Method,
     OutputWeights,
@@ -181,41 +188,66 @@ class Merge:
         """The base, if there is one, and the inputs."""
         return self.inputs if self.base is None else (self.base, *self.inputs)
 
+    @cached_property
+    def rules(self) -> list[Rule]:
+        """How each output is made of the inputs; combinations look at all of them first."""
+        return [
+            self._sum_of(one)
+            if one.combination is None
+            else one.combination.rule(
+                self.alignment.tensors, one.coefficients, self.base is not None, self.threads
+            )
+            for one in self.weights
+        ]
+
+    def _sum_of(self, one: OutputWeights) -> Rule:
+        """The base's coefficient is what the others leave of 1: avg = base + sum c (x - base)."""
+        row = list(one.coefficients)
+        return WeightedSum(row if self.base is None else [_remainder(row), *row])
+
     @property
-    def coefficients(self) -> list[list[float]]:
-        """[output][input]; the base's is what the weights leave of 1: avg = base + sum c (x - base)."""
-        rows = [list(one.coefficients) for one in self.weights]
-        return rows if self.base is None else [[_remainder(row), *row] for row in rows]
+    def _reads(self) -> int:
+        return max(1 if one.combination is None else one.combination.reads for one in self.weights)
+
+    @property
+    def _rows(self) -> int:
+        given = [one.combination for one in self.weights]
+        return sum(1 if one is None else one.buffers for one in given)
 
     @property
     def threads(self) -> int:
         """How many threads fit in the memory that was allowed."""
         return self.plan.threads_within(
-            self.options.memory_bytes, len(self.weights), self.options.thread_count
+            self.options.memory_bytes, self._rows, self.options.thread_count
         )
 
     @property
     def memory(self) -> int:
         """Bytes of buffers at the peak, above what Python and torch take anyway."""
-        return self.threads * self.plan.memory_per_thread(len(self.weights))
+        return self.threads * self.plan.memory_per_thread(self._rows)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that are read."""
-        return bytes_to_read(self.plan)
+        return bytes_to_read(self.plan) * self._reads
 
     @property
     def bytes_written(self) -> int:
         """Bytes of all outputs."""
         return sum(one.nbytes for one in self.blueprints)
 
-    def job(self, outputs: Sequence[Sequence[ByteRuns[Sink]]]) -> Job:
+    def job(
+        self, outputs: Sequence[Sequence[ByteRuns[Sink]]], rules: Sequence[Rule] | None = None
+    ) -> Job:
         """The engine's job, with a place for every segment of every output."""
         paths = [one.path for one in self.all_inputs]
-        return Job(self.plan, self.coefficients, outputs, paths)
+        return Job(self.plan, self.rules if rules is None else rules, outputs, paths)
 
     def expected_seconds(self) -> float:
-        """From a short probe: a few chunks are read and averaged, and nothing is written."""
+        """From a short probe: a few chunks are read and averaged, and nothing is written.
+
+        Combinations are taken for sums that read everything once more.
+        """
         step = max(1, len(self.plan) // _PROBED_CHUNKS)
         chosen = range(0, len(self.plan), step)
         if not chosen:
@@ -224,8 +256,9 @@ class Merge:
             self.weights
         )
         begin = time.perf_counter()
-        run(self.job(nowhere), iter(chosen), self.threads, lambda index, checksums: None)
-        return (time.perf_counter() - begin) * len(self.plan) / len(chosen)
+        sums = [self._sum_of(one) for one in self.weights]
+        run(self.job(nowhere, sums), iter(chosen), self.threads, lambda index, checksums: None)
+        return self._reads * (time.perf_counter() - begin) * len(self.plan) / len(chosen)
 
 
 @contextmanager
@@ -302,7 +335,10 @@ def _laid_out(
         else blueprint(path, contents, said)
         for path, said in pairs
     ]
-    plan = MergePlan(tensors)
+    combined = any(one.combination for one in weights)
+    plan = MergePlan(
+        tensors, CHUNK_BYTES // 4 if combined else CHUNK_BYTES
+    )  # its rows stay in the cache
     return Merge(inputs, base, weights, alignment, plan, tuple(blueprints), options, batchnorm)
 
 

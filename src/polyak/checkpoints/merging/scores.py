@@ -48,7 +48,7 @@ def scores_for(
     `checkpoint`, `name`) and one of the metric; without it `trainer_state.json` or Lightning's callback
     state is read. Raises ArgumentError where the direction or every score is unknown.
     """
-    sign, name = _direction(metric)
+    sign, name = direction(metric)
     if table is not None:
         found = read_table(Path(table), name)
     else:
@@ -64,7 +64,7 @@ def scores_for(
     return known
 
 
-def _direction(metric: str) -> tuple[int, str]:
+def direction(metric: str) -> tuple[int, str]:
     """-1 for less is better, 1 for more, and the name."""
     direction, _, name = metric.rpartition(":")
     if direction in ("min", "max"):

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polyak.checkpoints.merging.counted import average_rank
+from polyak.checkpoints.merging.deltas import Combination, parse_method
 from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.rules import SUM_TOLERANCE
 from polyak.checkpoints.merging.units import measured_times
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, require
@@ -17,14 +19,10 @@ from polyak.maths.arguments import numbers
 from polyak.maths.pieces import effective_samples, piece_weights
 from polyak.maths.profile import Profile
 from polyak.maths.profiles import SWA
-from polyak.maths.text import parse_profile
 from polyak.version import __version__
 
 UNHASHED = "0" * 64
 """In place of a SHA-256 that is not known yet."""
-
-SUM_TOLERANCE = 1e-6
-"""How far from 1 the sum of weights may be that are meant to sum to 1."""
 
 _OUR_KEYS = {
     "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
@@ -42,13 +40,14 @@ class OutputWeights:
 
     coefficients: float64, one per input. label: what the output's metadata gives as its profile.
     unit: of its time, `steps`, `captures` or `files`. metadata: what the output says about itself, in
-    the place of a list of its inputs.
+    the place of a list of its inputs. combination: what is done with the inputs in place of the sum.
     """
 
     coefficients: tuple[float, ...]
     label: str = "weights"
     unit: str = "files"
     metadata: Mapping[str, str] | None = None
+    combination: Combination | None = None
 
     def __post_init__(self) -> None:
         found = numbers("weights", self.coefficients).reshape(-1).tolist()
@@ -62,8 +61,9 @@ class OutputWeights:
         return effective_samples(self.coefficients)
 
 
-Method = Profile | str | Sequence[float] | OutputWeights
-"""How an output is made: a profile, its text, weights that sum to 1, or coefficients as they are."""
+Method = Profile | str | Sequence[float] | OutputWeights | Combination
+"""How an output is made: a profile, its text, weights that sum to 1, coefficients as they are, or what
+combines the inputs in another way than by a sum."""
 
 
 def in_natural_order(inputs: Sequence[Checkpoint], options: MergeOptions) -> list[int]:
@@ -81,9 +81,12 @@ def weights_for(
     Raises ArgumentError for weights that do not fit the inputs or do not sum to 1, and for profiles
     that need steps where there are none.
     """
-    method = parse_profile(method) if isinstance(method, str) else method
+    method = parse_method(method) if isinstance(method, str) else method
     if isinstance(method, Profile):
         return _profile_weights(method, inputs, options)
+    if isinstance(method, Combination):
+        found = method.weights_of(len(inputs), has_base=options.base is not None)
+        method = OutputWeights(found, repr(method), combination=method)
     ready = method if isinstance(method, OutputWeights) else _summing_to_1(method, options)
     found = ready.coefficients
     require(

@@ -22,6 +22,7 @@ _SINGLE = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
     "adapter_model.bin",
+    "pytorch_model_fsdp.bin",  # accelerate, FSDP with its full state
 )
 _INDEX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")

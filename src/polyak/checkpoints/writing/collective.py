@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.writing.deferred import Deferred
 from polyak.checkpoints.writing.hf_folder import WeightsName, index_of, split
 from polyak.checkpoints.writing.layouts import OutputFile, SafetensorsLayout, TensorSpec
 from polyak.checkpoints.writing.ranks import Ranks
@@ -53,7 +54,7 @@ class Boxes(NamedTuple):
 
     dtype: torch.dtype
     shape: Sequence[int]
-    boxes: Sequence[tuple[Sequence[int], Tensor]]
+    boxes: Sequence[tuple[Sequence[int], Tensor | Deferred]]
 
 
 def write_collectively(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -163,7 +164,9 @@ def _checked(name: str, entry: Any) -> Boxes:
     require(dtype in SPELLINGS, f"{name} has the dtype {dtype}, which no file holds.")
     kept = []
     for offsets, box in boxes:
-        dense = isinstance(box, Tensor) and box.layout == torch.strided and not box.is_meta
+        dense = isinstance(box, Deferred) or (
+            isinstance(box, Tensor) and box.layout == torch.strided and not box.is_meta
+        )
         if not dense or hasattr(box, "to_local"):
             raise ArgumentError(
                 f"A box of {name} is a {type(box).__name__}; expected a plain dense tensor: of a DTensor, "
@@ -313,7 +316,11 @@ def _opened(path: Path) -> OutputFile:
 
 
 def _write_box(
-    file: OutputFile, start: int, shape: Sequence[int], offsets: Sequence[int], box: Tensor
+    file: OutputFile,
+    start: int,
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    box: Tensor | Deferred,
 ) -> None:
     """Write a box of a tensor whose values begin at `start` of the file."""
     for offset, piece in _pieces(tuple(offsets), box):
@@ -329,13 +336,15 @@ def _write_box(
             file.write(place, data[at : at + run])
 
 
-def _pieces(offset: tuple[int, ...], box: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+def _pieces(
+    offset: tuple[int, ...], box: Tensor | Deferred
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """A box cut along its outer dimensions until a piece needs no copy, or only a small one."""
-    in_place = (
+    in_place = isinstance(box, Tensor) and (
         box.is_contiguous() and box.device.type == "cpu" and not box.is_conj() and not box.is_neg()
     )
     if in_place or box.nbytes <= SCRATCH:
-        yield offset, box
+        yield offset, box.load() if isinstance(box, Deferred) else box
         return
     dim = next(d for d, size in enumerate(box.shape) if size > 1)
     step = max(1, SCRATCH * box.shape[dim] // box.nbytes)

@@ -1,0 +1,81 @@
+"""Pictures of what a search found; each takes an `ax` and plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polyak.report.drawing import BLUE, GREEN, GREY, ORANGE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"windows": BLUE, "half-lives": GREEN, "power": ORANGE, "annealed": "#a05ac8"}
+_MARKS = (("*", 15), ("s", 9), ("D", 8), ("^", 9))
+
+
+def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
+    ax: Axes,
+    starts: Sequence[float],
+    ends: Sequence[float],
+    scores: Sequence[float],
+    marks: Mapping[str, tuple[float, float]],
+    *,
+    unit: str,
+    title: str,
+) -> None:
+    """A map of scores: each window a point at (begins, ends), coloured by its score; some are marked."""
+    points = ax.scatter(
+        starts, ends, c=scores, cmap="viridis", s=46, edgecolors=GREY, linewidths=0.6
+    )
+    for (name, (start, end)), (shape, size) in zip(marks.items(), _MARKS, strict=False):
+        ax.plot(
+            [start], [end], shape, ms=size, mfc="none", mec=ORANGE if name == "best" else BLUE,
+            mew=1.8, label=name, ls="",
+        )  # fmt: skip
+    top = max(ends)
+    ax.plot([min(starts), top], [min(starts), top], color=GREY, lw=0.8, ls=":")
+    ax.figure.colorbar(points, ax=ax, format="%.4g", fraction=0.046, pad=0.04)
+    ax.set(xlabel=f"begins ({unit})", ylabel=f"ends ({unit})", title=title)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def plot_lengths(
+    ax: Axes,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    references: Mapping[str, float],
+    *,
+    unit: str,
+    ylabel: str,
+) -> None:
+    """Scores of averages that end at the end, by mean age: a curve for each family, references across."""
+    for family, (ages, scores) in curves.items():
+        ax.plot(ages, scores, "o-", ms=4, lw=1.3, color=_COLOURS.get(family, GREY), label=family)
+    styles = (":", "--", "-.")
+    for (name, score), style in zip(references.items(), styles, strict=False):
+        ax.axhline(score, color=GREY, ls=style, lw=1.2, label=name)
+    ax.set_xscale("log")
+    ax.set(xlabel=f"mean age ({unit})", ylabel=ylabel)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def plot_along(
+    ax: Axes,
+    ends: Sequence[float],
+    scores: Sequence[float],
+    intervals: Sequence[tuple[float, float]] | None,
+    best: float,
+    *,
+    ylabel: str,
+) -> None:
+    """Scores by where averages end, in percent of the run; bars: interval of the difference to the last."""
+    ax.plot(ends, scores, "o-", ms=4.5, color=BLUE, label="best average that ends there")
+    ax.axhline(scores[-1], color=GREY, ls=":", lw=1.2, label="at the end")
+    if intervals is not None:
+        low, high = np.array(intervals).T
+        ax.vlines(ends, low, high, color=BLUE, lw=1.2, alpha=0.7, label="95% of the difference")
+    ax.axvline(best, color=ORANGE, lw=1.2, ls="--", label="the answer")
+    ax.set(xlabel="of the run (%)", ylabel=ylabel)
+    ax.legend()

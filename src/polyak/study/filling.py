@@ -1,0 +1,92 @@
+"""Weights from a record or a file into a model, tensor by tensor, and the model's own back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from polyak.checkpoints.intervals import Interval
+from polyak.checkpoints.merging.average import iter_averaged_tensors
+from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.errors import ArgumentError, check_match
+from polyak.study.evaluations import digest_of
+from polyak.tensors.names import named_tensors
+from polyak.tensors.policy import RUNNING_STATISTICS
+from polyak.tensors.swap import recompute_derived
+
+Weights = str | Path | Mapping[str, Tensor]
+
+
+def check_fits(model: Module, newest: Interval) -> None:
+    """Raise MismatchError, naming every difference, unless the record is one of this model."""
+    slots, ties = _places(model)
+    with newest.open() as opened:
+        have = {name: list(tensor.shape) for name, tensor in opened.tensors.items()}
+    have = {ties.get(name, name): shape for name, shape in have.items()}
+    check_match(
+        have,
+        {name: list(tensor.shape) for name, tensor in slots.items()},
+        f"{newest.path.parent} is not the record of this model ({type(model).__name__}).",
+        "Build the model in the way in which it was trained.",
+    )
+
+
+def has_statistics(interval: Interval) -> bool:
+    """Whether the record holds running statistics, which an average does not have of its own."""
+    with interval.open() as opened:
+        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in opened.tensors)
+
+
+@torch.no_grad()
+def fill(model: Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy the tensors into the model's own, one at a time."""
+    slots, ties = _places(model)
+    for name, tensor in tensors:
+        slots[ties.get(name, name)].copy_(tensor)
+    recompute_derived(model)
+
+
+@contextmanager
+def own_weights(model: Module | None) -> Iterator[None]:
+    """After the block the model has the weights that it had before."""
+    if model is None:
+        yield
+        return
+    kept = {name: tensor.detach().clone() for name, tensor in _places(model)[0].items()}
+    try:
+        yield
+    finally:
+        fill(model, kept.items())
+
+
+def tensors_of(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file or of a state dict, (name, tensor)."""
+    if isinstance(weights, Mapping):
+        yield from weights.items()
+        return
+    with open_checkpoint(weights) as opened:
+        yield from iter_averaged_tensors([opened], "swa")
+
+
+def weights_identity(weights: Weights) -> str:
+    """A digest of their contents."""
+    digest = hashlib.sha256()
+    if not isinstance(weights, Mapping | str | Path):
+        raise ArgumentError(
+            f"last is a {type(weights).__name__}; expected the path of a file of weights, or a state dict."
+        )
+    for name, tensor in tensors_of(weights):
+        digest.update(f"{name} {digest_of(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _places(model: Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    named = named_tensors(model)
+    slots = {n: s.tensor for n, s in named.slots.items() if s.persistent or s.is_parameter}
+    return slots, dict(named.ties)

@@ -1,0 +1,143 @@
+"""What a question to a record found: plain values, and a table when printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+QUESTIONS = {
+    "search": "Which average is best",
+    "decay": "What if I had decayed from here",
+    "stop": "When could I have stopped",
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An average of the record that was evaluated.
+
+    profile: as `Trajectory.average` takes it, with `until`. family: windows, half-lives, power, annealed,
+    or reference. start: of windows and annealed ones, where they begin. score: on the examples that choose,
+    NaN where the evaluation returned one. held_out: on the others; None for a single number. error: the
+    planned error of the average.
+    """
+
+    profile: str
+    family: str
+    start: float | None
+    until: float
+    score: float
+    held_out: float | None
+    error: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether its score is not a finite number; it is never chosen."""
+        return not math.isfinite(self.score)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One average minus another on the held-out examples, with a paired 95% bootstrap interval.
+
+    low, high: None where the evaluation returned one number, which has no interval; the difference is then
+    that on the data that chose, where the best flatters itself.
+    """
+
+    what: str
+    against: str
+    difference: float
+    low: float | None
+    high: float | None
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether the interval holds 0; None if there is no interval."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        text = f"{self.what} minus {self.against}: {self.difference:+.4g}"
+        if self.low is None or self.high is None:
+            return f"{text} on the data that chose it; one number has no interval"
+        noise = ", within noise" if self.within_noise else ""
+        return f"{text}, 95% interval {self.low:+.4g} to {self.high:+.4g}{noise}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer to a question about a record; `print(found)` shows it as a table.
+
+    question: search, decay or stop. best: of `stop` the earliest end that would have done, of the others
+    the best score. scored: everything that was evaluated, in order. references: the recipe's SWA and EMA
+    and the last iterate, as asked for. comparisons: the best minus each of them; of `stop` each end minus
+    the whole run. minimize: whether lower is better. examples: how many chose and how many were held
+    out; None for a single number. evaluations: how many were run, cached: how many more were known.
+    end: where the record ends, in `unit`. notes: what to know.
+    """
+
+    question: str
+    best: Scored
+    answers: tuple[Scored, ...]
+    scored: tuple[Scored, ...]
+    references: dict[str, Scored]
+    comparisons: tuple[Comparison, ...]
+    minimize: bool
+    examples: tuple[int, int] | None
+    evaluations: int
+    cached: int
+    unit: str
+    end: float
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [["", "begins", "ends", "of the run", "score", "held out", "planned error"]]
+        shown = {one: name for name, one in self.references.items()}
+        for one in [*self.scored, *(r for r in shown if r not in self.scored)]:
+            name = "best" if one == self.best else shown.get(one, "")
+            rows.append([name, *_cells(one, self.end), one.profile])
+        title = f"{QUESTIONS[self.question]} ({'lower' if self.minimize else 'higher'} is better)"
+        counted = f"{self.evaluations} evaluations, {self.cached} more were known"
+        return "\n".join([title, *_aligned(rows), *self._answer(), counted, *self.notes])
+
+    def _answer(self) -> list[str]:
+        best = self.best
+        lines = [f"Best: {best.profile} at {best.until:,g} {self.unit}, score {best.score:.6g}"]
+        if self.question == "stop":
+            lines = [
+                f"Earliest that would have done: {best.until / self.end:.0%} of the run, {best.profile} at "
+                f"{best.until:,g} {self.unit}"
+            ]
+        if self.examples:
+            lines.append(
+                f"Chosen on {self.examples[0]:,} examples, compared on {self.examples[1]:,} others:"
+            )
+        return [*lines, *(f"  {one}" for one in self.comparisons)]
+
+
+def _cells(one: Scored, end: float) -> list[str]:
+    begins = "" if one.start is None else f"{one.start:,g}"
+    held = "" if one.held_out is None else f"{one.held_out:.6g}"
+    return [
+        begins, f"{one.until:,g}", f"{one.until / end:.0%}", f"{one.score:.6g}", held, f"{one.error:.2g}",
+    ]  # fmt: skip
+
+
+def _aligned(rows: Sequence[list[str]]) -> list[str]:
+    rows = [row if len(row) == 8 else [*row, ""] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)]
+            + [row[-1]]
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,53 @@
+"""Processes that are the ranks of one run, forked from this one, whose imports they share."""
+
+from __future__ import annotations
+
+import json
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from polyak.errors import PolyakWarning
+
+
+def launch(target: Callable[..., None], n_ranks: int, *args: object) -> None:
+    """Run `target(rank, n_ranks, *args)` in as many forked processes."""
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=target, args=(r, n_ranks, *args)) for r in range(n_ranks)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def run_checks(checks: Mapping[str, Callable[[Path], None]], file: Path, folder: Path) -> None:
+    """Run each in a folder of its own, and write what it has said: "ok" or the traceback."""
+    said = {}
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", category=PolyakWarning)
+    for name, check in checks.items():
+        (folder / name).mkdir(exist_ok=True)
+        try:
+            torch.distributed.barrier()
+            check(folder / name)
+            said[name] = "ok"
+        except BaseException:
+            said[name] = traceback.format_exc()
+            break  # the ranks may have parted ways
+        finally:
+            file.write_text(json.dumps(said))
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor with all its values, on every rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()

@@ -1,0 +1,208 @@
+"""Adapters of separate runs merged as products: what PEFT computes with the result is the law."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from polyak.checkpoints import merge_adapters
+from polyak.errors import ArgumentError, FormatError, MismatchError, OutputError
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(23, 16)
+        self.q = nn.Linear(16, 12, bias=False)
+        self.conv = nn.Conv1d(12, 10, 3)
+        self.gpt = Conv1D(9, 10)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, tokens):
+        hidden = self.q(self.embed(tokens)).transpose(1, 2)
+        return self.head(self.gpt(self.conv(hidden).transpose(1, 2)))
+
+
+def network():
+    torch.manual_seed(0)
+    return Network()
+
+
+def adapter(folder, seed, **config):
+    """A trained adapter, as PEFT writes it."""
+    wrapped = get_peft_model(network(), LoraConfig(**{"r": 3, "target_modules": ["q"], **config}))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if weight.requires_grad:
+                noise = 0.3 * torch.randn_like(weight)
+                weight.copy_(weight * noise.exp() if "magnitude" in name else weight + noise)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def effective(folder):
+    """The full weights of the network with the adapter, in float64, as PEFT merges them."""
+    wrapped = PeftModel.from_pretrained(
+        network().double(), folder, autocast_adapter_dtype=False
+    ).double()
+    return {n: w.clone() for n, w in wrapped.merge_and_unload().state_dict().items()}
+
+
+def expected(folders, weights=None):
+    states = [effective(folder) for folder in folders]
+    weights = weights or [1 / len(states)] * len(states)
+    start = {n: w.double() for n, w in network().state_dict().items()}
+    return {
+        n: w + sum(c * (one[n] - w) for c, one in zip(weights, states, strict=True))
+        for n, w in start.items()
+    }
+
+
+def same(found, wanted, atol=1e-6):
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, wanted[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+KINDS = {
+    "plain": [{}, {}, {}],
+    "ranks and alphas": [{"r": 2, "lora_alpha": 7}, {"r": 5, "lora_alpha": 3}],
+    "rslora": [{"use_rslora": True, "lora_alpha": 9}, {}],
+    "patterns": [
+        {"target_modules": ["q", "gpt"], "rank_pattern": {"gpt": 4}, "alpha_pattern": {"q": 17}},
+        {"target_modules": ["q", "gpt"], "alpha_pattern": {".*gpt": 5}},
+    ],
+    "other modules": [{"target_modules": ["q"]}, {"target_modules": ["gpt", "q"]}],
+    "embedding and convolution": [{"target_modules": ["embed", "conv"]}] * 2,
+    "whole modules": [{"modules_to_save": ["head"]}] * 2,
+    "bias of lora_B": [
+        {"lora_bias": True, "target_modules": ["head"], "lora_alpha": 5},
+        {"lora_bias": True, "target_modules": ["head"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_merged_adapter_adds_the_mean_of_what_they_add(tmp_path, kind):
+    folders = [adapter(tmp_path / str(i), i, **config) for i, config in enumerate(KINDS[kind])]
+    done = merge_adapters(folders, tmp_path / "out")
+    assert done.relative_error == pytest.approx(0, abs=1e-9)
+    same(effective(tmp_path / "out"), expected(folders))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_any_sum(tmp_path):
+    folders = [adapter(tmp_path / str(i), i) for i in range(2)]
+    merge_adapters(folders, tmp_path / "out", weights=[1.5, -0.25])
+    same(effective(tmp_path / "out"), expected(folders, [1.5, -0.25]))
+    with pytest.raises(MismatchError, match="whole tensor"):
+        whole = [adapter(tmp_path / f"w{i}", i, modules_to_save=["head"]) for i in range(2)]
+        merge_adapters(whole, tmp_path / "none", weights=[1.0, 1.0])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("modules", [["q", "head"], ["gpt"]])
+def test_dora_gives_the_mean_of_the_weights(tmp_path, modules):
+    config = {"use_dora": True, "target_modules": modules, "lora_alpha": 4}
+    folders = [adapter(tmp_path / str(i), i, **config) for i in range(3)]
+    save_file(network().state_dict(), tmp_path / "base.safetensors")
+    done = merge_adapters(folders, tmp_path / "out", base=tmp_path / "base.safetensors")
+    same(effective(tmp_path / "out"), expected(folders), atol=3e-6)
+    assert done.relative_error == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ArgumentError, match="Pass base="):
+        merge_adapters(folders, tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [1, 2, 4, 6, 40])
+def test_a_smaller_rank_is_the_best_one_and_says_what_it_costs(tmp_path, rank):
+    folders = [adapter(tmp_path / str(i), i) for i in range(2)]
+    done = merge_adapters(folders, tmp_path / "out", rank=rank)
+    base = network().state_dict()["q.weight"].double()
+    exact = expected(folders)["q.weight"] - base
+    found = effective(tmp_path / "out")["q.weight"] - base
+    u, s, v = torch.linalg.svd(exact)
+    kept = min(rank, len(s))
+    best = u[:, :kept] * s[:kept] @ v[:kept]
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-6)
+    assert done.relative_error == pytest.approx(
+        float((best - exact).norm() / exact.norm()), abs=1e-6
+    )
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
+    assert done.worst[0] == "base_model.model.q"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bfloat16_is_kept(tmp_path):
+    folders = [adapter(tmp_path / str(i), i) for i in range(2)]
+    for folder in folders:
+        file = folder / "adapter_model.safetensors"
+        save_file({n: w.bfloat16() for n, w in load_file(file).items()}, file, {"format": "pt"})
+    merge_adapters(folders, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {w.dtype for w in written.values()} == {torch.bfloat16}
+    same(effective(tmp_path / "out"), expected(folders), atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input(tmp_path):
+    one = adapter(tmp_path / "one", 1)
+    (tmp_path / "empty").mkdir()
+    pissa = adapter(tmp_path / "pissa", 2)
+    config = json.loads((pissa / "adapter_config.json").read_text())
+    (pissa / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    dora = adapter(tmp_path / "dora", 3, use_dora=True)
+    other = adapter(tmp_path / "other", 4)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {n: torch.cat([w, w], 0 if "lora_B" in n else 1) for n, w in tensors.items()},
+        other / "adapter_model.safetensors",
+    )
+    for inputs, options, error, message in [
+        ([], {}, ArgumentError, "no adapter was given"),
+        ("one", {}, ArgumentError, "expected a list"),
+        ([one, tmp_path / "empty"], {}, FormatError, "no adapter_config.json"),
+        ([one, pissa], {}, FormatError, "init_lora_weights='pissa'"),
+        ([one, dora], {}, MismatchError, "use_dora"),
+        ([one, other], {}, MismatchError, "different shapes"),
+        ([one], {"rank": 0}, ArgumentError, "rank is 0"),
+        ([one], {"weights": [1, 2]}, ArgumentError, "2 weights for 1 adapters"),
+        ([one], {"weights": [math.nan]}, ArgumentError, "finite"),
+    ]:
+        with pytest.raises(error, match=message):
+            merge_adapters(inputs, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="exists"):
+        merge_adapters([one], tmp_path / "empty")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_on_the_command_line(tmp_path, capsys):
+    from polyak.cli import app
+
+    folders = [str(adapter(tmp_path / str(i), i)) for i in range(2)]
+    out = str(tmp_path / "out")
+    app.app(
+        ["merge-adapters", *folders, "-o", out, "--weights", "0.25,0.75"],
+        result_action="return_value",
+    )
+    assert "2 adapters, 1 modules of rank 6, exact" in capsys.readouterr().out
+    same(effective(out), expected(folders, [0.25, 0.75]))
+    app.app(
+        ["merge-adapters", *folders, "-o", out, "--rank", "2", "--overwrite"],
+        result_action="return_value",
+    )
+    assert "rank 2, relative error" in capsys.readouterr().out
+    assert app.run(["merge-adapters", *folders, "-o", out]) == 1
