@@ -164,9 +164,7 @@ def test_resume_needs_no_more_than_the_folder(there, capsys):
 def test_a_range_of_no_seeds(there, capsys, seeds):
     with pytest.raises(SystemExit):
         polyak("train", "--seeds", seeds)
-    assert "is not a range of seeds; 3:8 is 3, 4, 5, 6, 7" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert "is not a range of seeds" in capsys.readouterr().err
 
 
 def test_a_missing_report_extra_costs_the_report_only(there, capsys, monkeypatch):

@@ -20,8 +20,6 @@ ARGUMENTS = [
     "train",
     "--epochs",
     "4",
-    "--seeds",
-    "3:5",
     "--data",
     "few_images:few",
     "--device",
