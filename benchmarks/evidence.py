@@ -9,13 +9,15 @@
 The rates of SGD, of the constant-rate arm and of the cyclic arm are tuned with equal trials: four
 each, two seeds that are not reported, by the error on the validation images (NLL where equal). Then
 five other seeds, on the test images. Parts: `weak` and `strong` regularisation, 40 epochs; `budgets`,
-20 and 30 epochs under weak regularisation, tuned separately. After an interruption it continues: jobs
+20 and 30 epochs under weak regularisation, tuned separately; `afterwards`, averages chosen from a record
+of a run at a constant rate (which is not tuned: `evidence_afterwards.py`). After an interruption it continues: jobs
 whose records are in the results file are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evidence_afterwards import answers as afterwards_answers
 from evidence_answers import answers, in_short
 from evidence_jobs import Job, carry_out, start_worker
 from evidence_tables import summary
@@ -120,12 +123,19 @@ def stages(plan: Plan, parts: dict[tuple[str, int], tuple[str, ...]], results: R
     ]  # fmt: skip
 
 
+def afterwards_jobs(plan: Plan) -> list[Job]:
+    """Nothing is tuned there."""
+    return [Job("afterwards", "weak", plan.epochs, seed, 0.05) for seed in range(plan.seeds)]
+
+
 def run(plan: Plan, parts: list[str], results: Results, processes: int) -> None:
     """All jobs that have no records yet, the longest of a stage first."""
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker) as pool:
-        for jobs in stages(plan, parts_of(plan, parts), results):
+        chosen = [afterwards_jobs(plan)] if "afterwards" in parts else []
+        others = stages(plan, tuned, results) if (tuned := parts_of(plan, parts)) else []
+        for jobs in itertools.chain(chosen, others):
             left = sorted((j for j in jobs if not results.has(j)), key=lambda j: -j.epochs)
             for number, future in enumerate(
                 as_completed([pool.submit(carry_out, j) for j in left])
@@ -138,8 +148,11 @@ def run(plan: Plan, parts: list[str], results: Results, processes: int) -> None:
 
 def page(records: list[dict[str, Any]]) -> str:
     """Answers, the short table for the README, and all tables, as Markdown."""
-    short = f"**In short**: SWA minus annealed SGD, equal budget.\n\n{in_short(records)}"
-    return "\n\n".join([answers(records), short, summary(records)])
+    told = [answers(records), afterwards_answers(records)]
+    if any(record["kind"] == "final" for record in records):
+        short = f"**In short**: SWA minus annealed SGD, equal budget.\n\n{in_short(records)}"
+        told += [short, summary(records)]
+    return "\n\n".join(part for part in told if part)
 
 
 def write_docs(records: list[dict[str, Any]]) -> None:
@@ -153,8 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=("weak", "strong", "budgets"),
-                        default=["weak", "strong", "budgets"])  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=("weak", "strong", "budgets", "afterwards"),
+                        default=["weak", "strong", "budgets", "afterwards"])  # fmt: skip
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="8 epochs, 2 seeds, 2 rates: a smoke")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from evidence_afterwards import afterwards
 
 from polyak import SWA, Average
 from polyak.errors import StaleStatistics
@@ -53,7 +54,8 @@ def start_worker() -> None:
 
 def carry_out(job: Job) -> tuple[Job, list[dict[str, Any]]]:
     """The records of a job, each with its key and what it trained."""
-    found = {"trial": _trial, "branches": _branches, "final": _final}[job.name](job)
+    works = {"trial": _trial, "branches": _branches, "final": _final, "afterwards": afterwards}
+    found = works[job.name](job)
     common = {"job": job.key, "regime": job.regime, "epochs": job.epochs, "seed": job.seed}
     return job, [{**common, **record} for record in found]
 

@@ -62,6 +62,35 @@ def test_words_and_tables_say_what_the_records_hold(tmp_path):
     assert "**−1.00 ± 0.25**" in out
 
 
+def afterwards(seed, errors, part):
+    scored = [
+        {"kind": "afterwards", "what": what, "error": e, "nll": e / 30, "nll_scaled": e / 31}
+        for what, e in errors.items()
+    ]
+    reached = [
+        {"kind": "afterwards-reached", "metric": metric, "part": found}
+        for metric, found in (("error", part), ("nll_scaled", None))
+    ]
+    off = {what: {"error": e, "nll": 0.4, "nll_scaled": 0.4}
+           for what, e in (("real", 14.0), ("forecast", 13.8), ("iterate", 16.0))}  # fmt: skip
+    decay = {"kind": "afterwards-decay", "from": 10, **off}
+    return [{"seed": seed, **record} for record in [*scored, *reached, decay]]
+
+
+def test_what_was_chosen_afterwards_is_told_whichever_way_it_points(evidence):
+    errors = {"found": 13.0, "swa": 13.2, "best-ema": 12.0, "stopped-ema": 13.0,
+              "annealed": 13.1, "iterate": 15.0}  # fmt: skip
+    worse = {**errors, "found": 13.4}
+    said = evidence.page([*afterwards(0, errors, 0.5), *afterwards(1, worse, None)])
+    assert "(2 seed(s))" in said
+    assert "minus the mean of the last quarter: error +0.00 ±" in said
+    assert "minus the best of four live EMAs: error +1.20 ±" in said
+    assert "error: 1 of 2 seeds, at 50% of the budget" in said
+    assert "NLL after temperature scaling: 0 of 2 seeds." in said
+    assert "off in error by 0.20 points (the iterate by 2.00)" in said
+    assert "(no interval)" in evidence.page(afterwards(0, errors, 0.5))
+
+
 def test_the_best_rate_is_the_lowest_error_then_the_lowest_likelihood(evidence, tmp_path):
     results = evidence.Results(tmp_path / "none.jsonl")
     results.records = RECORDS

@@ -3,11 +3,14 @@
 import shutil
 
 import pytest
+import torch
 from reference.tiny_run import make_run
 
+import polyak
 from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.run import Run
 from polyak.report.page import write_report
+from polyak.report.search import write_search
 
 FLAGS = [
     "--no-sandbox",
@@ -113,3 +116,51 @@ def test_a_screenshot_is_not_blank(opened, tmp_path):
     pixels = imread(tmp_path / "page.png")
     assert pixels.shape[0] > 3000
     assert pixels[..., :3].std() > 0.05
+
+
+@pytest.fixture(scope="module")
+def search_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    model = torch.nn.Linear(2, 1)
+    with polyak.Recorder(model, folder / "record", interval=10, captures=5) as recorder:
+        for step in range(160):
+            torch.nn.init.constant_(model.weight, step)
+            recorder.update()
+    trajectory = polyak.Trajectory(folder / "record")
+
+    def val_loss(state):
+        return (state["weight"][0, 0] - 80).abs() + torch.arange(50) / 50
+
+    options = {"families": ("windows", "half-lives"), "cache": False}
+    found = trajectory.search(val_loss, **options), trajectory.stop(val_loss, cache=False)
+    return write_search(found, folder / "page.html"), found[0]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_the_page_of_a_search_and_its_slider(browser, search_page, scheme, width):
+    path, found = search_page
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said, requests = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda sent: requests.append(sent.url))
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator(".pictures svg").count() == 3
+    box = page.locator(".slider").first
+    assert "the best" in box.locator("output").inner_text()
+    last = box.locator("input").get_attribute("max")
+    seen = set()
+    for at in range(int(last) + 1):
+        box.locator("input").fill(str(at))
+        seen.add(box.locator("output").inner_text())
+        inside = box.locator(".span").bounding_box()
+        track = box.locator(".track").bounding_box()
+        assert inside["width"] > 0
+        assert track["x"] - 1 <= inside["x"]
+        assert inside["x"] + inside["width"] <= track["x"] + track["width"] + 1
+    windows = [one for one in found.scored if one.start is not None]
+    assert len(seen) == len(windows)
+    assert any(f"score {found.best.score:.5g}" in text for text in seen)
+    assert (said, requests) == ([], [path.as_uri()])
+    page.close()

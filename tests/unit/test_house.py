@@ -107,8 +107,8 @@ WRITERS_OF_THEIR_OWN = {
         "integrations/trainer_checkpoint.py",
         "torch.save",
     ): "a part of the checkpoint that the Trainer writes",
-    ("reference_run/run.py", "open"): "the lock of a run's folder; metrics, cut back on resume",
-    ("reference_run/loop.py", "torch.save"): "into memory, to be hashed",
+    ("reference_run/run.py", "open"): "the lock of a run's folder",
+    ("reference_run/leg_checkpoint.py", "torch.save"): "into memory, to be hashed",
     ("report/drawing.py", "figure.savefig"): "into memory, to be put into the page",
 }
 

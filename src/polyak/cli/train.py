@@ -64,7 +64,8 @@ def train(  # noqa: PLR0913 - keyword-only arguments do not count
     With torchrun --nproc-per-node N -m polyak train, N processes share each batch.
 
     Args:
-        recipe: default, taught, batchnorm, annealing-wins, note, fashion, or the path of a TOML file.
+        recipe: default, taught, batchnorm, annealing-wins, note, fashion, wrn, paper-vgg16, paper-preresnet,
+            paper-wrn, or the path of a TOML file.
         quick: The same run in miniature: 8 epochs, 2 seeds, cycles and half-lives in proportion.
         output: Folder of the run; runs/NAME by default, or the next free of runs/NAME-2, ...
         resume: Continue the run that the same command began; with --output alone, the run in it.

@@ -80,8 +80,6 @@ def _train(
     verb = "Resuming" if before else "Running"
     console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
     console.print(describe_work(recipe, placement), highlight=False)
-    if recipe.record_intervals and recipe.strategy == "fsdp":
-        console.print("Nothing is recorded: with --strategy fsdp no process has whole weights.")
     try:
         with _display(console, recipe, before) as watch:
             return console, train(recipe, folder, resume=resume, watch=watch, jobs=placement.jobs)

@@ -259,7 +259,7 @@ class Trainer:
 
     def _record(self, leg: Leg) -> Path | None:
         """Where an arm is recorded, if it is: the control has another length, and no average."""
-        if not self.recipe.record_intervals or self.ranks.is_sharded or leg.arm == "half":
+        if not self.recipe.record_intervals or leg.arm == "half":
             return None
         return record_folder(self.folder, leg.seed, leg.arm)
 

@@ -76,7 +76,7 @@ class Recipe:
     batchnorm: bool = _field(False, "The network `taught` with BatchNorm.")
     model: str = _field("", "package.module:function that builds a custom model.")
     data: str = _field("", "package.module:function that returns custom data.")
-    data_folder: str = _field("", "Folder with the four IDX files of a full MNIST-like set.")
+    data_folder: str = _field("", "Folder of a full set: four IDX files, or CIFAR's binary files.")
     seeds: int = _field(3, "Number of seeds; on the command line also the first and the end, 3:8.")
     first_seed: int = _field(0, "The first seed; the others follow it.")
     device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.")

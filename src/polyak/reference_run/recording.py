@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from polyak.averaging.recorder import Recorder
 from polyak.checkpoints.intervals import scan_intervals
-from polyak.files import writing_errors
+from polyak.files import replacing, writing_errors
 from polyak.reference_run.recipe import Recipe
 
 
@@ -53,4 +53,5 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
     except OSError:  # a file system without links
-        shutil.copyfile(source, target)
+        with replacing(target) as part:
+            shutil.copyfile(source, part)

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from polyak.checkpoints.intervals import is_record
 from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
 from polyak.files import replacing, writing_errors
 from polyak.reference_run.data import Data, load_data
@@ -96,12 +97,16 @@ class Run:
         done = {(record["seed"], record["arm"]) for record in self.finals()}
         return len(done) == self.recipe.seeds * len(self.recipe.arms)
 
+    def has_record(self, seed: int, arm: str) -> bool:
+        """Whether an arm was recorded."""
+        return is_record(record_folder(self.folder, seed, arm))
+
     def trajectory(self, seed: int, arm: str) -> Trajectory:
         """The record of an arm, from its seed's first step on.
 
         Raises ArgumentError if the run did not record.
         """
-        return Trajectory(record_folder(self.folder, seed, arm))
+        return Trajectory(record_folder(self.folder, seed, arm), cache_size=0)
 
     def averaging_arm(self) -> str | None:
         """The arm whose average is compared: swa, else cyclic; None if neither has finished."""

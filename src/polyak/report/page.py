@@ -83,7 +83,8 @@ def write_report(
 
     The page needs no network and no script, and has a sentence under each picture. Everything on it
     is drawn from what the run has stored: the surface around its solutions appears once
-    `polyak.reference_run.measure_landscape` has measured it. An older page is replaced.
+    `polyak.reference_run.measure_landscape` has measured it. The questions to its record are asked when the
+    page is first written; their scores are kept in the record. An older page is replaced.
 
     Raises:
         ArgumentError: the folder is not a run, or none of its arms has finished.
@@ -169,6 +170,9 @@ def _difference(finals: Finals, row: ArmWeights, metric: Metric) -> Cell:
 def _sections(run: Run, finals: Finals, land: Landscape | None) -> list[Section]:
     parts = [schedule_section(run), history_section(run)]
     parts.append(reliability_section(finals, run.averaging_arm()))
+    from polyak.report.questions import question_sections  # which uses the tables of this page
+
+    parts += question_sections(run)
     return parts if land is None else [*parts, *landscape_sections(land)]
 
 

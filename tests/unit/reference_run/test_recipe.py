@@ -10,13 +10,27 @@ from polyak.reference_run.recipe import Recipe, load_recipe, quick_version, ship
 
 def test_the_shipped_recipes():
     assert shipped_recipes() == [
-        "annealing-wins", "batchnorm", "default", "fashion", "note", "taught",
+        "annealing-wins", "batchnorm", "default", "fashion", "note", "paper-preresnet",
+        "paper-vgg16", "paper-wrn", "taught", "wrn",
     ]  # fmt: skip
     assert load_recipe("default") == Recipe()
     assert all(load_recipe(name).name == name for name in shipped_recipes())
 
 
-@pytest.mark.parametrize("name", ["annealing-wins", "default", "fashion", "note", "taught"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "annealing-wins",
+        "default",
+        "fashion",
+        "note",
+        "paper-preresnet",
+        "paper-vgg16",
+        "paper-wrn",
+        "taught",
+        "wrn",
+    ],
+)
 def test_a_saved_recipe_reads_back_the_same(name, tmp_path):
     recipe = load_recipe(name)
     path = tmp_path / "recipe.toml"

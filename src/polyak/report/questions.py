@@ -1,0 +1,89 @@
+"""The three questions to a run's record, as sections of its page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from polyak.batchnorm.layers import norm_layers
+from polyak.errors import PolyakError
+from polyak.maths.profiles import EMA, SWA, After
+from polyak.reference_run.arm import steps_per_epoch
+from polyak.reference_run.data import Split
+from polyak.reference_run.run import Run, weights_path
+from polyak.report.search import search_sections
+from polyak.report.sections import Section
+from polyak.study.classify import ScaledNLL
+from polyak.study.found import Found
+
+_BATCH = 250
+_ENDS = 6  # of "decay" and "stop": each needs averages that are evaluated
+_WINDOWS = 3  # of "stop", for each end
+
+
+def question_sections(run: Run) -> list[Section]:
+    """Asked of the first seed's averaging arm; nothing if the run has no record.
+
+    Averages are chosen on one half of the validation images and compared on the other one. Scores are kept
+    in the record, so that a page is only expensive once.
+    """
+    arm = run.averaging_arm()
+    if arm is None or not run.has_record(0, arm):
+        return []
+    try:
+        found = _ask(run, arm)
+    except PolyakError as error:
+        return [Section("What the record answers", f"Nothing: {error}")]
+    which, decay, stop = search_sections(found)
+    return [
+        replace(which, sentence=f"{_introduced(run, arm)} {which.sentence}"),
+        replace(decay, sentence=f"{decay.sentence}{_where_the_rate_moved(run)}"),
+        stop,
+    ]
+
+
+def _ask(run: Run, arm: str) -> list[Found]:
+    data, model, recipe = run.data, run.model(), run.recipe
+    steps = steps_per_epoch(recipe, len(data.train))
+    evaluate = ScaledNLL(_pairs(data.validation))
+    record = run.trajectory(0, arm)
+    common: dict[str, Any] = {
+        "model": model,
+        "data": list(data.train.batches(_BATCH)) if norm_layers(model) else None,
+    }
+    which = record.search(
+        evaluate,
+        swa=After(recipe.branch_epoch * steps, SWA()),
+        ema=EMA.from_half_life(recipe.ema_half_life * steps),
+        last=weights_path(run.folder, 0, arm, "iterate"),
+        **common,
+    )
+    decay = record.decay(evaluate, points=_ENDS, **common)
+    return [which, decay, record.stop(evaluate, points=_ENDS, evaluations=_WINDOWS, **common)]
+
+
+def _pairs(split: Split) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(split.images.split(_BATCH), split.labels.split(_BATCH), strict=True))  # type: ignore[no-untyped-call]
+
+
+def _introduced(run: Run, arm: str) -> str:
+    return (
+        f"The record of the first seed's {arm} arm holds the mean of each of "
+        f"{len(run.trajectory(0, arm).intervals)} intervals, from which any average is made. Scores are "
+        "temperature-scaled NLL on validation images (lower is better). The recipe's SWA is here the mean of all "
+        f"steps after epoch {run.recipe.branch_epoch}, the EMA that with its half-life."
+    )
+
+
+def _where_the_rate_moved(run: Run) -> str:
+    """Nothing, if the arm had a constant rate throughout."""
+    recipe = run.recipe
+    begin, end = recipe.constant_until * recipe.epochs, recipe.branch_epoch
+    if begin >= end and recipe.rate == recipe.swa_rate:
+        return ""
+    return (
+        f" A forecast supposes a constant rate up to where the average begins; in this run the rate changes from "
+        f"epoch {min(begin, end):g} on."
+    )
