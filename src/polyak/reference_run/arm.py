@@ -38,7 +38,7 @@ from polyak.study.metrics import best_temperature, error, nll, reliability
 from polyak.tensors.modes import restored_modes
 
 _BATCH = 250  # images without gradients: a batch stays in the cache
-_CURVE_IMAGES = 1000  # the first training images: enough for the statistics of a point of a curve
+CURVE_IMAGES = 1000  # the first training images: enough for the statistics of a point of a curve
 
 
 class Arm:
@@ -181,7 +181,7 @@ class Arm:
 
     def _statistics_batches(self, *, whole: bool) -> Iterator[Tensor]:
         # update_bn merges the processes: equally many batches in each, none of them empty.
-        images = self.data.train.images[: None if whole else _CURVE_IMAGES]
+        images = self.data.train.images[: None if whole else CURVE_IMAGES]
         own = self.ranks.share(images)
         n = -(-len(images) // (_BATCH * self.ranks.count))
         return map(self.hardware.images, own.tensor_split(n))
