@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,16 @@ def test_no_documented_path_is_deeper_than_two(page):
     # An adapter is named after its framework, below the package of all adapters.
     paths = [path.replace("polyak.integrations.", "polyak.") for path in imported + documented]
     assert not [path for path in paths if path.count(".") > 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["lightning.WeightAveraging", "transformers.attach", "accelerate.track"]
+)
+def test_adapters_are_there_after_import_polyak(name):
+    code = f"import polyak; print(polyak.integrations.{name}.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == name.partition(".")[2]
+    with pytest.raises(AttributeError, match="keras"):
+        _ = polyak.integrations.keras
