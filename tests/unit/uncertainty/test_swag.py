@@ -158,6 +158,17 @@ def test_reset_forgets_the_spread_too():
     assert swag.columns == 3
 
 
+def test_a_mean_that_begins_again_begins_without_deviations():
+    model, swag = captured(n=4)
+    swag._member.restart()
+    walk(model, 2, swag.update)
+    assert (swag.count, swag.columns) == (2, 2)
+    first = swag.state_dict()["deviations"][0]
+    assert all(float(one.abs().max()) == 0 for one in first.values())
+    deviation = swag.state_dict()["deviations"][1]["weight"]
+    assert torch.allclose(swag.state_dict()["variance"]["weight"], deviation**2)
+
+
 # BatchNorm.
 
 
