@@ -1,12 +1,13 @@
 """What recording costs in a real run, beside an EMA of every step by ema-pytorch.
 
-python benchmarks/record.py [--rounds 30] [--interval 58] [--models reference wide]
+python benchmarks/record.py [--rounds 30] [--interval 58] [--models reference wide run]
 
 Each round trains one interval three times: bare, recorded, followed. 58 steps is a run of 3,760 in 64
 intervals; the cost of an interval is the same whatever its length.
 
 The reference network (53,866 weights) and one of 4.6 million on its images, SGD, batches of 64. A round of
 the recorder takes the weights 20 times and writes one interval. Memory is what is held beside the model.
+`run` is an arm of `polyak train` with and without its record, an epoch and interval of 94 steps a round.
 `processor_percent` counts the time of all threads on the processors, the writer's too: it hardly depends on
 what else the machine does.
 """
@@ -14,6 +15,7 @@ what else the machine does.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,8 +28,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import polyak
+from polyak.reference_run.arm import Arm
 from polyak.reference_run.data import embedded_data
+from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import Net
+from polyak.reference_run.recipe import Recipe
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "reference": Net,
@@ -87,16 +92,40 @@ def measure(name: str, rounds: int, interval: int, folder: Path) -> None:
         )
 
 
+def measure_run(rounds: int, folder: Path) -> None:
+    """An arm as `polyak train` trains it, with its EMA, schedule and flips."""
+    recipe = Recipe(arms=("sgd",), device="cpu")
+    data, hardware = embedded_data(), Hardware.named("cpu")
+    epochs: dict[str, Callable[[], object]] = {}
+    for name, record in (("bare", None), ("record", folder / "run")):
+        arm = Arm(recipe, data, hardware, seed=0, name="sgd", record=record)
+        count = itertools.count()
+        epochs[name] = lambda arm=arm, count=count: arm.train_epoch(next(count))
+    times = interleaved(epochs, rounds=min(rounds, recipe.epochs - 1))
+    figure(
+        "recording",
+        model="run",
+        interval=94,
+        what="record",
+        overhead_percent=100 * (times.ratio("record", "bare") - 1),
+        processor_percent=100 * (times.ratio("record", "bare", processor=True) - 1),
+        milliseconds_a_step=1000 * times.median("bare") / 94,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--interval", type=int, default=58)
-    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--models", nargs="+", default=[*MODELS, "run"], choices=[*MODELS, "run"])
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     try:
         for name in given.models:
-            measure(name, given.rounds, given.interval, folder)
+            if name == "run":
+                measure_run(given.rounds, folder)
+            else:
+                measure(name, given.rounds, given.interval, folder)
     finally:
         shutil.rmtree(folder)
 

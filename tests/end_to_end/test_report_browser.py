@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from reference.tiny_run import make_run
+from reference.tiny_run import make_run, write_record
 
 import polyak
 from polyak.reference_run.flatness import measure_landscape
@@ -41,6 +41,7 @@ def browser():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("runs") / "tiny")
+    write_record(folder)
     measure_landscape(Run(folder))
     return write_report(folder)
 

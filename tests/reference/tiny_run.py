@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import polyak
+from polyak.reference_run.arm import steps_per_epoch
 from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recording import record_folder
 from polyak.reference_run.run import Run, weights_path
 
 EPOCHS, BRANCH, SEEDS = 8, 4, 3
@@ -36,6 +39,19 @@ def make_run(folder, *, arms=("sgd", "half", "swa", "cyclic"), **fields):
     for arm in arms:
         _write_weights(Run(folder), arm)
     return folder
+
+
+def write_record(folder, arm="swa"):
+    """The record of a walk from initial weights, an interval for each step."""
+    run = Run(folder)
+    model, steps = run.model(), EPOCHS * steps_per_epoch(run.recipe, len(run.data.train))
+    path = record_folder(Path(folder), 0, arm)
+    with polyak.Recorder(model, path, total=steps, intervals=steps) as recorder:
+        for _ in range(steps):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.02 * torch.randn_like(parameter)
+            recorder.update()
 
 
 def _kinds(arm):
