@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "Band": "polyak.report.figures",
+    "plot_budget": "polyak.report.figures",
     "plot_history": "polyak.report.figures",
     "plot_line": "polyak.report.figures",
     "plot_plane": "polyak.report.figures",
@@ -22,6 +24,8 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from polyak.report.figures import Band as Band
+    from polyak.report.figures import plot_budget as plot_budget
     from polyak.report.figures import plot_history as plot_history
     from polyak.report.figures import plot_line as plot_line
     from polyak.report.figures import plot_plane as plot_plane
