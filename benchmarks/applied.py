@@ -3,7 +3,8 @@
     python benchmarks/applied.py [--rounds 20] [--peers]
 
 A context is entered and left; nothing is evaluated inside. Memory is what PyTorch allocates at most
-meanwhile, as a multiple of the weights.
+meanwhile, as a multiple of the weights. Of bfloat16 weights, whose averages are float32: the time as a
+multiple of copying the weights once, and megabytes. The bounds (2 CPU cores): 2, and 64 MB.
 """
 
 from __future__ import annotations
@@ -92,6 +93,26 @@ def peers(model: nn.Module):
     return found
 
 
+def measure_bfloat16(name: str, model: nn.Module, rounds: int) -> None:
+    """Against the least that a copy would cost: `copy_` of the weights into fresh memory, and no rounding."""
+    average = averaged(model.bfloat16())
+    weights = [p.detach() for p in model.parameters()]
+    candidates = {
+        "copy": lambda: [torch.empty_like(w).copy_(w) for w in weights],
+        "applied": swapped_in(average),
+        "in_place": swapped_in(average, in_place=True),
+    }
+    times = interleaved(candidates, rounds=rounds)
+    figure(
+        "applied, bfloat16",
+        model=name,
+        applied_over_copy=times.ratio("applied", "copy"),
+        in_place_over_copy=times.ratio("in_place", "copy"),
+        copy_ms=times.median("copy") * 1e3,
+        **{f"{key}_MB": allocated(call) / 1e6 for key, call in candidates.items()},
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
@@ -115,6 +136,8 @@ def main() -> None:
             **{f"{key}_us_per_tensor": times.median(key) / count * 1e6 for key in candidates},
             **{f"{key}_memory": allocated(call) / weights for key, call in candidates.items()},
         )
+    for name, (count, size) in {"16 x 1M": (16, 1_000_000), "16 x 16M": (16, 16_000_000)}.items():
+        measure_bfloat16(name, model_of(count, size), options.rounds)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe, load_recipe
 from polyak.study.landscape import along_rays, along_segments
 
-REGIMES = {"weak": "default", "strong": "annealing-wins"}
+REGIMES = {"weak": "taught", "strong": "annealing-wins"}
 """Flips alone, against flips, shifts by a pixel and BatchNorm."""
 
 _SURFACE_IMAGES = 1000

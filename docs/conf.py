@@ -9,7 +9,10 @@ html_theme = "furo"
 html_title = "polyak"
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_static"]
+html_static_path = ["_static"]
+# MathJax 3.2.2 with its fonts in one file, beside the pages: formulas need no network.
+mathjax_path = "mathjax/tex-svg.js"
 default_role = "code"  # a single backtick in a docstring is code, as in Markdown
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

@@ -33,9 +33,9 @@ def child(folder: Path) -> None:
         validation=first(whole.validation, 100),
         test=first(whole.test, 100),
     )
-    recipe = Recipe(
-        epochs=4, seeds=2, batchnorm=True, shift=1, cycle_epochs=1, device="cpu", record_intervals=6
-    )
+    arms = ("sgd", "half", "swa", "cyclic")
+    fields = {"shift": 1, "cycle_epochs": 1, "record_intervals": 6}
+    recipe = Recipe(epochs=4, seeds=2, arms=arms, device="cpu", **fields)
     print("ready", flush=True)
     loop.train(
         recipe,

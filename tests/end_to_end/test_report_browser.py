@@ -3,11 +3,14 @@
 import shutil
 
 import pytest
+import torch
 from reference.tiny_run import make_run, write_record
 
+import polyak
 from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.run import Run
 from polyak.report.page import write_report
+from polyak.report.search import write_search
 
 FLAGS = [
     "--no-sandbox",
@@ -60,16 +63,19 @@ def views(*pairs):
     return pytest.mark.parametrize("opened", pairs, indirect=True, ids=str)
 
 
-@views(("light", 1200), ("dark", 1200), ("light", 380), ("dark", 380))
+@views(("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390))
 def test_quiet_and_as_wide_as_the_screen(opened, report):
     page, seen = opened
     assert seen == {"console": [], "requests": [report.as_uri()]}
     width, screen = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width <= screen
     boxes = page.eval_on_selector_all(
-        ".pictures svg", "all => all.map(svg => svg.getBoundingClientRect().toJSON())"
+        ".pictures svg, .hero svg", "all => all.map(svg => svg.getBoundingClientRect().toJSON())"
     )
-    assert len(boxes) == 18
+    boxes = [
+        box for box in boxes if box["width"]
+    ]  # the first picture is drawn for narrow screens too
+    assert len(boxes) == 21
     assert all(box["width"] > 250 and box["height"] > 100 for box in boxes)
     assert all(box["left"] >= 0 and box["right"] <= screen for box in boxes)
 
@@ -111,3 +117,51 @@ def test_a_screenshot_is_not_blank(opened, tmp_path):
     pixels = imread(tmp_path / "page.png")
     assert pixels.shape[0] > 3000
     assert pixels[..., :3].std() > 0.05
+
+
+@pytest.fixture(scope="module")
+def search_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    model = torch.nn.Linear(2, 1)
+    with polyak.Recorder(model, folder / "record", interval=10, captures=5) as recorder:
+        for step in range(160):
+            torch.nn.init.constant_(model.weight, step)
+            recorder.update()
+    trajectory = polyak.Trajectory(folder / "record")
+
+    def val_loss(state):
+        return (state["weight"][0, 0] - 80).abs() + torch.arange(50) / 50
+
+    options = {"families": ("windows", "half-lives"), "cache": False}
+    found = trajectory.search(val_loss, **options), trajectory.stop(val_loss, cache=False)
+    return write_search(found, folder / "page.html"), found[0]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_the_page_of_a_search_and_its_slider(browser, search_page, scheme, width):
+    path, found = search_page
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said, requests = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda sent: requests.append(sent.url))
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator(".pictures svg").count() == 3
+    box = page.locator(".slider").first
+    assert "the best" in box.locator("output").inner_text()
+    last = box.locator("input").get_attribute("max")
+    seen = set()
+    for at in range(int(last) + 1):
+        box.locator("input").fill(str(at))
+        seen.add(box.locator("output").inner_text())
+        inside = box.locator(".span").bounding_box()
+        track = box.locator(".track").bounding_box()
+        assert inside["width"] > 0
+        assert track["x"] - 1 <= inside["x"]
+        assert inside["x"] + inside["width"] <= track["x"] + track["width"] + 1
+    windows = [one for one in found.scored if one.start is not None]
+    assert len(seen) == len(windows)
+    assert any(f"score {found.best.score:.5g}" in text for text in seen)
+    assert (said, requests) == ([], [path.as_uri()])
+    page.close()

@@ -17,7 +17,8 @@ def few():
     first = lambda split, n: Split(split.images[:n].clone(), split.labels[:n].clone())
     return Data(first(whole.train, 200), first(whole.validation, 60), first(whole.test, 60))
 """
-SHORT = ["--epochs", "4", "--cycle-epochs", "1", "--data", "few_images:few", "--device", "cpu"]
+SHORT = ["--epochs", "4", "--data", "few_images:few", "--device", "cpu"]
+TAUGHT = ["taught", "--cycle-epochs", "1", *SHORT]
 
 
 @pytest.fixture
@@ -40,9 +41,10 @@ def test_a_run_prints_its_results_and_where_they_are(there, capsys):
     assert polyak("train", *SHORT, "--seeds", "2") == 0
     output = capsys.readouterr().out
     assert "Running recipe default in runs/default" in output
-    assert "seed 1 cyclic epoch   4/4  rate 0.0100" in output
-    assert " left" in output
-    assert "mean ± standard error, 2 seed(s)" in output
+    assert "14 epochs in all: 2 seeds of sgd, half, swa; 1 thread" in output
+    assert "seed 1 half   epoch   2/2  rate" in output
+    assert " left to train" in output
+    assert "mean ± standard error, 2 seeds" in output
     assert "averaged model  runs/default/swa.safetensors" in output
     assert "report          runs/default/report.html" in output
     run = Run(there / "runs" / "default")
@@ -61,7 +63,7 @@ def test_each_run_gets_a_folder_and_resume_takes_the_last(there, capsys):
 
 
 def test_quick_is_the_run_in_miniature_and_flags_still_count(there):
-    assert polyak("train", "batchnorm", "--quick", *SHORT, "--output", "out") == 0
+    assert polyak("train", "batchnorm", "--quick", *TAUGHT[1:], "--output", "out") == 0
     recipe = Run(there / "out").recipe
     assert (recipe.name, recipe.seeds, recipe.epochs, recipe.batchnorm) == (
         "batchnorm-quick",
@@ -91,7 +93,11 @@ def test_a_custom_recipe(there):
         (["--output", "taken"], 1, "taken is not empty"),
         (["--output", "/proc/run"], 1, "Could not write /proc/run"),
         (["--output", "taken/letter.txt"], 1, "Could not write taken/letter.txt"),
-        (["--cycle-epochs", "20"], 2, "--cycle-epochs is 20, and only 10 of 40 epochs are left"),
+        (
+            ["taught", "--cycle-epochs", "20"],
+            2,
+            "--cycle-epochs is 20, and only 10 of 40 epochs are left",
+        ),
         (
             [*SHORT, "--batch-size", "201"],
             2,
@@ -99,7 +105,9 @@ def test_a_custom_recipe(there):
         ),
         (["--resume", "--output", "nowhere"], 2, "There is no run in nowhere to resume"),
         (["--resume"], 2, "There is no run in runs/default to resume"),
-        ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "Seed 0, arm swa, epoch 4:"),
+        ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "Seed 0, arm swa, epoch 3:"),
+        (["--jobs", "0"], 2, "--jobs is 0; expected 1 or more"),
+        (["--threads", "-1"], 2, "--threads is -1; expected 1 or more"),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(there, capsys, arguments, code, message):
@@ -129,8 +137,8 @@ def test_an_unknown_flag_exits_with_2(there, capsys):
 def test_another_recipe_on_resume_says_what_differs(there, capsys):
     arguments = ["train", *SHORT, "--arms", "sgd", "--seeds", "1", "--output", "out"]
     assert polyak(*arguments) == 0
-    assert polyak(*arguments, "--resume", "--rate", "0.1") == 1
-    assert "rate: 0.1 here, 0.05 there" in capsys.readouterr().err
+    assert polyak(*arguments, "--resume", "--rate", "0.2") == 1
+    assert "rate: 0.2 here, 0.1 there" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_continue(there, capsys, monkeypatch):
@@ -138,8 +146,25 @@ def test_ctrl_c_says_how_to_continue(there, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("polyak.cli.train_display.train", interrupt)
-    assert polyak("train", *SHORT) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert polyak("train", *SHORT, "--output", "my run") == 130
+    assert "Continue with: polyak train --resume --output 'my run'" in capsys.readouterr().err
+
+
+def test_resume_needs_no_more_than_the_folder(there, capsys):
+    fields = [*SHORT, "--arms", "sgd", "--seeds", "2:4", "--output", "out"]
+    assert polyak("train", *fields) == 0
+    assert polyak("train", "--resume", "--output", "out") == 0
+    assert polyak("train", "--resume", "--output", "out", "--epochs", "5") == 1
+    assert "epochs: 5 here, 4 there" in capsys.readouterr().err
+    recipe = Run(there / "out").recipe
+    assert (recipe.first_seed, recipe.seeds) == (2, 2)
+
+
+@pytest.mark.parametrize("seeds", ["5:3", "3:3", "a:4", ":4"])
+def test_a_range_of_no_seeds(there, capsys, seeds):
+    with pytest.raises(SystemExit):
+        polyak("train", "--seeds", seeds)
+    assert "is not a range of seeds" in capsys.readouterr().err
 
 
 def test_a_missing_report_extra_costs_the_report_only(there, capsys, monkeypatch):
@@ -171,7 +196,7 @@ def test_the_live_table_shows_every_arm(there, capsys, monkeypatch):
     )
     assert polyak("train", *SHORT, "--seeds", "1") == 0
     output = capsys.readouterr().out
-    assert all(word in output for word in ("waits", "cyclic", "4/4", "iterate"))
+    assert all(word in output for word in ("waits", "half", "2/2", "4/4", "iterate"))
 
 
 def test_help_does_not_pay_for_torch():
@@ -216,7 +241,7 @@ def test_a_disk_that_fills_keeps_the_previous_checkpoint(there, capsys):
         env=environment,
     )
     assert done.returncode == 1
-    assert "Could not write out/checkpoints/latest.polyak: File too large" in done.stderr
+    assert "Could not write out/checkpoints/seed-0-sgd.polyak: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((there / "out").rglob("*.part"))
     assert polyak(*arguments, "--resume") == 0

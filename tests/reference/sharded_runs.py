@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -21,6 +23,8 @@ from torch.distributed.tensor.parallel import (
 
 import polyak
 import polyak.sharded
+from polyak.averaging import packing
+from polyak.checkpoints.writing import collective
 from polyak.errors import ArgumentError, MismatchError, NonFiniteError, PolyakError, UsageError
 from polyak.tensors.sharding import boxes, local, narrowed
 
@@ -205,6 +209,69 @@ def check_compiled(folder):
     assert farthest(average.averaged_tensors(), plain.averaged_tensors()) <= 2e-7
 
 
+def agree_when_accumulating(model, reference):
+    """Steps of two backward passes, gradients reduced in the second, an evaluation between them."""
+    one, two = polyak.Average(reference, EMA), polyak.Average(model, EMA)
+    first, second = adam(reference), adam(model)
+    one.attach(first)
+    two.attach(second)
+    for index, x in enumerate(batches(6)):
+        model.set_requires_gradient_sync(index % 2 == 1)
+        for each in (reference, model):
+            each(x).square().mean().backward()
+        if index % 2:
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+        if index:
+            with torch.no_grad(), one.applied(), two.applied():
+                assert torch.equal(model(x), reference(x))
+    assert two.count == 3
+    assert farthest(one.averaged_tensors(), two.averaged_tensors()) == 0
+    assert farthest(live(reference), live(model)) == 0
+
+
+def check_accumulation(folder):
+    agree_when_accumulating(shard(make()), make())
+    model = shard(make(), reshard_after_forward=False)
+    model.set_reshard_after_backward(False)  # gathered all the time
+    agree_when_accumulating(model, make())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.mid, self.out = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7)
+        self.out.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.mid(self.emb(x))))
+
+
+def check_other_forms(folder):
+    """Some children only, several roots, modules in one group, ties, activations computed again, meta."""
+    some, roots, again = make(), make(), make()
+    fully_shard(some.block, mesh=flat_mesh())
+    for part in (roots.block, roots.emb, roots.out):
+        fully_shard(part, mesh=flat_mesh())
+    again.block = checkpoint_wrapper(again.block)
+    with torch.device("meta"):
+        meta = make()
+    shard(meta).to_empty(device="cpu")
+    for name, tensor in meta.state_dict().items():
+        for spans, here in boxes(tensor):
+            narrowed(local(tensor), here).copy_(narrowed(make().state_dict()[name], spans))
+    for model in (some, roots, shard(again), meta):
+        average = agree(model, make(), tolerance=0.0)
+        average.save(folder / "form.safetensors", overwrite=True)
+        plain = polyak.Average(make(), EMA)
+        plain.load(folder / "form.safetensors")
+        assert farthest(plain.averaged_tensors(), average.averaged_tensors()) == 0
+    tied = make(Tied)
+    fully_shard([tied.emb, tied.out], mesh=flat_mesh())
+    agree(fully_shard(tied, mesh=flat_mesh()), make(Tied), tolerance=0.0)
+
+
 def check_mixed_precision(folder):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     model = shard(make(), mp_policy=policy)
@@ -220,6 +287,38 @@ def check_mixed_precision(folder):
         with torch.no_grad(), average.applied():
             model(x)
     assert farthest(average.averaged_tensors(), exact) <= 1e-7
+
+
+def check_bfloat16(folder):
+    """Shards are lent in place of their accumulators, without copies, and every bit comes back."""
+    packing._COPIED_BYTES, usual = 0, packing._COPIED_BYTES
+    model, reference = shard(make().bfloat16()), make().bfloat16()
+    average, plain = polyak.Average(model, polyak.SWA()), polyak.Average(reference, polyak.SWA())
+    for x in batches(3):
+        x = x.bfloat16()
+        with torch.no_grad():
+            for p in (*model.parameters(), *reference.parameters()):
+                p.mul_(1.25).add_(0.37)
+        average.update()
+        plain.update()
+        own, state = live(model), {n: full(t) for n, t in average.state_dict()["tensors"].items()}
+        expected = plain.averaged_tensors()
+        with torch.no_grad(), average.applied(), plain.applied():
+            assert len(average._member.accumulator.packed) >= 5
+            torch.testing.assert_close(model(x), reference(x))
+            assert farthest(live(model), expected) == 0
+            inside = {n: full(t) for n, t in average.state_dict()["tensors"].items()}
+            average.save(folder / "inside.safetensors", overwrite=True)
+        average.save(folder / "outside.safetensors", overwrite=True)
+        saved = [load_file(folder / f"{name}.safetensors") for name in ("inside", "outside")]
+        for name, tensor in state.items():
+            assert torch.equal(inside[name], tensor)
+            assert torch.equal(full(average.state_dict()["tensors"][name]), tensor)
+        for name in expected:
+            assert torch.equal(saved[0][name], expected[name])
+            assert torch.equal(saved[1][name], expected[name])
+        assert farthest(live(model), own) == 0
+    packing._COPIED_BYTES = usual
 
 
 def check_tensor_parallel(folder):
@@ -496,6 +595,25 @@ def check_save_and_load(folder):
     average.copy_to(model)
     assert farthest(model.state_dict(), average.averaged_tensors()) == 0
     refused(MismatchError, lambda: average.copy_to(make()), "sharded")
+
+
+def check_saved_by_parts(folder):
+    """What a block, a window or another dtype makes necessary to compute is computed in small pieces."""
+    kept, collective.SCRATCH = collective.SCRATCH, 16
+    for name, profile in PROFILES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            models = [shard(make().to(dtype)), make().to(dtype)]
+            averages = [polyak.Average(model, profile) for model in models]
+            for factor in (1.0, 0.7, 0.3):
+                for model, average in zip(models, averages, strict=True):
+                    for tensor in model.state_dict().values():
+                        local(tensor).mul_(factor)
+                    average.update()
+            averages[0].save(folder / f"{name}-{dtype}.safetensors")
+            found = load_file(folder / f"{name}-{dtype}.safetensors")
+            assert found["emb.weight"].dtype == dtype
+            assert farthest(found, averages[1].averaged_tensors()) == 0, (name, dtype)
+    collective.SCRATCH = kept
 
 
 def check_boxes(folder):

@@ -13,7 +13,7 @@ from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.recording import record_folder
 from polyak.reference_run.run import Run, weights_path
 
-EPOCHS, BRANCH, SEEDS = 8, 6, 3
+EPOCHS, BRANCH, SEEDS = 8, 4, 3
 SIZE = 12
 
 
@@ -24,16 +24,17 @@ def images():
     return {"train": make(), "validation": make(), "test": make()}
 
 
-def make_run(folder, *, arms=("sgd", "swa", "cyclic"), **fields):
+def make_run(folder, *, arms=("sgd", "half", "swa", "cyclic"), **fields):
     """Write a finished run and return its folder; `fields` go to the recipe."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    recipe = Recipe(
-        name=folder.name, epochs=EPOCHS, seeds=SEEDS, arms=arms, cycle_epochs=1,
-        data="reference.tiny_run:images", device="cpu", **fields,
-    )  # fmt: skip
+    given = {
+        "name": folder.name, "network": "taught", "epochs": EPOCHS, "seeds": SEEDS, "arms": arms,
+        "cycle_epochs": 1, "data": "reference.tiny_run:images", "device": "cpu",
+    }  # fmt: skip
+    recipe = Recipe(**given | fields)
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    records = [r for seed in range(SEEDS) for arm in arms for r in _records(seed, arm)]
+    records = [r for seed in range(SEEDS) for arm in arms for r in _records(recipe, seed, arm)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for arm in arms:
         _write_weights(Run(folder), arm)
@@ -54,19 +55,21 @@ def write_record(folder, arm="swa"):
 
 
 def _kinds(arm):
-    return ("iterate", "ema") if arm == "sgd" else ("iterate", "swa", "ema")
+    kinds = {"sgd": ("iterate", "ema"), "half": ("iterate",)}
+    return kinds.get(arm, ("iterate", "swa", "ema"))
 
 
-def _records(seed, arm):
-    for epoch in range(1 if arm == "sgd" else BRANCH + 1, EPOCHS + 1):
+def _records(recipe, seed, arm):
+    for epoch in range(recipe.first_epoch(arm) + 1, recipe.last_epoch(arm) + 1):
         shift = {"iterate": 0.2, "swa": 0.0, "ema": 0.1}
         values = {
             kind: {"error": 14 + shift[kind] + 8 / epoch + seed / 9, "nll": 0.4 + 1 / epoch}
             for kind in _kinds(arm)
+            if kind != "swa" or epoch >= recipe.swa_epoch
         }
         yield {
             "kind": "epoch", "seed": seed, "arm": arm, "epoch": epoch, "step": epoch, "rate": 0.05,
-            "train_loss": 1 / epoch, "evaluations": values, "averaged": arm != "sgd",
+            "train_loss": 1 / epoch, "evaluations": values, "averaged": "swa" in values,
         }  # fmt: skip
     for index, kind in enumerate(_kinds(arm)):
         yield _final(seed, arm, kind, 13.5 + 0.1 * seed - 0.3 * index + 0.05 * math.sin(9 * seed))
@@ -89,8 +92,9 @@ def _write_weights(run, arm):
     torch.manual_seed(len(arm))
     model = run.model()
     names = {kind: model.state_dict() for kind in _kinds(arm)}
-    if arm != "sgd":
-        names |= {f"epoch-{epoch:03d}": model.state_dict() for epoch in range(BRANCH, EPOCHS + 1)}
+    if "swa" in names:
+        names |= {f"epoch-{epoch:03d}": model.state_dict() for epoch in range(6, EPOCHS + 1)}
+        save_file(model.state_dict(), run.folder / "swa.safetensors")
     for name, state in names.items():
         path = weights_path(run.folder, 0, arm, name)
         path.parent.mkdir(parents=True, exist_ok=True)

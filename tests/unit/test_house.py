@@ -107,8 +107,8 @@ WRITERS_OF_THEIR_OWN = {
         "integrations/trainer_checkpoint.py",
         "torch.save",
     ): "a part of the checkpoint that the Trainer writes",
-    ("reference_run/run.py", "open"): "the lock of a run's folder; metrics, cut back on resume",
-    ("reference_run/loop.py", "torch.save"): "into memory, to be hashed",
+    ("reference_run/run.py", "open"): "the lock of a run's folder",
+    ("reference_run/leg_checkpoint.py", "torch.save"): "into memory, to be hashed",
     ("report/drawing.py", "figure.savefig"): "into memory, to be put into the page",
 }
 
@@ -157,3 +157,12 @@ def _calls_in_replacing(tree: ast.AST) -> set[ast.Call]:
 
 def _is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
+
+
+def test_the_pages_bring_what_draws_their_formulas():
+    """Documentation is read without a network too."""
+    found = {}
+    exec((ROOT / "docs" / "conf.py").read_text(), found)
+    script = ROOT / "docs" / found["html_static_path"][0] / found["mathjax_path"]
+    assert script.stat().st_size > 1_000_000  # with its fonts
+    assert script.with_name("LICENSE").is_file()

@@ -10,10 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.averaging.clock import Clock, Number
 from polyak.errors import ArgumentError
@@ -26,6 +28,7 @@ from polyak.tensors.blend import (
     blank_like,
     correction,
 )
+from polyak.tensors.packed import Packed
 from polyak.tensors.sharding import Span, narrowed
 from polyak.tensors.updates import Update
 
@@ -63,13 +66,20 @@ class Options:
 
 
 class Accumulator(ABC):
-    """What one average keeps, in lists of one tensor per averaged weight, in their order."""
+    """What one average keeps, in lists of one tensor per averaged weight, in their order.
 
-    takes_shards: ClassVar[bool] = True  # or it needs each tensor whole
+    While it is lent, `packed` are those of its `swap_targets` that hold a weight as well, by index.
+    """
+
+    packed: Mapping[int, Packed] = MappingProxyType({})
 
     @abstractmethod
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:
         """Make room for tensors like the live ones."""
+
+    @classmethod  # noqa: B027 - nothing to do for most
+    def check_model(cls, model: Module) -> None:
+        """Raise ArgumentError for a model whose tensors it cannot keep."""
 
     @abstractmethod
     def update(self, before: Clock, now: Clock) -> Update | None:
@@ -96,6 +106,10 @@ class Accumulator(ABC):
     @abstractmethod
     def tensors_held(self) -> list[list[Tensor]]:
         """All tensors, in lists of one per weight."""
+
+    def tensors_to_check(self) -> list[list[Tensor]]:
+        """The same, or tensors that are finite if these are."""
+        return self.tensors_held()
 
     @abstractmethod
     def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
@@ -170,6 +184,9 @@ class RunningAverage(Accumulator):
         self.block_is_open = False
         self.block_updates = 0
         self.block_start: Number = 0.0
+        self.packed: Mapping[
+            int, Packed
+        ] = {}  # while lent: which hold their weight as well, by index
 
     def update(self, before: Clock, now: Clock) -> Update | None:
         """A step of the average toward the weights or, in a block, a sum."""
@@ -221,11 +238,21 @@ class RunningAverage(Accumulator):
 
     def tensors_held(self) -> list[list[Tensor]]:
         """The average, and the open block."""
-        return [self.tensors, self.block] if self.block_is_open else [self.tensors]
+        tensors = self._unpacked()
+        return [tensors, self.block] if self.block_is_open else [tensors]
+
+    def tensors_to_check(self) -> list[list[Tensor]]:
+        """The same, without copies of what is packed, as a rule."""
+        packed = self.packed
+        if not packed:
+            return RunningAverage.tensors_held(self)
+        # No block is open then.
+        return [[packed[i].finite() if i in packed else t for i, t in enumerate(self.tensors)]]
 
     def value(self, index: int, now: Clock, part: Part = ()) -> Tensor:
         """The average of one tensor at `now`: its own where no block is open."""
-        average = narrowed(self.tensors[index], part)
+        whole = self.packed[index].average() if index in self.packed else self.tensors[index]
+        average = narrowed(whole, part)
         if not self.block_is_open:
             return average
         return average + correction(average, narrowed(self.block[index], part), self._growth(now))
@@ -245,7 +272,7 @@ class RunningAverage(Accumulator):
             "start": float(self.block_start),
             "tensors": dict(zip(names, self.block, strict=False)),
         }
-        tensors = dict(zip(names, self.tensors, strict=True))
+        tensors = dict(zip(names, self._unpacked(), strict=True))
         return {"tensors": tensors, "block": (block,) if self.block_is_open else ()}
 
     def load_state(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -280,6 +307,11 @@ class RunningAverage(Accumulator):
             f"when weights are gathered in blocks of {BLOCK_UPDATES} updates",
             f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
         ]
+
+    def _unpacked(self) -> list[Tensor]:
+        """The average; copies of what is packed."""
+        packed = self.packed
+        return [packed[i].average() if i in packed else t for i, t in enumerate(self.tensors)]
 
     def _open_block(self, before: Clock) -> None:
         self._make_block()

@@ -18,6 +18,7 @@ from polyak.tensors.binding import Structure
 from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import odd_form, shape_of
 from polyak.tensors.names import named_modules, named_tensors, require_module
+from polyak.tensors.rounding import copy_rounded
 from polyak.tensors.sharding import (
     fits,
     is_sharded,
@@ -147,7 +148,7 @@ class Follower(Fed):
         for index, target in self._averaged:
             measured = member.measured_buffers.get(tracker.tensors.names[index])
             value = member.accumulator.value(index, member.clock) if measured is None else measured
-            target.copy_(value)
+            copy_rounded(target, value)
         for index, target in self._statistics:
             target.copy_(member.statistics[index])
         for source, target in self._others:
@@ -305,7 +306,7 @@ class WriteBack(Fed):
         tracker.tensors.settle()
         refuse_nonfinite_average(member, "write_back()")
         for index, live in enumerate(tracker.tensors.live):
-            live.detach().copy_(member.accumulator.value(index, now))
+            copy_rounded(live.detach(), member.accumulator.value(index, now))
         recompute_derived(tracker.tensors.model)
 
 

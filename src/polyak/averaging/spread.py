@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.averaging.accumulators import (
     Accumulator,
@@ -17,7 +18,9 @@ from polyak.averaging.accumulators import (
     megabytes,
 )
 from polyak.averaging.clock import Clock
+from polyak.errors import ArgumentError
 from polyak.tensors.blend import blank_like
+from polyak.tensors.sharding import is_sharded, refuse_flat_modules
 
 
 class SpreadAverage(RunningAverage):
@@ -31,13 +34,25 @@ class SpreadAverage(RunningAverage):
     as in $E[w^2] - E[w]^2$. Complex values are pairs of real ones, in the variance too.
     """
 
-    takes_shards: ClassVar[bool] = False  # ranks would have to draw the same numbers for replicas
-
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:
         super().__init__(live, options)
         self._live = live
         self.variance = blank_like(live, options.dtype, options.device)
         self.columns: list[list[Tensor]] = []  # the deviations, oldest first
+
+    @classmethod
+    def check_model(cls, model: Module) -> None:
+        """Refuse sharded models: ranks would have to draw the same numbers for what each has a copy of."""
+        refuse_flat_modules(model)
+        # FSDP2 shows plain parameters between a forward pass and the next step; the module knows better.
+        kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+        found = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+        if found or "FSDPModule" in kinds:
+            raise ArgumentError(
+                f"SWAG is not available on sharded models ({found or type(model).__name__} is sharded). Keep "
+                "the mean with polyak.Average, or record the run with polyak.Recorder and make the SWAG "
+                "of an unsharded model afterwards: polyak.SWAG.from_trajectory."
+            )
 
     def settle(self, now: Clock) -> None:
         """The average has moved: take the deviation from it."""
@@ -90,6 +105,10 @@ class SpreadAverage(RunningAverage):
     def tensors_held(self) -> list[list[Tensor]]:
         """The average, the variance, and the deviations."""
         return [*super().tensors_held(), self.variance, *self.columns]
+
+    def tensors_to_check(self) -> list[list[Tensor]]:
+        """The same, without copies of what is packed, as a rule."""
+        return [*super().tensors_to_check(), self.variance, *self.columns]
 
     def state(self, names: Sequence[str]) -> dict[str, Any]:
         """What the average keeps, and the spread by the same names."""

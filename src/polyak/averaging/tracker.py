@@ -25,7 +25,6 @@ from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.gathering import Gathered, Taken
 from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
-from polyak.tensors.sharding import refuse_sharded
 from polyak.tensors.swap import current_owner
 
 
@@ -174,8 +173,7 @@ class Tracker:
         live = self.tensors.live
         for member in self.members:
             if member.accumulator is None:
-                if not member.held_by.takes_shards:
-                    refuse_sharded("SWAG", self.tensors.model)
+                member.held_by.check_model(self.tensors.model)
                 member.accumulator = member.held_by(live, self.options)
                 member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
                 member.newest = None

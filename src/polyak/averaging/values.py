@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from polyak.averaging.accumulators import Part
+from polyak.averaging.packing import to_pack
 from polyak.averaging.tracker import Member
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
@@ -19,6 +20,8 @@ from polyak.tensors.fsdp import reshard
 from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
+from polyak.tensors.packed import Packed
+from polyak.tensors.rounding import copy_rounded, rounded_for
 from polyak.tensors.sharding import is_sharded, layout, local, narrowed, sharded_as
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
@@ -65,6 +68,8 @@ def model_value(member: Member, index: int, *, exchanged: bool = False, part: Pa
     live = tensors.live[index]
     if (measured := member.measured_buffers.get(tensors.names[index])) is not None:
         return narrowed(measured, part)
+    if (packed := _packed(member).get(index)) is not None:
+        return narrowed(packed.weight, part)
     if targets:
         kept = targets[index]
         if _same_memory(kept, live) or (exchanged and kept.dtype == live.dtype):
@@ -73,7 +78,7 @@ def model_value(member: Member, index: int, *, exchanged: bool = False, part: Pa
         return narrowed(live.detach(), part)
     with torch.no_grad(), torch.inference_mode(False):
         value = member.accumulator.value(index, member.clock, part)
-        return torch.empty_like(narrowed(live, part)).copy_(value)
+        return copy_rounded(torch.empty_like(narrowed(live, part)), value)
 
 
 @torch.no_grad()
@@ -163,7 +168,7 @@ def copy_into(model: Module, member: Member) -> None:
     )
     for name, tensor in persistent.items():
         if id(local(tensor)) not in newest:
-            overwrite(model, tensor, source[name])
+            overwrite(model, tensor, rounded_for(tensor, source[name]))
     recompute_derived(model)
 
 
@@ -183,7 +188,7 @@ def _settled_after(member: Member) -> Iterator[None]:
 def refuse_nonfinite_average(member: Member, what: str) -> None:
     """Raise NonFiniteError that names the averaged tensors and statistics with NaN or infinity."""
     tensors, accumulator = member.tracker.tensors, member.accumulator
-    groups = [] if accumulator is None else accumulator.tensors_held()
+    groups = [] if accumulator is None else accumulator.tensors_to_check()
     held = chain.from_iterable(zip(tensors.names, group, strict=True) for group in groups)
     statistics = zip(tensors.statistic_names, member.statistics, strict=True)
     refuse_nonfinite(
@@ -245,19 +250,27 @@ def _warn_of_writes(member: Member, written: Sequence[Tensor]) -> None:
         )
 
 
-def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _to_swap(
+    member: Member, stay: set[int]
+) -> tuple[list[Tensor], list[Tensor | Packed], list[Tensor]]:
     """The live tensors, what they hold in the block, and the originals that this is shared from."""
     tensors = member.tracker.tensors
     kept = {id(tensor) for tensor in (*member.statistics, *member.measured_buffers.values())}
-    own = kept | {id(tensor) for tensor in _swap_targets(member)}
+    averages = _swap_targets(member)
+    own = kept | set(map(id, averages))
     live = [*tensors.live, *tensors.statistics]
+    # What is measured in the block is written to the statistics, averaged or not.
+    packed = to_pack(tensors.live, averages, stay, _of_norms(member)) if averages else {}
     originals = [
-        *(model_value(member, i, exchanged=id(w) in stay) for i, w in enumerate(tensors.live)),
-        *member.statistics,
+        packed[i].weight if i in packed else model_value(member, i, exchanged=id(w) in stay)
+        for i, w in enumerate(tensors.live)
     ]
-    values = []
-    for tensor, original in zip(live, originals, strict=True):
-        if id(tensor) in stay:
+    originals += member.statistics
+    values: list[Tensor | Packed] = []
+    for index, (tensor, original) in enumerate(zip(live, originals, strict=True)):
+        if index in packed:
+            values.append(packed[index])
+        elif id(tensor) in stay:
             values.append(original.clone() if id(original) in kept else original)
         elif (shared := copy_on_write(original)) is not None:
             values.append(shared)
@@ -271,6 +284,11 @@ def _to_swap(member: Member, stay: set[int]) -> tuple[list[Tensor], list[Tensor]
             values.append(shared)
             originals.append(other.detach())
     return live, values, originals
+
+
+def _packed(member: Member) -> Mapping[int, Packed]:
+    """What is packed now, by index: something only while the average is lent."""
+    return {} if member.accumulator is None else member.accumulator.packed
 
 
 def _may_be_written(tensor: Tensor) -> bool:
@@ -287,10 +305,13 @@ def _swap_targets(member: Member) -> list[Tensor]:
 
 @contextmanager
 def _track_swapped(
-    member: Member, live: Sequence[Tensor], values: Sequence[Tensor], stay: set[int]
+    member: Member, live: Sequence[Tensor], values: Sequence[Tensor | Packed], stay: set[int]
 ) -> Iterator[None]:
     """After an in-place swap the averaged values are in the live tensors: look for them there."""
     moved = {id(v): w.detach() for w, v in zip(live, values, strict=True) if id(w) in stay}
+    packed = {index: v for index, v in enumerate(values) if isinstance(v, Packed)}
+    if member.accumulator is not None:
+        member.accumulator.packed = packed
     targets = _swap_targets(member)
     before = list(targets)
     targets[:] = [moved.get(id(t), t) for t in targets]
@@ -300,6 +321,8 @@ def _track_swapped(
     finally:
         member.is_applied = False
         targets[:] = before
+        if member.accumulator is not None:
+            member.accumulator.packed = {}
 
 
 @contextmanager

@@ -8,10 +8,20 @@ from typing import Annotated
 from cyclopts import Parameter
 
 
-def report(run: Annotated[Path, Parameter(help="Folder that polyak train wrote.")], /) -> None:
+def report(
+    run: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+) -> None:
     """Write the page of a run: report.html and figures/ in its folder.
 
     The surface around its solutions is measured first if it is not stored in the folder yet.
+
+    Args:
+        run: Folder that polyak train wrote.
+        output: Write the page there; the pictures still go into figures/ of the run.
+
     """
     from rich.console import Console
 
@@ -21,13 +31,13 @@ def report(run: Annotated[Path, Parameter(help="Folder that polyak train wrote."
     console = Console()
     with console.status("Measuring and drawing"):
         measure_landscape(Run(run))
-        path = write_report(run)
+        path = write_report(run, output)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
 
 def compare(
     *runs: Annotated[Path, Parameter(help="Folders that polyak train wrote; two or more.")],
-    output: Path = Path("compare.html"),
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("compare.html"),
     overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Put finished runs side by side: a table here, and a page with their pictures.

@@ -194,8 +194,7 @@ def _answer(question: str, inputs: tuple[str, ...], asked: Asked, options: dict[
     found: Found = getattr(record, question)(evaluate, **asked.judging(), **options)
     _say(str(found))
     if asked.output is not None:
-        record.save(asked.output, found.best.profile, found.best.until, overwrite=asked.overwrite)
-        _refresh(asked, asked.output)
+        _write(record, found, asked, asked.output)
         _say(f"{asked.output}: {found.best.profile} at {found.best.until:,g} {found.unit}")
     if asked.report is not None:
         from polyak.report.search import write_search
@@ -203,14 +202,24 @@ def _answer(question: str, inputs: tuple[str, ...], asked: Asked, options: dict[
         _say(f"Page: {write_search([found], asked.report, overwrite=asked.overwrite)}")
 
 
-def _refresh(asked: Asked, path: Path) -> None:
-    """The statistics of what is written are those that were evaluated."""
+def _write(record: Trajectory, found: Found, asked: Asked, path: Path) -> None:
+    """The best average, with the statistics that it was evaluated with."""
+    import warnings
+
     from polyak.batchnorm.layers import norm_layers
     from polyak.batchnorm.update_file import update_bn_file
+    from polyak.errors import StaleStatistics
     from polyak.objects import call_object
 
-    if asked.model and asked.data and norm_layers(model := call_object(asked.model)):
-        update_bn_file(path, model, call_object(asked.data))
+    model = call_object(asked.model) if asked.model and asked.data else None
+    refresh = model is not None and bool(norm_layers(model))
+    with warnings.catch_warnings():
+        if refresh:
+            warnings.simplefilter("ignore", StaleStatistics)
+        best = found.best
+        record.save(path, best.profile, best.until, overwrite=asked.overwrite)
+    if model is not None and refresh:
+        update_bn_file(path, model, call_object(str(asked.data)))
 
 
 def _opened(inputs: tuple[str, ...]) -> Trajectory:

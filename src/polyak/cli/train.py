@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import whole_number
+from polyak.cli.converters import seed_range, whole_number
 from polyak.errors import ArgumentError
 from polyak.reference_run.recipe import Recipe, load_recipe, quick_version
 
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     Fields = Recipe
 else:
     # Every field of a recipe as a flag that may be left out, with the field's own help.
-    _TYPES = get_type_hints(Recipe)
+    _TYPES = get_type_hints(Recipe) | {"seeds": str}
+
+    def _converter(name: str) -> Any:
+        if name == "seeds":
+            return seed_range
+        return whole_number if _TYPES[name] is int else None
+
     Fields = dataclasses.make_dataclass(
         "Fields",
         [
@@ -28,7 +34,7 @@ else:
                         help=field.metadata["help"],
                         consume_multiple=True,
                         negative_iterable=(),
-                        converter=whole_number if _TYPES[field.name] is int else None,
+                        converter=_converter(field.name),
                     ),
                 ],
                 dataclasses.field(default=None),
@@ -40,37 +46,61 @@ else:
     Fields.__module__ = __name__  # cyclopts treats classes of the module `types` as builtins
 
 
-def train(
-    recipe: str = "default",
+def train(  # noqa: PLR0913 - keyword-only arguments do not count
+    recipe: str | None = None,
     /,
     *,
     quick: Annotated[bool, Parameter(negative="")] = False,
-    output: Path | None = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    jobs: Annotated[int | None, Parameter(converter=whole_number)] = None,
+    threads: Annotated[int | None, Parameter(converter=whole_number)] = None,
     fields: Annotated[Fields | None, Parameter(name="*", group="Recipe fields")] = None,
 ) -> None:
-    """Train on real images with SGD and with weight averaging at the same budget, and compare.
+    """Train on real images, annealed and with weight averaging at the same budget, and compare.
 
     The run is written to its own folder: recipe, metrics, weights, the averaged model
     (swa.safetensors) and a report. You can stop it at any time and continue with --resume.
     With torchrun --nproc-per-node N -m polyak train, N processes share each batch.
 
     Args:
-        recipe: default, batchnorm, annealing-wins, note, fashion, or the path of a TOML file.
+        recipe: default, taught, batchnorm, annealing-wins, note, fashion, wrn, paper-vgg16, paper-preresnet,
+            paper-wrn, or the path of a TOML file.
         quick: The same run in miniature: 8 epochs, 2 seeds, cycles and half-lives in proportion.
         output: Folder of the run; runs/NAME by default, or the next free of runs/NAME-2, ...
-        resume: Continue the run that the same command began.
+        resume: Continue the run that the same command began; with --output alone, the run in it.
+        jobs: Train as many arms and seeds side by side, to the same bits; by default what the
+            processors allow.
+        threads: Threads of each; by default one or all, whichever a short probe finds faster.
         fields: Any field of the recipe.
 
     """
     overrides = {name: value for name, value in _given(fields).items() if value is not None}
-    chosen = load_recipe(recipe)
-    if quick:
-        chosen = quick_version(chosen)
-    chosen = load_recipe(recipe, {**dataclasses.asdict(chosen), **overrides})
+    if seeds := overrides.pop("seeds", None):
+        overrides |= {"first_seed": seeds[0], "seeds": seeds[1]}
+    chosen = _chosen_recipe(recipe, overrides, quick=quick, output=output if resume else None)
     from polyak.cli.train_display import carry_out
 
-    carry_out(chosen, lambda: _chosen_folder(output, chosen.name, resume=resume), resume=resume)
+    carry_out(
+        chosen,
+        lambda: _chosen_folder(output, chosen.name, resume=resume),
+        resume=resume,
+        threads=threads,
+        jobs=jobs,
+    )
+
+
+def _chosen_recipe(
+    name: str | None, overrides: dict[str, Any], *, quick: bool, output: Path | None
+) -> Recipe:
+    """The recipe that is named; without a name, that of the run to be resumed in `output`."""
+    saved = output / "recipe.toml" if output else None
+    if name is None and not quick and saved is not None and saved.is_file():
+        return load_recipe(str(saved), overrides)
+    chosen = load_recipe(name or "default")
+    if quick:
+        chosen = quick_version(chosen)
+    return load_recipe(name or "default", {**dataclasses.asdict(chosen), **overrides})
 
 
 def _given(fields: Any) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -17,9 +20,11 @@ from polyak.errors import MissingExtra, OutputError
 from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.loop import Watch, plan, train
+from polyak.reference_run.placement import Placement
 from polyak.reference_run.ranks import joined
 from polyak.reference_run.recipe import Recipe
-from polyak.reference_run.run import Run
+from polyak.reference_run.run import Run, recorded_threads
+from polyak.report.numbers import count, rounded
 from polyak.report.page import write_report
 from polyak.report.tables import BASELINE, METRICS, Finals, Metric, format_estimate, row_label
 
@@ -34,42 +39,72 @@ _HEADINGS = {
     "nll_scaled": "NLL, scaled",
     "ece": "ECE %",
 }
+_RECENT_SECONDS, _FEWEST_EPOCHS, _FEWEST_TO_SAY = 60, 8, 4  # what the pace is taken from
 _NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA"}
 
 
-def carry_out(recipe: Recipe, choose_folder: Callable[[], Path], *, resume: bool) -> None:
+def carry_out(
+    recipe: Recipe,
+    choose_folder: Callable[[], Path],
+    *,
+    resume: bool,
+    threads: int | None = None,
+    jobs: int | None = None,
+) -> None:
     """Train with a live table, or with plain lines if there is no terminal, then print the results.
 
     Of several processes only the first one prints.
     """
     with joined(recipe.strategy, Hardware.named(recipe.device).device) as ranks:
         folder = ranks.first(choose_folder)
-        if ranks.index:
-            train(recipe, folder, resume=resume)
-            return
-        console, run = _train(recipe, folder, resume=resume)
-    _print_results(console, run)
+        if ranks.count > 1:
+            placement = Placement(threads or torch.get_num_threads(), jobs or 1)
+        else:
+            known = recorded_threads(folder) if resume else None
+            placement = Placement.chosen(recipe, threads or known, jobs)
+        with placement.in_effect():
+            if ranks.index:
+                train(recipe, folder, resume=resume)
+                return
+            console, run = _train(recipe, folder, resume=resume, placement=placement)
+            _print_results(console, run)
 
 
-def _train(recipe: Recipe, folder: Path, *, resume: bool) -> tuple[Console, Run]:
+def _train(
+    recipe: Recipe, folder: Path, *, resume: bool, placement: Placement
+) -> tuple[Console, Run]:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
     before = Run(folder).records() if resume and (folder / "recipe.toml").exists() else []
     verb = "Resuming" if before else "Running"
     console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
+    console.print(describe_work(recipe, placement), highlight=False)
     try:
         with _display(console, recipe, before) as watch:
-            return console, train(recipe, folder, resume=resume, watch=watch)
+            return console, train(recipe, folder, resume=resume, watch=watch, jobs=placement.jobs)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"Stopped. Continue with the same command and --resume --output {folder}."
+            "Stopped; finished epochs are kept. Continue with: "
+            f"polyak train --resume --output {shlex.quote(str(folder))}"
         ) from None
+
+
+def describe_work(recipe: Recipe, placement: Placement) -> str:
+    """How much there is to train, and on what.
+
+    >>> describe_work(Recipe(), Placement(threads=1, jobs=2))
+    '159 epochs in all: 3 seeds of sgd, half, swa; 2 side by side, 1 thread each'
+    """
+    seeds, threads = count(recipe.seeds, "seed"), count(placement.threads, "thread")
+    where = f"{placement.jobs} side by side, {threads} each" if placement.jobs > 1 else threads
+    arms = ", ".join(recipe.arms)
+    return f"{count(len(plan(recipe)), 'epoch')} in all: {seeds} of {arms}; {where}"
 
 
 @contextmanager
 def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> Iterator[Watch]:
-    left = TimeLeft()
+    left = TimeLeft(sum(r["kind"] == "epoch" for r in before) / len(plan(recipe)))
     if not console.is_terminal:
         yield lambda record, done: console.print(
             plain_line(recipe, record, left.text(done)), highlight=False, soft_wrap=True
@@ -86,21 +121,25 @@ def _display(console: Console, recipe: Recipe, before: list[dict[str, Any]]) -> 
 
 
 class TimeLeft:
-    """The time left, from the pace since the first epoch that was finished in this process."""
+    """The time left to train, from the pace of the last minute or so of this process.
 
-    def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
+    `before` is the fraction that was finished when it began.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._seen = deque([(time.monotonic(), before)])
 
     def text(self, done: float) -> str:
-        """`1:05 left`, given the finished fraction; empty before a second epoch ends."""
+        """`1:05 left to train`, given the finished fraction; empty until a few epochs have ended."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = (now, done)
-        start, done_then = self._first
-        if done >= 1 or done <= done_then:
+        self._seen.append((now, done))
+        while len(self._seen) > _FEWEST_EPOCHS and now - self._seen[1][0] > _RECENT_SECONDS:
+            self._seen.popleft()
+        start, done_then = self._seen[0]
+        if done >= 1 or done <= done_then or len(self._seen) < _FEWEST_TO_SAY:
             return ""
         seconds = round((now - start) / (done - done_then) * (1 - done))
-        return f"{seconds // 60}:{seconds % 60:02d} left"
+        return f"{seconds // 60}:{seconds % 60:02d} left to train"
 
 
 def plain_line(recipe: Recipe, record: dict[str, Any], left: str) -> str:
@@ -108,15 +147,15 @@ def plain_line(recipe: Recipe, record: dict[str, Any], left: str) -> str:
     place = f"seed {record['seed']} {record['arm']:<6}"
     if record["kind"] == "final":
         return (
-            f"{place} {_NAMES[record['weights']]}: test error {record['error']:.2f}%, "
-            f"NLL {record['nll']:.4f}, calibration error {record['ece']:.2f}%"
+            f"{place} {_NAMES[record['weights']]}: test error {rounded(record['error'], 2)}%, "
+            f"NLL {rounded(record['nll'], 4)}, calibration error {rounded(record['ece'], 2)}%"
         )
     metrics = ", ".join(
-        f"{_NAMES[kind]} {value['error']:.2f}% {value['nll']:.4f}"
+        f"{_NAMES[kind]} {rounded(value['error'], 2)}% {rounded(value['nll'], 4)}"
         for kind, value in record["evaluations"].items()
     )
     return (
-        f"{place} epoch {record['epoch']:>3}/{recipe.epochs}  rate {record['rate']:.4f}  "
+        f"{place} epoch {record['epoch']:>3}/{recipe.last_epoch(record['arm'])}  rate {record['rate']:.4f}  "
         f"loss {record['train_loss']:.4f}  validation: {metrics}  {left}"
     ).rstrip()
 
@@ -151,11 +190,11 @@ class LiveTable:
             return ["waits"]
         metrics = record["evaluations"]
         return [
-            f"{record['epoch']}/{self._recipe.epochs}",
+            f"{record['epoch']}/{self._recipe.last_epoch(record['arm'])}",
             f"{record['rate']:.4f}",
             f"{record['train_loss']:.4f}",
             *(
-                f"{metrics[kind]['error']:.2f} / {metrics[kind]['nll']:.3f}"
+                f"{rounded(metrics[kind]['error'], 2)} / {rounded(metrics[kind]['nll'], 3)}"
                 if kind in metrics
                 else "-"
                 for kind in _NAMES
@@ -176,7 +215,9 @@ def _print_results(console: Console, run: Run) -> None:
 
 
 def _print_report(console: Console, run: Run) -> None:
-    console.print("Measuring and drawing the report ...", highlight=False)
+    console.print(
+        "Measuring the surface around the solutions and drawing the report ...", highlight=False
+    )
     try:
         measure_landscape(run)
         console.print(f"report          {write_report(run.folder)}", highlight=False)
@@ -184,14 +225,15 @@ def _print_report(console: Console, run: Run) -> None:
         console.print(f"report          none: {missing}", highlight=False)
     except OutputError:
         console.print(
-            f"The run is complete. For its report: polyak report {run.folder}", highlight=False
+            f"The run is complete. For its report: polyak report {shlex.quote(str(run.folder))}",
+            highlight=False,
         )
         raise
 
 
 def values_table(finals: Finals) -> Table:
     """Every metric of every kind of weights."""
-    title = f"On the test images: mean ± standard error, {finals.n_seeds} seed(s)"
+    title = f"On the test images: mean ± standard error, {count(finals.n_seeds, 'seed')}"
     table = _metrics_table(title)
     for row in finals.rows:
         means = ((finals.mean(row, metric.key), _digits(metric)) for metric in METRICS)

@@ -19,17 +19,26 @@ from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.recorder import Recorder
 from polyak.errors import NonFiniteError
 from polyak.maths.profiles import EMA, SWA
-from polyak.maths.schedules import Constant, Cosine, CyclicLinear, Linear, Schedule, chain
+from polyak.maths.schedules import (
+    Constant,
+    Cosine,
+    CyclicLinear,
+    Linear,
+    Schedule,
+    Warmup,
+    chain,
+)
 from polyak.reference_run.data import Augmentation, Data, Split, permutation
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, shard_momenta, sharded_like, whole
-from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recipe import AVERAGING_ARMS, Recipe
 from polyak.reference_run.recording import attached_recorder
 from polyak.study.metrics import best_temperature, error, nll, reliability
 from polyak.tensors.modes import restored_modes
 
 _BATCH = 250  # images without gradients: a batch stays in the cache
+CURVE_IMAGES = 1000  # the first training images: enough for the statistics of a point of a curve
 
 
 class Arm:
@@ -62,14 +71,17 @@ class Arm:
             lr=recipe.rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
         )
         self.schedule = arm_schedule(recipe, name, self.steps_per_epoch)
         self.lr = LRSchedule(self.optimizer, self.schedule)
-        self.averages = {"ema": Average(self.model, self._ema())}
-        self.averages["ema"].attach(self.optimizer)
-        if name != "sgd":
-            # Also of the weights with which the arm leaves SGD, as in the paper: the schedule
-            # averages at the branch, and this average is empty there.
+        self.averages: dict[str, Average] = {}
+        if name != "half":  # a control, of which only the last weights are asked
+            self.averages["ema"] = Average(self.model, self._ema())
+            self.averages["ema"].attach(self.optimizer)
+        if name in AVERAGING_ARMS:
+            # Also of the weights with which averaging begins, as in the paper: if that is where the
+            # arm leaves SGD, the schedule averages there, and this average is empty.
             self.averages["swa"] = Average(self.model, SWA())
             self.averages["swa"].attach(self.optimizer, at=self.lr)
         self.recorder: Recorder | None = None
@@ -93,15 +105,16 @@ class Arm:
         return self._mean_loss(self.ranks.total(losses).cpu(), sizes, epoch)
 
     @contextmanager
-    def weights_applied(self, kind: str) -> Iterator[nn.Module]:
+    def weights_applied(self, kind: str, *, whole: bool = True) -> Iterator[nn.Module]:
         """The model with its last weights (`iterate`) or those of an average (`ema`, `swa`).
 
-        The BatchNorm statistics of an average are updated on the training images first.
+        The BatchNorm statistics of an average are updated on the training images first, or without
+        `whole` on the first 1,000 of them.
         """
         if kind == "iterate":
             yield self.model
             return
-        self.averages[kind].update_bn(self._statistics_batches())
+        self.averages[kind].update_bn(self._statistics_batches(whole=whole))
         with self.averages[kind].applied():
             yield self.model
 
@@ -133,7 +146,8 @@ class Arm:
         shard_momenta(self.optimizer)
         self.lr.load_state_dict(state["lr"])
         for kind, average in state["averages"].items():
-            self.averages[kind].load_state_dict(average)
+            if kind in self.averages:
+                self.averages[kind].load_state_dict(average)
         if self.recorder is not None:
             self.recorder.load_state_dict(state["record"])
         self.hardware.set_random_state(state["random"])
@@ -165,10 +179,11 @@ class Arm:
             f"The training loss is {float(losses[step])} in batch {step + 1}, at a rate of {rate:.3g}."
         )
 
-    def _statistics_batches(self) -> Iterator[Tensor]:
+    def _statistics_batches(self, *, whole: bool) -> Iterator[Tensor]:
         # update_bn merges the processes: equally many batches in each, none of them empty.
-        own = self.ranks.share(self.data.train.images)
-        n = -(-len(self.data.train) // (_BATCH * self.ranks.count))
+        images = self.data.train.images[: None if whole else CURVE_IMAGES]
+        own = self.ranks.share(images)
+        n = -(-len(images) // (_BATCH * self.ranks.count))
         return map(self.hardware.images, own.tensor_split(n))
 
 
@@ -180,24 +195,24 @@ def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
 def arm_schedule(recipe: Recipe, arm: str, steps: int) -> Schedule:
     """The schedule of an arm over the whole budget, in steps; an epoch has `steps` of them.
 
-    sgd: constant, then down to `final_ratio` of the rate, then held. The others follow it up to
-    the branch; then swa keeps a constant rate and averages once an epoch (or a step), and cyclic
-    repeats cycles from high to low and averages at the end of each.
+    sgd: warm-up, constant, then down to `final_ratio` of the rate, then held. half: the same in half
+    of the budget. The others follow sgd up to the branch; then swa keeps a constant rate and
+    averages once an epoch (or a step) from `swa_from` on, and cyclic repeats cycles from high to low
+    and averages at the end of each.
 
     >>> from polyak.reference_run.recipe import load_recipe
     >>> note = arm_schedule(load_recipe("note"), "cyclic", steps=1)
     >>> note.averaging_points(), round(note(113), 12)
     ((100, 110, 120, 130, 140), 0.034)
     """
-    sgd = _annealed(recipe, steps)
-    if arm == "sgd":
-        return sgd
-    branch = recipe.branch_epoch * steps
-    return chain((branch, sgd), (recipe.epochs * steps - branch, _averaging(recipe, arm, steps)))
+    schedule = _annealed(recipe, recipe.last_epoch(arm) * steps)
+    if arm in AVERAGING_ARMS:
+        branch, left = recipe.branch_epoch, recipe.epochs - recipe.branch_epoch
+        schedule = chain((branch * steps, schedule), (left * steps, _averaging(recipe, arm, steps)))
+    return Warmup(recipe.warmup_epochs * steps, schedule) if recipe.warmup_epochs else schedule
 
 
-def _annealed(recipe: Recipe, steps: int) -> Schedule:
-    budget = recipe.epochs * steps
+def _annealed(recipe: Recipe, budget: int) -> Schedule:
     low = recipe.rate * recipe.final_ratio
     start, end = round(recipe.constant_until * budget), round(recipe.annealed_at * budget)
     curve = Linear if recipe.annealing == "linear" else Cosine
@@ -210,12 +225,17 @@ def _annealed(recipe: Recipe, steps: int) -> Schedule:
 
 
 def _averaging(recipe: Recipe, arm: str, steps: int) -> Schedule:
-    if arm == "swa":
-        # A cycle from a rate to the same rate is a constant that says when to average.
-        every = steps if recipe.swa_average == "epoch" else 1
-        return CyclicLinear(high=recipe.swa_rate, low=recipe.swa_rate, cycle=every)
-    cycle = recipe.cycle_epochs * steps
-    return CyclicLinear(high=recipe.cycle_high, low=recipe.cycle_low, cycle=cycle)
+    if arm == "cyclic":
+        cycle = recipe.cycle_epochs * steps
+        return CyclicLinear(high=recipe.cycle_high, low=recipe.cycle_low, cycle=cycle)
+    # A cycle from a rate to the same rate is a constant that says when to average.
+    every = steps if recipe.swa_average == "epoch" else 1
+    averaging = CyclicLinear(high=recipe.swa_rate, low=recipe.swa_rate, cycle=every)
+    before = (recipe.swa_epoch - recipe.branch_epoch) * steps
+    if not before:
+        return averaging
+    after = (recipe.epochs - recipe.swa_epoch) * steps
+    return chain((before, Constant(recipe.swa_rate)), (after, averaging))
 
 
 def logits_of(model: nn.Module, split: Split, hardware: Hardware) -> Tensor:

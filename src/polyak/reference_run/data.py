@@ -1,4 +1,4 @@
-"""The images of a run: those that ship, four IDX files, or custom ones; their order and augmentation.
+"""The images of a run: those that ship, IDX files, CIFAR's files, or custom ones; their order and augmentation.
 
 Permutations and augmentations are pure functions of (seed, epoch, index). The draws for an epoch come
 from a counter-based generator keyed by (seed, epoch, purpose), of which image `index` takes the
@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from polyak.errors import ArgumentError, FormatError
 from polyak.objects import call_object
+from polyak.reference_run.cifar import is_cifar, read_cifar
 from polyak.reference_run.recipe import Recipe
 
 EMBEDDED = Path(__file__).parent / "images" / "fashion.npz"
@@ -103,7 +104,10 @@ def load_data(recipe: Recipe) -> Data:
 def _loaded(function: str, folder: str) -> Data:
     if function:
         return custom_data(function)
-    return idx_data(Path(folder)) if folder else embedded_data()
+    if folder:
+        path = Path(folder)
+        return cifar_data(path) if is_cifar(path) else idx_data(path)
+    return embedded_data()
 
 
 def _unseen_labels(data: Data) -> str:
@@ -174,6 +178,30 @@ def idx_data(folder: Path) -> Data:
         train=_split(images[:cut], labels[:cut]),
         validation=_split(images[cut:], labels[cut:]),
         test=_split(test_images, test_labels),
+    )
+    if problem := _unseen_labels(data):
+        raise FormatError(f"{folder}: {problem}")
+    return data
+
+
+def cifar_data(folder: Path) -> Data:
+    """CIFAR-10 or CIFAR-100 in its binary layout; the last tenth of the training images validates.
+
+    Pixels are scaled by the mean and the standard deviation of each channel of the training images.
+    """
+    images, labels, test_images, test_labels = read_cifar(folder)
+    cut = len(images) - len(images) // 10
+    pixels = images[:cut].astype(np.float32) / 255
+    mean, std = (f(pixels, axis=(0, 2, 3), keepdims=True) for f in (np.mean, np.std))
+
+    def scaled(part: NDArray[np.uint8], of: NDArray[np.uint8]) -> Split:
+        values = (part.astype(np.float32) / 255 - mean) / np.maximum(std, 1e-6)
+        return Split(torch.from_numpy(values), torch.from_numpy(of.astype(np.int64)))
+
+    data = Data(
+        train=scaled(images[:cut], labels[:cut]),
+        validation=scaled(images[cut:], labels[cut:]),
+        test=scaled(test_images, test_labels),
     )
     if problem := _unseen_labels(data):
         raise FormatError(f"{folder}: {problem}")

@@ -15,6 +15,7 @@ from polyak.errors import FormatError
 from polyak.files import replacing
 from polyak.reference_run.data import Data, Split
 from polyak.reference_run.hardware import Hardware
+from polyak.reference_run.loop import plan
 from polyak.reference_run.run import Run
 from polyak.study.landscape import (
     Grid,
@@ -32,7 +33,7 @@ from polyak.study.surface import Surface
 LOSS, ERROR = "train_loss", "test_error"
 _FILE = "landscape.json"
 _BATCH = 250  # small batches stay in the cache: half the time of 2,000 at once
-_SHORT_RUN = 200_000  # images seen in training
+_LONG_RUN = 8_000_000  # images seen in training; a short one shall not wait for its surface
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def stored_landscape(run: Run) -> Landscape | None:
 
 
 def detail_for(run: Run) -> Detail:
-    """`FULL`, or `SHORT` for a run that would take less time than the full measurement."""
-    seen = run.recipe.epochs * len(run.data.train) * run.recipe.seeds
-    return SHORT if seen < _SHORT_RUN else FULL
+    """`FULL`, or `SHORT` for a run to which the full measurement would add more than a few percent."""
+    seen = len(plan(run.recipe)) * len(run.data.train)
+    return SHORT if seen < _LONG_RUN else FULL
 
 
 def measure(run: Run, arm: str, detail: Detail) -> Landscape:
@@ -114,11 +115,11 @@ def measure(run: Run, arm: str, detail: Detail) -> Landscape:
     averaged weights; on the plane through the first, middle and last of them (if there are
     three). BatchNorm statistics are measured again at every point.
     """
-    hardware = Hardware.named(run.recipe.device)
+    hardware, seed = Hardware.named(run.recipe.device), run.recipe.first_seed
     model = hardware.place(run.model())
     with image_surface(model, run.data, detail.n_images, hardware) as surface:
         named = {
-            name: surface.vector(run.weights(0, *place))
+            name: surface.vector(run.weights(seed, *place))
             for name, place in {
                 "SGD": ("sgd", "iterate"),
                 "last iterate": (arm, "iterate"),
@@ -126,7 +127,7 @@ def measure(run: Run, arm: str, detail: Detail) -> Landscape:
             }.items()
         }
         epochs = run.averaged_epochs(arm)
-        path = [surface.vector(run.weights(0, arm, f"epoch-{epoch:03d}")) for epoch in epochs]
+        path = [surface.vector(run.weights(seed, arm, f"epoch-{epoch:03d}")) for epoch in epochs]
         positions = np.linspace(-0.5, 1.5, detail.n_line).tolist()
         line = along_line(surface, named["SGD"], named["SWA"], positions)
         segments = along_segments(surface, path, n_inner=detail.n_inner) if len(path) > 1 else None

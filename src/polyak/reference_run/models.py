@@ -1,4 +1,4 @@
-"""The small network that SWA is often taught with, and the model of a recipe."""
+"""The small network that SWA is often taught with, and the model that a recipe names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.nn.functional import max_pool2d, relu
 from polyak.errors import ArgumentError
 from polyak.objects import load_object
 from polyak.reference_run.data import Data
+from polyak.reference_run.networks import NETWORKS
 from polyak.reference_run.recipe import Recipe
 from polyak.tensors.modes import restored_modes
 
@@ -69,8 +70,10 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
         "n_outputs": data.n_classes,
         "image_size": data.image_size,
     }
-    if not recipe.model:
+    if not recipe.model and recipe.network == "taught":
         return Net(**sizes, batchnorm=recipe.batchnorm)
+    if not recipe.model:
+        return NETWORKS[recipe.network](**sizes)
     model = _called(recipe.model, sizes)
     if not isinstance(model, nn.Module):
         raise ArgumentError(

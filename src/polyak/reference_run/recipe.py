@@ -18,7 +18,12 @@ from typing import Any, get_type_hints
 from polyak.errors import ArgumentError, FormatError, require
 
 RECIPES = Path(__file__).parent / "recipes"
-ARMS = ("sgd", "swa", "cyclic")
+ARMS = ("sgd", "half", "swa", "cyclic")
+AVERAGING_ARMS = ("swa", "cyclic")
+NETWORKS = (
+    "residual", "taught", "wrn-16-4", "wrn-28-10", "preresnet-20", "preresnet-110", "preresnet-164",
+    "vgg16", "vgg16-bn",
+)  # fmt: skip
 QUICK_EPOCHS = 8
 
 
@@ -32,40 +37,48 @@ class Recipe:
 
     Raises ArgumentError for a value outside its domain.
 
-    >>> Recipe(epochs=40).branch_epoch
-    30
+    >>> recipe = Recipe(epochs=40)
+    >>> recipe.branch_epoch, recipe.swa_epoch, recipe.last_epoch("half")
+    (20, 30, 20)
     """
 
     name: str = _field("default", "What the run is called; names its folder in runs/.")
-    epochs: int = _field(40, "The budget of every arm, in passes over the training images.")
+    network: str = _field("residual", f"The network: {', '.join(NETWORKS)}.")
+    epochs: int = _field(30, "The budget of every arm, in passes over the training images.")
     batch_size: int = _field(64, "Images in a batch.")
-    rate: float = _field(0.05, "Learning rate of the SGD arm before annealing.")
+    rate: float = _field(0.1, "Learning rate of the SGD arm before annealing.")
+    warmup_epochs: int = _field(1, "Epochs in which the rate comes up linearly; 0 for none.")
     momentum: float = _field(0.9, "Momentum of SGD, 0 <= momentum < 1.")
+    nesterov: bool = _field(True, "Nesterov's momentum.")
     weight_decay: float = _field(1e-3, "Weight decay of SGD.")
     constant_until: float = _field(0.5, "SGD arm: fraction of the budget at the full rate.")
-    annealed_at: float = _field(0.9, "SGD arm: fraction at which the rate has come down.")
+    annealed_at: float = _field(0.975, "SGD arm: fraction at which the rate has come down.")
     final_ratio: float = _field(0.01, "SGD arm: the last rate as a fraction of the first.")
     annealing: str = _field("linear", "SGD arm: the way down, linear or cosine.")
-    arms: tuple[str, ...] = _field(ARMS, "Which arms run: sgd (always), swa, cyclic.")
-    branch_at: float = _field(0.75, "Fraction of the budget at which the averaging arms leave SGD.")
-    swa_rate: float = _field(0.05, "swa arm: its constant rate.")
+    arms: tuple[str, ...] = _field(
+        ("sgd", "half", "swa"), "Which arms run: sgd (always), half, swa, cyclic."
+    )
+    branch_at: float = _field(0.5, "Fraction of the budget at which the averaging arms leave SGD.")
+    swa_from: float = _field(0.75, "swa arm: fraction of the budget at which averaging begins.")
+    swa_rate: float = _field(0.1, "swa arm: its constant rate.")
     swa_average: str = _field("epoch", "swa arm: average after each epoch or each step.")
     cycle_high: float = _field(0.1, "cyclic arm: the rate a cycle falls from.")
     cycle_low: float = _field(
         0.01, "cyclic arm: the rate a cycle ends at, where weights are taken."
     )
     cycle_epochs: int = _field(2, "cyclic arm: the length of a cycle in epochs.")
-    ema_half_life: float = _field(3.0, "Half-life of the EMA that runs in every arm, in epochs.")
     record_intervals: int = _field(
         40, "Intervals of every arm whose means are recorded, to average afterwards; 0 for none."
     )
+    ema_half_life: float = _field(2.0, "Half-life of the EMA that runs in every arm, in epochs.")
     flips: bool = _field(True, "Flip training images left to right at random.")
     shift: int = _field(0, "Shift training images by up to this many pixels at random.")
-    batchnorm: bool = _field(False, "The small network with BatchNorm.")
+    batchnorm: bool = _field(False, "The network `taught` with BatchNorm.")
     model: str = _field("", "package.module:function that builds a custom model.")
     data: str = _field("", "package.module:function that returns custom data.")
-    data_folder: str = _field("", "Folder with the four IDX files of a full MNIST-like set.")
-    seeds: int = _field(3, "Number of seeds, counted from 0.")
+    data_folder: str = _field("", "Folder of a full set: four IDX files, or CIFAR's binary files.")
+    seeds: int = _field(3, "Number of seeds; on the command line also the first and the end, 3:8.")
+    first_seed: int = _field(0, "The first seed; the others follow it.")
     device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.")
     strategy: str = _field(
         "ddp", "Under torchrun: a whole model (ddp) or a shard (fsdp) in each process."
@@ -83,6 +96,26 @@ class Recipe:
     def branch_epoch(self) -> int:
         """The number of epochs after which the averaging arms leave the SGD arm."""
         return round(self.branch_at * self.epochs)
+
+    @property
+    def swa_epoch(self) -> int:
+        """The number of epochs after which the swa arm begins to average."""
+        return max(self.branch_epoch, round(self.swa_from * self.epochs))
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of the run."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    def first_epoch(self, arm: str) -> int:
+        """The number of epochs that an arm takes over from the SGD arm."""
+        if arm == "half":
+            return int(self.constant_until * self.last_epoch(arm))
+        return 0 if arm == "sgd" else self.branch_epoch
+
+    def last_epoch(self, arm: str) -> int:
+        """The number of epochs after which an arm ends: all, and half of them for `half`."""
+        return self.epochs // 2 if arm == "half" else self.epochs
 
     def differences(self, other: Recipe) -> list[str]:
         """One line for each field in which two recipes differ: `epochs: 40 here, 20 there`."""
@@ -172,6 +205,9 @@ def _check_counts(recipe: Recipe) -> None:
         f"record_intervals is {recipe.record_intervals}; expected a number of intervals, or 0 to record "
         "nothing.",
     )
+    for name in ("warmup_epochs", "first_seed"):
+        value = getattr(recipe, name)
+        require(value >= 0, f"Recipe field {name} is {value}; expected 0 or more.")
     require(0 <= recipe.shift <= 8, f"shift is {recipe.shift}; expected 0 to 8 pixels.")
 
 
@@ -202,12 +238,25 @@ def _check_times(recipe: Recipe) -> None:
         f"constant_until is {recipe.constant_until} and annealed_at {recipe.annealed_at}; "
         "expected 0 <= constant_until <= annealed_at <= 1, fractions of the budget.",
     )
-    require(0 < recipe.branch_at < 1, f"branch_at is {recipe.branch_at}; expected a fraction of 1.")
+    for name in ("branch_at", "swa_from"):
+        value = getattr(recipe, name)
+        require(0 < value < 1, f"{name} is {value}; expected a fraction of 1.")
+    _check_warmup(recipe)
     require(
-        len(recipe.arms) == 1 or 1 <= recipe.branch_epoch < recipe.epochs,
+        "half" not in recipe.arms or recipe.epochs >= 4,
+        f"With {recipe.epochs} epochs the arm half would have {recipe.epochs // 2}; it needs two at "
+        "least. Raise epochs, or leave half out of arms.",
+    )
+    require(
+        not set(recipe.arms) & set(AVERAGING_ARMS) or 1 <= recipe.branch_epoch < recipe.epochs,
         f"With {recipe.epochs} epochs the averaging arms would leave SGD after epoch "
         f"{recipe.branch_epoch} (branch_at {recipe.branch_at}); they need at least one epoch "
         "before and one after. Raise epochs.",
+    )
+    require(
+        "swa" not in recipe.arms or recipe.swa_epoch < recipe.epochs,
+        f"swa_from is {recipe.swa_from}: averaging would begin after the last of {recipe.epochs} epochs. "
+        "Lower it, or raise epochs.",
     )
     left = recipe.epochs - recipe.branch_epoch
     require(
@@ -218,8 +267,19 @@ def _check_times(recipe: Recipe) -> None:
     )
 
 
+def _check_warmup(recipe: Recipe) -> None:
+    shortest = "half" if "half" in recipe.arms else "sgd"
+    constant = recipe.constant_until * recipe.last_epoch(shortest)
+    require(
+        recipe.warmup_epochs <= max(constant, 1),
+        f"warmup_epochs is {recipe.warmup_epochs}, and the arm {shortest} is annealed from epoch "
+        f"{constant:g} on (constant_until {recipe.constant_until}). Shorten the warm-up or raise epochs.",
+    )
+
+
 def _check_choices(recipe: Recipe) -> None:
     choices = {
+        "network": NETWORKS,
         "annealing": ("linear", "cosine"),
         "swa_average": ("epoch", "step"),
         "strategy": ("ddp", "fsdp"),
@@ -243,14 +303,22 @@ def _check_choices(recipe: Recipe) -> None:
         not (recipe.model and recipe.batchnorm),
         "model and batchnorm exclude each other: batchnorm is an option of polyak's own network.",
     )
+    require(
+        not recipe.batchnorm or recipe.network == "taught",
+        f"batchnorm is an option of the network taught, and network is {recipe.network!r}. Choose one.",
+    )
+    require(
+        not recipe.nesterov or recipe.momentum > 0,
+        "nesterov needs a momentum above 0. Raise momentum, or leave nesterov out.",
+    )
 
 
 def quick_version(recipe: Recipe) -> Recipe:
     """The run in miniature: 8 epochs, at most 2 seeds, cycles and half-lives in proportion.
 
     >>> quick = quick_version(Recipe())
-    >>> quick.epochs, quick.branch_epoch, quick.cycle_epochs, quick.name
-    (8, 6, 1, 'default-quick')
+    >>> quick.epochs, quick.branch_epoch, quick.swa_epoch, quick.name
+    (8, 4, 6, 'default-quick')
     """
     ratio = QUICK_EPOCHS / recipe.epochs
     return dataclasses.replace(
@@ -259,5 +327,6 @@ def quick_version(recipe: Recipe) -> Recipe:
         epochs=QUICK_EPOCHS,
         seeds=min(2, recipe.seeds),
         cycle_epochs=max(1, round(recipe.cycle_epochs * ratio)),
+        warmup_epochs=min(recipe.warmup_epochs, 1),
         ema_half_life=recipe.ema_half_life * ratio,
     )

@@ -6,22 +6,24 @@
     metrics.jsonl                              a line for each epoch of each arm and each final result
     swa.safetensors                            the averaged model, with its provenance
     landscape.json                             the surface around the solutions, once it was measured
-    weights/seed-0/<arm>.safetensors           the last iterate (weights/ holds the first seed only)
-    weights/seed-0/<arm>-average.safetensors   the SWA of an averaging arm
-    weights/seed-0/<arm>-ema.safetensors       the EMA
-    weights/seed-0/<arm>-epoch-031.safetensors each of the weights that were averaged
+    run.json                                   when it was started, threads, processes, versions
+    weights/seed-0/sgd-iterate.safetensors     the last iterate of an arm (the first seed only)
+    weights/seed-0/sgd-average-ema.safetensors an arm's EMA
+    weights/seed-0/swa-average-swa.safetensors the SWA of an averaging arm
+    weights/seed-0/swa-iterate-epoch-023.safetensors  each of the iterates that were averaged
     record/seed-0/<arm>/                       the means of the arm's intervals, of every seed
     checkpoints/                               what a resumed run continues from
 """
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe, load_recipe
 from polyak.reference_run.recording import record_folder
 from polyak.study.trajectory import Trajectory
+from polyak.version import __version__
 
-_SUFFIX_OF = {"iterate": "", "swa": "-average", "ema": "-ema"}
+_SUFFIX_OF = {"iterate": "-iterate", "swa": "-average-swa", "ema": "-average-ema"}
 
 
 class Run:
@@ -76,8 +79,9 @@ class Run:
             self._records, self._records_of = _read_records(path), version
         return list(self._records)
 
-    def epochs(self, *, seed: int = 0, arm: str | None = None) -> list[dict[str, Any]]:
-        """The records of one seed's epochs, of one arm or all."""
+    def epochs(self, *, seed: int | None = None, arm: str | None = None) -> list[dict[str, Any]]:
+        """The records of one seed's epochs (the first by default), of one arm or all."""
+        seed = self.recipe.first_seed if seed is None else seed
         return [
             record
             for record in self.records()
@@ -106,12 +110,16 @@ class Run:
 
     def averaging_arm(self) -> str | None:
         """The arm whose average is compared: swa, else cyclic; None if neither has finished."""
-        done = {record["arm"] for record in self.finals() if record["seed"] == 0}
+        done = {
+            record["arm"] for record in self.finals() if record["seed"] == self.recipe.first_seed
+        }
         return next((arm for arm in ("swa", "cyclic") if arm in done), None)
 
-    def averaged_epochs(self, arm: str, *, seed: int = 0) -> list[int]:
+    def averaged_epochs(self, arm: str) -> list[int]:
         """The epochs after which the weights of an arm's SWA were taken and kept."""
-        names = (self.folder / "weights" / f"seed-{seed}").glob(f"{arm}-epoch-*.safetensors")
+        names = (self.folder / "weights" / f"seed-{self.recipe.first_seed}").glob(
+            f"{arm}-iterate-epoch-*.safetensors"
+        )
         return sorted(int(path.stem.rpartition("-")[2]) for path in names)
 
     def weights(self, seed: int, arm: str, name: str) -> dict[str, Tensor]:
@@ -122,11 +130,19 @@ class Run:
                 f"{path} does not exist. Weights are kept for the first seed, of arms that have "
                 "finished."
             )
+        return _loaded_weights(path)
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """`run.json`: when and how the run was started; empty if there is none."""
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return {}
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise FormatError(
-                f"{path} is damaged: {error}. Train again in another folder."
+                f"{path} is damaged: {error}. Delete it; it is needed by no one."
             ) from error
 
     @functools.cached_property
@@ -138,10 +154,28 @@ class Run:
         """The model of the run with new weights, ready for `load_state_dict`."""
         return build_model(self.recipe, self.data)
 
+    def averaged_model(self) -> nn.Module:
+        """The model with the weights of `swa.safetensors`, in evaluation mode."""
+        path = self.folder / "swa.safetensors"
+        if not path.is_file():
+            raise ArgumentError(
+                f"{path} does not exist: no averaging arm of this run has finished."
+            )
+        model = self.model()
+        model.load_state_dict(_loaded_weights(path))
+        return model.eval()
+
+
+def _loaded_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FormatError(f"{path} is damaged: {error}. Train again in another folder.") from error
+
 
 def weights_path(folder: Path, seed: int, arm: str, name: str) -> Path:
     """The file of some weights in a run folder."""
-    suffix = _SUFFIX_OF.get(name, f"-{name}")
+    suffix = _SUFFIX_OF.get(name, f"-iterate-{name}")
     return folder / "weights" / f"seed-{seed}" / f"{arm}{suffix}.safetensors"
 
 
@@ -181,36 +215,28 @@ def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
         yield folder
 
 
-class MetricsLog:
-    """`metrics.jsonl`: appended to, synced, and cut back to the length in a checkpoint."""
+def write_origin(folder: Path, environment: Mapping[str, str], jobs: int) -> None:
+    """Write `run.json` into a run folder, unless it is there."""
+    path = folder / "run.json"
+    if path.exists():
+        return
+    started = datetime.datetime.now(tz=datetime.UTC).astimezone().isoformat(timespec="seconds")
+    known = {"started": started, "polyak": __version__, "jobs": str(jobs), **environment}
+    with replacing(path) as part:
+        part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
-    def __init__(self, path: Path, length: int) -> None:
-        """Open for appending after the first `length` bytes; the rest is dropped."""
-        self._path = path
-        found = path.stat().st_size if path.exists() else 0
-        if found < length:
-            raise OutputError(
-                f"{path} has {found} bytes, but had {length} when the checkpoint was written: it "
-                "was cut. Start again in another folder."
-            )
-        with _writable(path):
-            self._file = path.open("ab")
-            self._file.truncate(length)
-        self.length = length
 
-    def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write whole lines and sync them."""
-        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        with _writable(self._path):
-            self._file.write(text.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.length += len(text.encode())
+def recorded_threads(folder: Path) -> int | None:
+    """The threads with which the run in a folder was started, or None."""
+    if not (folder / "recipe.toml").is_file():
+        return None
+    threads = str(Run(folder).origin.get("threads", ""))
+    return int(threads) if threads.isdigit() else None
 
-    def close(self) -> None:
-        """Close the file; OutputError if buffered lines cannot be written to a full disk."""
-        with _writable(self._path):
-            self._file.close()
+
+def metrics_text(records: Iterable[dict[str, Any]]) -> str:
+    """Records as the lines of `metrics.jsonl`."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -238,7 +264,3 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise UsageError(
             f"Another run is writing to {folder}. Wait for it, or choose another folder."
         ) from None
-
-
-def _writable(path: Path) -> AbstractContextManager[None]:
-    return writing_errors(path, "pass resume=True to continue: finished epochs are kept")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, GREY = "#3987d6", "#e07b00", "#1f9e77", "#8a8f98"
+PURPLE, PINK, BROWN = "#9a6bd6", "#d6558f", "#a9762f"
 """Distinguishable for the colour-blind (Okabe and Ito's hues), at least 3:1 on white and #14171c."""
 
 _INK = "#1b1f24"  # only of lines and text in the foreground: the page makes it currentColor
@@ -35,6 +36,7 @@ class Picture:
     alt: str
     draw: Callable[[Axes], None]
     size_inches: tuple[float, float] = (4.2, 3.1)
+    has_png: bool = True
 
 
 @dataclass(frozen=True)

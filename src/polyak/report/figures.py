@@ -12,15 +12,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polyak.report.drawing import BLUE, GREEN, GREY, ORANGE
+from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, ORANGE, PINK, PURPLE
 from polyak.study.paired import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import BoundaryNorm
 
-COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "sgd": BLUE, "cyclic": GREEN}
-LABELS = {"iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "cyclic": "cyclic"}
+COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN}
+ARM_COLOURS = {"sgd": PURPLE, "half": PINK, "swa": BLUE, "cyclic": BROWN}
+"""Of an arm's last weights: the annealed runs, and the iterates that averages are made of."""
+LABELS = {
+    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "half": "half", "cyclic": "cyclic",
+}  # fmt: skip
+
+
+def colour_of(arm: str, weights: str) -> str:
+    """One colour for one meaning, in all pictures: an average has its own, an iterate its arm's."""
+    return ARM_COLOURS[arm] if weights == "iterate" else COLOURS[weights]
+
 
 FEWEST = 10
 """The smallest number of predictions for which the accuracy of a bin is drawn."""
@@ -36,6 +46,17 @@ class Curve:
     style: str = "-"
 
 
+@dataclass(frozen=True)
+class Band:
+    """A mean over seeds, and the lowest and the highest of them."""
+
+    label: str
+    x: NDArray[Any]
+    mean: NDArray[Any]
+    low: NDArray[Any]
+    high: NDArray[Any]
+
+
 def plot_rates(
     ax: Axes,
     rates: Mapping[str, tuple[ArrayLike, ArrayLike]],
@@ -47,11 +68,10 @@ def plot_rates(
     just used.
     """
     for name, (x, rate) in rates.items():
-        ax.plot(x, rate, color=COLOURS.get(name, GREY), label=LABELS.get(name, name), lw=1.4)
+        ax.plot(x, rate, color=ARM_COLOURS.get(name, GREY), label=LABELS.get(name, name), lw=1.4)
     label = "averaged weights"
-    for name, (x, rate) in averaged.items():
-        colour = COLOURS.get(name, GREY)
-        ax.plot(x, rate, "o", ms=4.5, color=colour, mec="white", mew=0.6, label=label)
+    for x, rate in averaged.values():
+        ax.plot(x, rate, "o", ms=4.5, color=ORANGE, mec="white", mew=0.6, label=label)
         label = "_nolegend_"
     ax.set(xlabel="epochs completed", ylabel="learning rate", ylim=(0, None))
     ax.legend()
@@ -72,12 +92,43 @@ def plot_history(
     for label, curve in curves.items():
         ax.plot(curve.x, curve.y, curve.style, color=curve.colour, label=label, lw=1.5)
     if reference is not None:
-        ax.axhline(reference, color=GREY, ls=":", lw=1.2, label="SGD at the end")
+        ax.axhline(reference, color=PURPLE, ls=":", lw=1.2, label="SGD at the end")
     ax.set(xlabel="epochs completed", ylabel=ylabel, title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ylim is not None:
         ax.set_ylim(*ylim)
     ax.legend()
+
+
+def plot_budget(
+    ax: Axes,
+    averaged: Mapping[str, Band],
+    annealed: Mapping[str, Band],
+    *,
+    ylabel: str,
+    ylim: tuple[float, float] | None = None,
+) -> None:
+    """The iterate and averages of one run over the budget, with annealed runs beside them.
+
+    A line is the mean over the seeds, its band goes from the lowest to the highest of them. The last
+    value of an annealed run is a dot, and is drawn across as a dotted line.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    for name, band in averaged.items():
+        width = 1.2 if name == "iterate" else 2.2
+        ax.plot(band.x, band.mean, color=COLOURS[name], lw=width, label=band.label, zorder=3)
+        ax.fill_between(band.x, band.low, band.high, color=COLOURS[name], alpha=0.16, lw=0)
+    for arm, band in annealed.items():
+        colour = ARM_COLOURS[arm]
+        ax.plot(band.x, band.mean, "--", color=colour, lw=1.4, label=band.label, zorder=2)
+        ax.plot(band.x[-1:], band.mean[-1:], "o", color=colour, ms=6, zorder=4)
+        ax.axhline(float(band.mean[-1]), color=colour, ls=":", lw=1.1)
+    ax.set(xlabel="epochs completed", ylabel=ylabel, xlim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if ylim is not None:
+        ax.set_ylim(*ylim)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def plot_reliability(
@@ -112,8 +163,8 @@ def plot_line(
 ) -> None:
     """A value along the line between two networks, whose positions are marked with their names."""
     x, y = np.asarray(positions, float), np.asarray(values, float)
-    ax.plot(x, y, color=GREEN, lw=1.6)
-    for place, name, colour in zip((0.0, 1.0), ends, (BLUE, ORANGE), strict=True):
+    ax.plot(x, y, color=GREY, lw=1.6)
+    for place, name, colour in zip((0.0, 1.0), ends, (PURPLE, ORANGE), strict=True):
         height = float(np.interp(place, x, y))
         ax.plot([place], [height], "o", ms=7, color=colour, label=name)
     ax.set(xlabel=f"position: 0 is {ends[0]}, 1 is {ends[1]}", ylabel=ylabel)
@@ -125,7 +176,7 @@ def plot_rays(
 ) -> None:
     """Values along random rays, one array (rays, distances) for each centre: rays thin, mean thick."""
     x = np.asarray(distances, float)
-    for (name, rows), colour in zip(values.items(), (BLUE, GREEN, ORANGE), strict=False):
+    for (name, rows), colour in zip(values.items(), (PURPLE, BLUE, ORANGE), strict=False):
         ax.plot(x, rows.T, color=colour, lw=0.7, alpha=0.3)
         ax.plot(x, rows.mean(axis=0), color=colour, lw=2, label=name)
     ax.set(xlabel="distance along a random direction", ylabel=ylabel)
@@ -141,7 +192,7 @@ def plot_segments(
     """
     inside = np.asarray(positions, float)
     for index, row in enumerate(values):
-        ax.plot(index + inside, row, color=GREEN, lw=1.6)
+        ax.plot(index + inside, row, color=GREY, lw=1.6)
         ax.plot([index, index + 1], row[[0, -1]], color=GREY, lw=0.9, ls=":")
     ends = np.append(values[:, 0], values[-1, -1])
     ax.plot(np.arange(len(ends)), ends, "o", ms=4.5, color=BLUE)
@@ -192,6 +243,12 @@ def _mark_colour(name: str) -> str:
     return ORANGE if "SWA" in name else BLUE
 
 
+def _ink() -> str:
+    from matplotlib import rcParams
+
+    return str(rcParams["text.color"])
+
+
 def plot_results(
     ax: Axes,
     labels: Sequence[str],
@@ -199,8 +256,9 @@ def plot_results(
     *,
     xlabel: str,
 ) -> None:
-    """Means with standard errors, a row for each label and a colour for each run."""
-    colours = (BLUE, ORANGE, GREEN, GREY)
+    """Means with standard errors, a row for each label and a marker for each run."""
+    ink = _ink()
+    marks = "osD^v"  # colours have a meaning, and runs are not among them
     for index, (name, row) in enumerate(values.items()):
         known = [(i, value) for i, value in enumerate(row) if value is not None]
         offset = 0.5 * ((index + 0.5) / len(values) - 0.5)
@@ -208,7 +266,7 @@ def plot_results(
             [value.mean for _, value in known],
             [i + offset for i, _ in known],
             xerr=[value.error or 0.0 for _, value in known],
-            fmt="o", ms=4, color=colours[index % len(colours)], label=name,
+            fmt=marks[index % len(marks)], ms=5, color=GREY if index % 2 else ink, label=name,
         )  # fmt: skip
     ax.set_yticks(range(len(labels)), list(labels))
     ax.set(xlabel=xlabel)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from polyak.reference_run.run import Run
 from polyak.report import sentences
 from polyak.report.drawing import Drawing, Picture, write_png
 from polyak.report.figures import plot_results
+from polyak.report.numbers import count
+from polyak.report.opening import opening_of
 from polyak.report.sections import (
     RenderedSection,
     Section,
@@ -71,8 +74,12 @@ class Table:
     rows: list[Line]
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
+def write_report(
+    folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
+) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder and return the page's path.
+
+    With `path` the page is written there.
 
     The page needs no network and no script, and has a sentence under each picture. Everything on it
     is drawn from what the run has stored: the surface around its solutions appears once
@@ -91,13 +98,16 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     if not finals.rows:
         raise ArgumentError(
             f"{run.folder} has no final results yet. Finish the run: "
-            f"polyak train --output {run.folder} --resume"
+            f"polyak train --resume --output {shlex.quote(str(run.folder))}"
         )
     land = stored_landscape(run)
+    opening = opening_of(run, finals)
     parts = render(_sections(run, finals, land))
-    _write_pngs((d for part in parts for d in part.drawings), run.folder / "figures")
-    html = environment().get_template("report.html.j2").render(_context(run, finals, land, parts))
-    return write_page(html, run.folder / "report.html")
+    first = [opening.wide] if opening.wide else []
+    _write_pngs([*first, *(d for part in parts for d in part.drawings)], run.folder / "figures")
+    context = _context(run, finals, land, parts) | {"opening": opening}
+    html = environment().get_template("report.html.j2").render(context)
+    return write_page(html, run.folder / "report.html" if path is None else Path(path))
 
 
 def environment() -> Environment:
@@ -123,7 +133,7 @@ def value_table(finals: Finals) -> Table:
     rows = [
         Line(row_label(row), [_value(finals, row, m, best) for m in METRICS]) for row in finals.rows
     ]
-    caption = f"Test images; mean ± standard error over {finals.n_seeds} seed(s)."
+    caption = f"Test images; mean ± standard error over {count(finals.n_seeds, 'seed')}."
     return Table(caption, ["weights", *(_column(m) for m in METRICS)], rows)
 
 
@@ -153,7 +163,7 @@ def _difference(finals: Finals, row: ArmWeights, metric: Metric) -> Cell:
     value = finals.difference(row, metric.key)
     if value is None:
         return Cell("")
-    mark = {-1: "better", 0: "", 1: "worse"}[value.sign]
+    mark = {-1: "better", 0: "", 1: "worse"}[sentences.found(value, metric.digits)]
     return Cell(format_estimate(value, metric.digits, signed=True), mark)
 
 
@@ -171,15 +181,9 @@ def _context(
 ) -> dict[str, Any]:
     import torch
 
-    recipe, data, arm = run.recipe, run.data, run.averaging_arm()
-    subtitle = (
-        f"{recipe.epochs} epochs in every arm, {finals.n_seeds} seed(s), {len(data.train):,} images "
-        f"to train on, {len(data.validation):,} to validate on, {len(data.test):,} to test on."
-    )
+    recipe, arm = run.recipe, run.averaging_arm()
     return {
         "name": recipe.name,
-        "subtitle": subtitle,
-        "verdict": [] if arm is None else sentences.verdict(finals, arm),
         "values": value_table(finals),
         "differences": difference_table(finals),
         "differences_note": _describe_differences(finals),
@@ -187,7 +191,7 @@ def _context(
         "sections": parts,
         "landscape_note": "" if arm is None else _landscape_note(run, land),
         "recipe": recipe.to_toml(),
-        "command": f"polyak report {run.folder}",
+        "command": f"polyak report {shlex.quote(str(run.folder))}",
         "versions": f"polyak {__version__}, torch {torch.__version__}",
     }
 
@@ -199,7 +203,7 @@ def _describe_differences(finals: Finals) -> str:
         return f"{text} One seed shows no spread: a difference may be due to the seed."
     factor = t_quantile(0.975, finals.n_seeds - 1)
     return (
-        f"{text} A difference is coloured if its 95% interval does not contain 0; of {comparisons} "
+        f"{text} A difference is coloured if its 95% interval, as shown, does not reach 0; of {comparisons} "
         f"comparisons about {max(1, round(comparisons / 20))} would be coloured by chance. With "
         f"{finals.n_seeds} seeds an interval extends {factor:.1f} standard errors to each side, so a "
         "difference without colour is not shown to be zero either."
@@ -210,7 +214,7 @@ def _landscape_note(run: Run, land: Landscape | None) -> str:
     if land is None:
         return (
             "The surface around the solutions has not been measured yet: "
-            f"polyak report {run.folder} measures it."
+            f"polyak report {shlex.quote(str(run.folder))} measures it."
         )
     return (
         "The surface was measured around the first seed's solutions, on the first "
@@ -279,7 +283,7 @@ def named_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
         if not run.finals():
             raise ArgumentError(
                 f"{run.folder} has no final results yet. Finish the run: "
-                f"polyak train --output {run.folder} --resume"
+                f"polyak train --resume --output {shlex.quote(str(run.folder))}"
             )
     return runs
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from polyak.batchnorm.layers import norm_layers
 from polyak.errors import PolyakError
 from polyak.maths.profiles import EMA, SWA, After
-from polyak.reference_run.arm import steps_per_epoch
+from polyak.reference_run.arm import CURVE_IMAGES, steps_per_epoch
 from polyak.reference_run.data import Split
+from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run, weights_path
 from polyak.report.search import search_sections
 from polyak.report.sections import Section
@@ -30,7 +31,7 @@ def question_sections(run: Run) -> list[Section]:
     in the record, so that a page is only expensive once.
     """
     arm = run.averaging_arm()
-    if arm is None or not run.has_record(0, arm):
+    if arm is None or not run.has_record(run.recipe.first_seed, arm):
         return []
     try:
         found = _ask(run, arm)
@@ -48,20 +49,26 @@ def _ask(run: Run, arm: str) -> list[Found]:
     data, model, recipe = run.data, run.model(), run.recipe
     steps = steps_per_epoch(recipe, len(data.train))
     evaluate = ScaledNLL(_pairs(data.validation))
-    record = run.trajectory(0, arm)
+    few = Split(data.train.images[:CURVE_IMAGES], data.train.labels[:CURVE_IMAGES])
+    record = run.trajectory(recipe.first_seed, arm)
     common: dict[str, Any] = {
         "model": model,
-        "data": list(data.train.batches(_BATCH)) if norm_layers(model) else None,
+        "data": list(few.batches(_BATCH)) if norm_layers(model) else None,
     }
     which = record.search(
         evaluate,
-        swa=After(recipe.branch_epoch * steps, SWA()),
+        swa=After(_begins(recipe, arm) * steps, SWA()),
         ema=EMA.from_half_life(recipe.ema_half_life * steps),
-        last=weights_path(run.folder, 0, arm, "iterate"),
+        last=weights_path(run.folder, recipe.first_seed, arm, "iterate"),
         **common,
     )
     decay = record.decay(evaluate, points=_ENDS, **common)
     return [which, decay, record.stop(evaluate, points=_ENDS, evaluations=_WINDOWS, **common)]
+
+
+def _begins(recipe: Recipe, arm: str) -> int:
+    """The number of epochs after which an arm's SWA begins."""
+    return recipe.swa_epoch if arm == "swa" else recipe.branch_epoch
 
 
 def _pairs(split: Split) -> list[tuple[Tensor, Tensor]]:
@@ -71,9 +78,9 @@ def _pairs(split: Split) -> list[tuple[Tensor, Tensor]]:
 def _introduced(run: Run, arm: str) -> str:
     return (
         f"The record of the first seed's {arm} arm holds the mean of each of "
-        f"{len(run.trajectory(0, arm).intervals)} intervals, from which any average is made. Scores are "
+        f"{len(run.trajectory(run.recipe.first_seed, arm).intervals)} intervals, from which any average is made. Scores are "
         "temperature-scaled NLL on validation images (lower is better). The recipe's SWA is here the mean of all "
-        f"steps after epoch {run.recipe.branch_epoch}, the EMA that with its half-life."
+        f"steps after epoch {_begins(run.recipe, arm)}, the EMA that with its half-life."
     )
 
 

@@ -164,6 +164,7 @@ def _pictures(found: Found) -> list[Picture]:
             marks=_marks(found),
             unit=found.unit,
             title=title,
+            minimize=found.minimize,
         )
         alt = f"The scores of {len(windows)} windows by where they begin and end"
         pictures.append(Picture("windows", alt, draw, (5.0, 4.2)))

@@ -25,11 +25,20 @@ def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
     *,
     unit: str,
     title: str,
+    minimize: bool = True,
 ) -> None:
-    """A map of scores: each window a point at (begins, ends), coloured by its score; some are marked."""
+    """A map of scores: each window a point at (begins, ends), coloured by its score; some are marked.
+
+    Colours tell the best ones apart, which are close to each other beside the worst.
+    """
+    from matplotlib.colors import PowerNorm
+
+    low, high = min(scores), max(scores)
+    norm = PowerNorm(0.35 if minimize else 1 / 0.35, low, max(high, low + 1e-12))
     points = ax.scatter(
-        starts, ends, c=scores, cmap="viridis", s=46, edgecolors=GREY, linewidths=0.6
-    )
+        starts, ends, c=scores, norm=norm, cmap="viridis" if minimize else "viridis_r", s=46,
+        edgecolors=GREY, linewidths=0.6,
+    )  # fmt: skip
     for (name, (start, end)), (shape, size) in zip(marks.items(), _MARKS, strict=False):
         ax.plot(
             [start], [end], shape, ms=size, mfc="none", mec=ORANGE if name == "best" else BLUE,
@@ -51,12 +60,17 @@ def plot_lengths(
     ylabel: str,
 ) -> None:
     """Scores of averages that end at the end, by mean age: a curve for each family, references across."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for family, (ages, scores) in curves.items():
         ax.plot(ages, scores, "o-", ms=4, lw=1.3, color=_COLOURS.get(family, GREY), label=family)
     styles = (":", "--", "-.")
     for (name, score), style in zip(references.items(), styles, strict=False):
         ax.axhline(score, color=GREY, ls=style, lw=1.2, label=name)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=f"mean age ({unit})", ylabel=ylabel)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 

@@ -11,13 +11,14 @@ import numpy as np
 
 from polyak.reference_run.arm import arm_schedule, steps_per_epoch
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
+from polyak.reference_run.recipe import AVERAGING_ARMS
 from polyak.reference_run.run import Run
 from polyak.report import sentences
 from polyak.report.drawing import Drawing, Picture, draw
 from polyak.report.figures import (
-    COLOURS,
     LABELS,
     Curve,
+    colour_of,
     plot_history,
     plot_line,
     plot_plane,
@@ -63,19 +64,18 @@ def render(parts: Iterable[Section]) -> list[RenderedSection]:
 def schedule_section(run: Run) -> Section:
     """The rate of every arm, with the weights that are averaged."""
     steps = steps_per_epoch(run.recipe, len(run.data.train))
-    total = run.recipe.epochs * steps
     rates, averaged, ends, counts = {}, {}, {}, {}
     for arm in run.recipe.arms:
         schedule = arm_schedule(run.recipe, arm, steps)
-        start = 0 if arm == "sgd" else run.recipe.branch_epoch * steps
-        at = np.arange(start, total)
+        total = run.recipe.last_epoch(arm) * steps
+        at = np.arange(run.recipe.first_epoch(arm) * steps, total)
         rate = np.array([schedule(int(step)) for step in at])
         rates[arm] = (at + 1) / steps, rate
         ends[arm] = float(rate.max()), float(rate.min())
         if arm == "cyclic":  # its first step is already below the high rate
             ends[arm] = run.recipe.cycle_high, run.recipe.cycle_low
         points = [p for p in schedule.averaging_points() if p <= total]
-        if arm != "sgd":
+        if arm in AVERAGING_ARMS:
             counts[arm] = len(points)
             marked = points if len(points) <= run.recipe.epochs + 1 else []
             averaged[arm] = np.array(marked) / steps, np.array([schedule(p - 1) for p in marked])
@@ -101,7 +101,9 @@ def history_section(run: Run) -> Section:
         limits = _common_limits(curves)
         for arm, series in curves.items():
             lines = {
-                LABELS[weights]: Curve(x, y, COLOURS[weights], ":" if weights == "iterate" else "-")
+                LABELS[weights]: Curve(
+                    x, y, colour_of(arm, weights), ":" if weights == "iterate" else "-"
+                )
                 for weights, (x, y) in series.items()
             }
             draw = partial(
@@ -136,7 +138,7 @@ def reliability_section(finals: Finals, arm: str | None) -> Section:
                 accuracy=bins[row_label(row)]["accuracy"],
                 count=bins[row_label(row)]["count"],
                 title=row_label(row),
-                colour=COLOURS[row[1]],
+                colour=colour_of(*row),
             ),
         )
         for row in wanted

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
+from polyak.report.figures import LABELS
+from polyak.report.numbers import as_shown, count, rounded
 from polyak.report.tables import BASELINE, ArmWeights, Finals, row_label
 from polyak.study.landscape import Rays, Segments
 from polyak.study.paired import Estimate
@@ -30,29 +32,28 @@ def difference(name: str, other: str, value: Estimate | None, unit: str, digits:
     """
     if value is None:
         return f"no seed has both {name} and {other}"
-    where = f"{abs(value.mean):.{digits}f} {unit} {'below' if value.mean < 0 else 'above'}"
+    where = f"{rounded(abs(value.mean), digits)} {unit} {'below' if value.mean < 0 else 'above'}"
     half = value.half_width()
     if half is None:
         return f"{name} is {where} {other}, in a single seed, which shows no spread"
-    if value.sign == 0:
-        spread = f"{where} on average, ± {half:.{digits}f} at 95%, {value.n} seeds"
-        return f"{name} is not significantly different from {other} ({spread})"
-    low, high = abs(value.mean) - half, abs(value.mean) + half
-    interval = f"95% interval {low:.{digits}f} to {high:.{digits}f}, {value.n} seeds"
-    return f"{name} is {where} {other} ({interval})"
+    seeds = count(value.n, "seed")
+    if found(value, digits) == 0:
+        spread = f"{where} on average, ± {rounded(half, digits)} at 95%, {seeds}"
+        return f"no difference found between {name} and {other} ({spread})"
+    low, high = (rounded(abs(value.mean) + side * half, digits) for side in (-1, 1))
+    return f"{name} is {where} {other} (95% interval {low} to {high}, {seeds})"
 
 
-def verdict(finals: Finals, arm: str) -> list[str]:
-    """The results of the run: against its own iterate and against SGD, in error and in likelihood."""
-    average, iterate = (arm, "swa"), (arm, "iterate")
-    own = finals.difference(average, "error", to=iterate)
-    sgd, nll, scaled = (finals.difference(average, key) for key in ("error", "nll", "nll_scaled"))
-    return [
-        f"Test error: {difference('SWA', 'the last iterate of its own run', own, 'points', 2)}.",
-        f"Test error at equal budget: {difference('SWA', 'annealed SGD', sgd, 'points', 2)}.",
-        f"Likelihood: in NLL {difference('SWA', 'annealed SGD', nll, 'nats', 3)}.",
-        f"After temperature scaling: {difference('SWA', 'annealed SGD', scaled, 'nats', 3)}.",
-    ]
+def found(value: Estimate, digits: int) -> int:
+    """+1 or -1 for a difference whose 95% interval, as it is shown, does not reach 0; else 0.
+
+    >>> found(Estimate(2.224, 0.5164, 3), 2)  # 2.22 ± 2.22
+    0
+    """
+    half = value.half_width()
+    if half is None or abs(as_shown(value.mean, digits)) <= as_shown(half, digits):
+        return 0
+    return 1 if value.mean > 0 else -1
 
 
 def describe_table(finals: Finals) -> str:
@@ -61,8 +62,8 @@ def describe_table(finals: Finals) -> str:
     best = min(rows, key=lambda row: finals.mean(row, "error").mean)
     calm = min(rows, key=lambda row: finals.mean(row, "nll").mean)
     text = (
-        f"Lowest test error: {row_label(best)}, {finals.mean(best, 'error').mean:.2f}%; "
-        f"lowest NLL: {row_label(calm)}, {finals.mean(calm, 'nll').mean:.4f}."
+        f"Lowest test error: {row_label(best)}, {rounded(finals.mean(best, 'error').mean, 2)}%; "
+        f"lowest NLL: {row_label(calm)}, {rounded(finals.mean(calm, 'nll').mean, 4)}."
     )
     if best == BASELINE:
         text += " No average beat annealed SGD in error here."
@@ -72,14 +73,13 @@ def describe_table(finals: Finals) -> str:
 def describe_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
     """`arms` gives the highest and lowest rate of each, `averaged` how many weights it averages."""
     high, low = arms["sgd"]
-    parts = [f"SGD falls from {high:.3g} to {low:.3g}"]
-    for arm, count in averaged.items():
+    also = ", and again in half of the budget" if "half" in arms else ""
+    parts = [f"SGD falls from {high:.3g} to {low:.3g}{also}"]
+    for arm, n_averaged in averaged.items():
         top, bottom = arms[arm]
         flat = math.isclose(top, bottom)
         way = f"stays at {top:.3g}" if flat else f"cycles from {top:.3g} down to {bottom:.3g}"
-        parts.append(
-            f"the {arm.upper() if arm == 'swa' else arm} arm {way} and averages {count} sets of weights"
-        )
+        parts.append(f"the {LABELS[arm]} arm {way} and averages {n_averaged} sets of weights")
     return "; ".join(parts) + "."
 
 
@@ -92,10 +92,10 @@ def describe_history(last: Mapping[ArmWeights, float], unit: str, digits: int, w
         change = "below" if average < iterate else "not below"
         against = "below" if average < sgd else "not below"
         parts.append(
-            f"the {'SWA' if arm == 'swa' else arm} arm's average ends at {average:.{digits}f}{unit}, "
-            f"{change} its own iterate ({iterate:.{digits}f}{unit}) and {against} SGD's"
+            f"the {'SWA' if arm == 'swa' else arm} arm's average ends at {rounded(average, digits)}{unit}, "
+            f"{change} its own iterate ({rounded(iterate, digits)}{unit}) and {against} SGD's"
         )
-    start = f"Validation {what}: SGD ends at {sgd:.{digits}f}{unit}"
+    start = f"Validation {what}: SGD ends at {rounded(sgd, digits)}{unit}"
     return "; ".join([start, *parts]) + "."
 
 
@@ -139,7 +139,7 @@ def describe_line(land: Landscape) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return rounded(value, 2)
 
 
 def describe_rays(rays: Mapping[str, Rays]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyak.report.figures import LABELS
+from polyak.report.numbers import rounded
 from polyak.study.paired import Estimate, estimate, paired
 
 ArmWeights = tuple[str, str]
@@ -85,6 +86,8 @@ def row_label(row: ArmWeights) -> str:
     """
     if row == BASELINE:
         return "SGD"
+    if row == ("half", "iterate"):
+        return "SGD, half length"
     arm, weights = (LABELS.get(name, name) for name in row)
     return f"{arm} arm, {'last iterate' if row[1] == 'iterate' else weights}"
 
@@ -96,5 +99,5 @@ def format_estimate(value: Estimate, digits: int, *, signed: bool = False) -> st
     '−0.50 ± 0.43'
     """
     spread = value.half_width() if signed else value.error
-    text = f"{value.mean:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+    text = rounded(value.mean, digits, signed=signed)
+    return text if spread is None else f"{text} ± {rounded(spread, digits)}"

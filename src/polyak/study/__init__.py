@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "paired_bootstrap": "polyak.study.bootstrap",
     "Scored": "polyak.study.found",
     "ScaledNLL": "polyak.study.classify",
     "Found": "polyak.study.found",
@@ -25,6 +26,7 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from polyak.study.bootstrap import paired_bootstrap as paired_bootstrap
     from polyak.study.classify import ScaledNLL as ScaledNLL
     from polyak.study.command import Command as Command
     from polyak.study.found import Comparison as Comparison

@@ -206,7 +206,7 @@ class Judge:
     def _on_file(
         self, what: str, tensors: Callable[[], Iterable[tuple[str, Tensor]]], plan: Plan | None
     ) -> Any:
-        from safetensors.torch import save_file
+        from polyak.checkpoints.writing.save import write_checkpoint
 
         with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
             path = Path(folder) / "average.safetensors"
@@ -214,7 +214,7 @@ class Judge:
                 if plan is not None:
                     self.trajectory.save(path, plan.profile, plan.until)
                 else:
-                    save_file({n: t.contiguous() for n, t in tensors()}, path)
+                    write_checkpoint(path, dict(tensors()))
             if self._judging.model is not None and self._judging.data is not None:
                 update_bn_file(path, self._judging.model, self._judging.data)
             return self._run(what, path)

@@ -184,6 +184,8 @@ def search(  # noqa: PLR0913 - keyword-only arguments do not count
         not isinstance(families, str) and bool(families) and set(families) <= set(FAMILIES),
         f"families is {families!r}; expected some of {', '.join(FAMILIES)}.",
     )
+    if isinstance(last, Mapping):  # most likely the model's own tensors, which are about to change
+        last = {name: tensor.detach().clone() for name, tensor in last.items()}
     limit = (_QUICK if quick else _USUAL) if evaluations is None else evaluations
     at_least_one("evaluations", limit)
     ask = _asked(trajectory, evaluate, since, until, judging)

@@ -241,19 +241,19 @@ class Trajectory:
                 chosen on one part of them and compared on the other, with an interval. For a classifier:
                 `polyak.study.ScaledNLL(batches)`.
             options: Any of the following.
-
-        | option | |
-        |---|---|
-        | model, data | the model to evaluate, in evaluation mode, which gets its own weights back; training batches, to refresh its BatchNorm statistics for each average |
-        | minimize, maximize | one of them is True, unless the function has the name of a known metric |
-        | evaluations, quick | of windows, 16; quick: 5, with the end fixed. Known ones and references come for free or on top |
-        | families | some of "windows" (by default), "half-lives", "power", "annealed", the latter with 5 or 6 more each |
-        | since, until | search this part of the record |
-        | swa, ema, last | what the best is compared with: profiles, and a file or state dict of the last iterate. By default the mean of the last quarter, and the last interval |
-        | holdout | the share of the examples that is kept for the comparison, 0.5 |
-        | cache | a folder for scores, by default one in the record; False for none |
-        | name | what tells this evaluation from others, where its code does not: a closure, an object |
-        | timeout | seconds for one evaluation |
+            model: The model to evaluate, in evaluation mode; it gets its own weights back.
+            data: Training batches, to refresh the model's BatchNorm statistics for each average.
+            minimize, maximize: One is True, unless the function has the name of a known metric.
+            evaluations: Of windows, 16; those known from before are free, references are on top.
+            quick: 5 windows that end at the end.
+            families: Some of "windows" (by default), "half-lives", "power", "annealed"; 5 or 6 each.
+            since, until: Search this part of the record.
+            swa, ema, last: What the best is compared with: profiles, and a file or state dict of the last
+                iterate. By default the mean of the last quarter, and the last interval.
+            holdout: The share of the examples that is kept for the comparison, 0.5.
+            cache: A folder for scores, by default one in the record; False for none.
+            name: What tells this evaluation from others where its code does not: a closure, an object.
+            timeout: Seconds for one evaluation.
 
         Raises:
             ArgumentError: An option outside its domain; the direction is not known; a result that is neither a

@@ -10,6 +10,8 @@ from torch import Tensor
 from polyak.errors import NonFiniteError
 from polyak.tensors.ranks import ShardRanks
 
+_PIECE = 1 << 20  # values
+
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of the tensors that hold a NaN or an infinity; one read of each device if none does.
@@ -44,6 +46,10 @@ def _suspects(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 
 def _sum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if real.device.type == "cpu" and real.itemsize < 4 and real.numel() > _PIECE:
+        # On the host torch makes a copy in the dtype of the sum first.
+        pieces = torch.split(real.reshape(-1), _PIECE)
+        return torch.stack([piece.sum(dtype=torch.float32) for piece in pieces]).sum()
     return real.sum(dtype=torch.float32)
 
 

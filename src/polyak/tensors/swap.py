@@ -3,13 +3,14 @@
 A swap points each live tensor at the other one's memory, which costs microseconds and no memory.
 What must not change meanwhile is shared copy-on-write: it is copied by whoever first writes to it.
 Where the memory of a live tensor must stay where it is (captured graphs), or is shared (views of
-one storage, other processes), contents are exchanged through a bounded scratch instead.
+one storage, other processes), contents are exchanged through a bounded scratch instead; and where a
+value is narrower than what it is rounded from, the two are packed (`packed.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyak.errors import UsageError
 from polyak.tensors.blend import paired_parts
+from polyak.tensors.interrupts import interrupts_held
+from polyak.tensors.packed import Packed
 
 _SCRATCH_VALUES = 1 << 22  # exchanged at a time: 16 MiB of float32
 _owners: dict[int, object] = {}  # id of a live tensor -> whose values are swapped into it
@@ -36,7 +39,7 @@ def current_owner(tensors: Iterable[Tensor]) -> object | None:
 @contextmanager
 def swapped(
     live: Sequence[Tensor],
-    values: Sequence[Tensor],
+    values: Sequence[Tensor | Packed],
     *,
     owner: object,
     in_place: set[int],
@@ -46,26 +49,31 @@ def swapped(
 
     `in_place` holds the ids of the live tensors whose memory must not be replaced. Writing to a
     live tensor within the block writes to its value, or to a copy of it if that came from
-    `copy_on_write`. An optimizer that steps one of them meanwhile is refused with UsageError, or one of
-    `stepped`: the DTensors of which the live tensors are the shards.
+    `copy_on_write` or is `Packed`. An optimizer that steps one of them meanwhile is refused with
+    UsageError, or one of `stepped`: the DTensors of which the live tensors are the shards.
     """
     with _marked([*live, *stepped], owner):
-        undo: list[tuple[Tensor, Tensor, bool]] = []
+        undo = ExitStack()
         try:
-            for tensor, value in zip(live, values, strict=True):
-                if id(tensor) in in_place:
-                    undo.append((tensor, value, True))
-                    _exchange(tensor, value)
-                else:
-                    undo.append((tensor, tensor.data, False))
-                    tensor.data = value
+            with interrupts_held():
+                for tensor, value in zip(live, values, strict=True):
+                    _swap_one(tensor, value, undo, in_place=id(tensor) in in_place)
             yield
         finally:
-            for tensor, kept, contents in reversed(undo):
-                if contents:
-                    _exchange(tensor, kept)
-                else:
-                    tensor.data = kept
+            with interrupts_held():
+                undo.close()
+
+
+def _swap_one(tensor: Tensor, value: Tensor | Packed, undo: ExitStack, *, in_place: bool) -> None:
+    if isinstance(value, Packed):
+        undo.callback(value.swap_out)
+        value.swap_in()
+    elif in_place:
+        undo.callback(_exchange, tensor, value)
+        _exchange(tensor, value)
+    if not in_place:
+        undo.callback(setattr, tensor, "data", tensor.data)
+        tensor.data = value.shared() if isinstance(value, Packed) else value
 
 
 @contextmanager

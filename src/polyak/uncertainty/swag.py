@@ -32,7 +32,6 @@ from polyak.maths.arguments import count, number
 from polyak.maths.profiles import SWA
 from polyak.study.trajectory import Trajectory
 from polyak.tensors.finite import refuse_nonfinite
-from polyak.tensors.sharding import refuse_sharded
 from polyak.uncertainty import swag_files
 from polyak.uncertainty.prediction import GaussianPrediction, Outputs, Prediction
 
@@ -115,7 +114,7 @@ class SWAG(Average):
             rank=rank,
             deviations_device=device,
         )
-        refuse_sharded("SWAG", model)
+        SpreadAverage.check_model(model)
         self._member = self._tracker.join(SWA(), SpreadAverage)
         self._name = None
         self._warned: set[str] = set()

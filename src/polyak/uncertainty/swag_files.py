@@ -24,7 +24,6 @@ from polyak.files import as_path
 from polyak.maths.arguments import number
 from polyak.study.trajectory import Trajectory
 from polyak.tensors.blend import GroupedTensors
-from polyak.tensors.sharding import refuse_sharded
 
 _VARIANCE, _DEVIATIONS = "swag.variance.", "swag.deviations."
 _RANK, _COLUMNS = "swag_rank", "swag_columns"
@@ -93,7 +92,7 @@ def state_of(
     used = _between(trajectory, since, until)
     tracker = member.tracker
     with tracker.tensors.bound_temporarily():
-        refuse_sharded("SWAG", tracker.tensors.model)
+        SpreadAverage.check_model(tracker.tensors.model)
         template = state.fresh_state(member)
         names, live = tracker.tensors.names, tracker.tensors.live
         held, clock = SpreadAverage(live, tracker.options), Clock(member.profile)

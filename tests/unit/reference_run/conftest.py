@@ -4,7 +4,7 @@ import pytest
 
 from polyak.reference_run import loop
 from polyak.reference_run.data import Data, Split, embedded_data
-from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,6 @@ def short(few_images, monkeypatch):
     """A recipe for all arms of two seeds; runs of any recipe see a few images only."""
     monkeypatch.setattr(loop, "load_data", lambda recipe: few_images)
     monkeypatch.setattr("polyak.reference_run.run.load_data", lambda recipe: few_images)
-    return Recipe(
-        epochs=4, seeds=2, cycle_epochs=1, device="cpu", batch_size=50, record_intervals=6
-    )
+    fields = {"epochs": 4, "seeds": 2, "cycle_epochs": 1, "device": "cpu", "batch_size": 50}
+    fields["record_intervals"] = 6
+    return load_recipe("taught", fields)

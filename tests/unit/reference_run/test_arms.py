@@ -1,6 +1,7 @@
 """The schedules of the arms, when they average, and the hooks that do it."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe, load_recipe
 
 STEPS = 94
+TAUGHT = load_recipe("taught")
 
 
 def test_steps_of_an_epoch():
@@ -18,7 +20,7 @@ def test_steps_of_an_epoch():
 
 
 def test_sgd_is_constant_then_linear_then_held():
-    rate = arm_schedule(Recipe(), "sgd", STEPS)
+    rate = arm_schedule(TAUGHT, "sgd", STEPS)
     assert rate(0) == rate(20 * STEPS - 1) == 0.05
     assert rate(28 * STEPS) == pytest.approx((0.05 + 0.0005) / 2)
     assert rate(36 * STEPS) == pytest.approx(0.0005) == rate(40 * STEPS - 1)
@@ -26,7 +28,7 @@ def test_sgd_is_constant_then_linear_then_held():
 
 
 def test_averaging_arms_follow_sgd_up_to_the_branch():
-    sgd, swa, cyclic = (arm_schedule(Recipe(), arm, STEPS) for arm in ("sgd", "swa", "cyclic"))
+    sgd, swa, cyclic = (arm_schedule(TAUGHT, arm, STEPS) for arm in ("sgd", "swa", "cyclic"))
     assert all(sgd(i) == swa(i) == cyclic(i) for i in range(30 * STEPS))
     assert [swa(i) for i in range(30 * STEPS, 40 * STEPS)] == pytest.approx([0.05] * 10 * STEPS)
     cycle = [cyclic(i) for i in range(30 * STEPS, 32 * STEPS)]
@@ -37,8 +39,18 @@ def test_averaging_arms_follow_sgd_up_to_the_branch():
 
 
 def test_averaging_each_step():
-    swa = arm_schedule(Recipe(swa_average="step"), "swa", STEPS)
+    swa = arm_schedule(dataclasses.replace(TAUGHT, swa_average="step"), "swa", STEPS)
     assert len(swa.averaging_points()) == 10 * STEPS + 1
+
+
+def test_the_default_is_one_run_at_a_constant_rate_and_two_that_are_annealed():
+    sgd, half, swa = (arm_schedule(Recipe(), arm, STEPS) for arm in ("sgd", "half", "swa"))
+    assert sgd(0) == pytest.approx(0.1 / STEPS)
+    assert all(sgd(i) == half(i) == swa(i) for i in range(7 * STEPS))
+    assert all(sgd(i) == swa(i) for i in range(15 * STEPS))
+    assert [swa(i) for i in range(STEPS, 30 * STEPS)] == pytest.approx([0.1] * 29 * STEPS)
+    assert half(15 * STEPS - 1) == pytest.approx(0.001) == sgd(30 * STEPS - 1)
+    assert swa.averaging_points() == tuple(range(22 * STEPS, 30 * STEPS + 1, STEPS))
 
 
 def test_the_note_is_the_classical_curve():

@@ -1,24 +1,22 @@
-"""Run folders: one writer, one recipe, metrics cut back, checkpoints that are whole or refused."""
+"""Run folders: one writer, one recipe, checkpoints that are whole or refused."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from polyak.errors import FormatError, OutputError, UsageError
-from polyak.reference_run.loop import RunCheckpoint, read_checkpoint
+from polyak.reference_run.leg_checkpoint import LegCheckpoint
 from polyak.reference_run.recipe import Recipe
-from polyak.reference_run.run import MetricsLog, run_folder
+from polyak.reference_run.run import run_folder
 
-RECIPE = Recipe(epochs=4, cycle_epochs=1)
+RECIPE = Recipe(epochs=4)
 HERE = {"torch": "2.13", "threads": "2"}
 
 
 def checkpoint(**changes):
-    values = {"environment": HERE, "data": "abc", "done": 3, "metrics_bytes": 10, "branch": None}
-    return RunCheckpoint(**{**values, "arm": {"w": torch.arange(3.0)}, **changes})
+    values = {"environment": HERE, "data": "abc", "records": [{"epoch": 3}]}
+    return LegCheckpoint(**{**values, "state": {"w": torch.arange(3.0)}, **changes})
 
 
 def test_a_new_folder_holds_its_recipe(tmp_path):
@@ -61,9 +59,9 @@ def test_two_writers_are_refused(tmp_path):
 def test_resuming_another_recipe_says_what_differs(tmp_path):
     with run_folder(tmp_path / "run", RECIPE, resume=False) as folder:
         pass
-    other = dataclasses.replace(RECIPE, rate=0.1, seeds=5)
+    other = dataclasses.replace(RECIPE, rate=0.05, seeds=5)
     with (
-        pytest.raises(UsageError, match=r"rate: 0\.1 here, 0\.05 there\n  seeds: 5 here, 3 there"),
+        pytest.raises(UsageError, match=r"rate: 0\.05 here, 0\.1 there\n  seeds: 5 here, 3 there"),
         run_folder(folder, other, resume=True),
     ):
         pass
@@ -84,46 +82,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         pass
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
-    log.append([{"a": 1}])
-    known = log.length
-    log.append([{"b": 0.1}, {"c": 3}])
-    log.close()
-    with path.open("a") as file:
-        file.write('{"half')
-    again = MetricsLog(path, known)
-    again.append([{"d": 4}])
-    again.close()
-    assert path.read_text() == '{"a": 1}\n{"d": 4}\n'
-    assert again.length == path.stat().st_size
-
-
-def test_a_full_disk_is_one_message_also_when_the_file_is_closed(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
-    with Path("/dev/full").open("wb") as full:
-        os.dup2(full.fileno(), log._file.fileno())
-    with pytest.raises(OutputError, match="No space left on device"):
-        log.append([{"a": 1}])
-    with pytest.raises(OutputError, match="No space left on device"):  # what is buffered is tried
-        log.close()
-
-
-def test_metrics_shorter_than_at_the_checkpoint(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(OutputError, match="has 3 bytes, but had 99 when the checkpoint"):
-        MetricsLog(tmp_path / "metrics.jsonl", 99)
-
-
 def test_a_checkpoint_reads_back(tmp_path):
     path = tmp_path / "latest"
-    assert read_checkpoint(path) is None
+    assert LegCheckpoint.read(path) is None
     checkpoint().save(path)
-    checkpoint(done=4).save(path)
-    found = read_checkpoint(path)
-    assert found.done == 4
-    assert torch.equal(found.arm["w"], torch.arange(3.0))
+    checkpoint(records=[{"epoch": 4}]).save(path)
+    found = LegCheckpoint.read(path)
+    assert found.records == [{"epoch": 4}]
+    assert torch.equal(found.state["w"], torch.arange(3.0))
 
 
 def test_any_flipped_byte_is_noticed(tmp_path):
@@ -133,16 +99,16 @@ def test_any_flipped_byte_is_noticed(tmp_path):
     for at in range(0, len(whole), max(1, len(whole) // 60)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(FormatError, match=r"damaged|not a checkpoint"):
-            read_checkpoint(path)
+            LegCheckpoint.read(path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FormatError, match="damaged"):
-        read_checkpoint(path)
+        LegCheckpoint.read(path)
 
 
 def test_a_foreign_file_is_refused(tmp_path):
     torch.save({"model": 1}, tmp_path / "foreign")
     with pytest.raises(FormatError, match="not a checkpoint of this version of polyak"):
-        read_checkpoint(tmp_path / "foreign")
+        LegCheckpoint.read(tmp_path / "foreign")
 
 
 def test_another_thread_count_or_data_is_refused():
@@ -164,7 +130,7 @@ def test_a_disk_that_fills_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        checkpoint(done=4).save(path)
+        checkpoint(records=[{"epoch": 4}]).save(path)
     monkeypatch.undo()
-    assert read_checkpoint(path).done == 3
+    assert LegCheckpoint.read(path).records == [{"epoch": 3}]
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]

@@ -214,9 +214,9 @@ def test_a_model_that_does_not_fit_leaves_no_folder(short, tmp_path):
 
 
 def test_damaged_weights_are_one_message(finished):
-    path = finished.folder / "weights" / "seed-0" / "swa-average.safetensors"
+    path = finished.folder / "weights" / "seed-0" / "swa-average-swa.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FormatError, match=r"swa-average\.safetensors is damaged"):
+    with pytest.raises(FormatError, match=r"swa-average-swa\.safetensors is damaged"):
         finished.weights(0, "swa", "swa")
 
 
@@ -237,9 +237,9 @@ def test_resuming_with_other_threads_is_refused(short, tmp_path):
 
 
 def test_resuming_from_a_damaged_checkpoint_is_refused(finished, short):
-    path = finished.folder / "checkpoints" / "latest.polyak"
+    path = finished.folder / "checkpoints" / "seed-1-cyclic.polyak"
     content = bytearray(path.read_bytes())
-    content[-2000] ^= 1
+    content[-500] ^= 1
     path.write_bytes(content)
     with pytest.raises(FormatError, match="checksum"):
         train(short, finished.folder, resume=True)
@@ -315,3 +315,57 @@ def test_weights_that_diverge_in_the_last_step_are_noticed_too(short, tmp_path, 
     monkeypatch.setattr(Arm, "train_epoch", diverging)
     with pytest.raises(NonFiniteError, match="Seed 0, arm sgd, epoch 1: The logits hold NaN"):
         train(short, tmp_path / "run")
+
+
+@pytest.fixture
+def with_control(short):
+    """The residual network, annealed in half of the budget too; averaging begins after the branch."""
+    fields = {
+        "arms": ("sgd", "half", "swa"),
+        "network": "residual",
+        "branch_at": 0.5,
+        "warmup_epochs": 1,
+    }
+    return dataclasses.replace(short, **fields, swa_rate=0.05, nesterov=True, momentum=0.8)
+
+
+def test_the_control_is_annealed_in_half_of_the_epochs(with_control, tmp_path):
+    run = train(dataclasses.replace(with_control, seeds=1), tmp_path / "run")
+    by_arm = {arm: [r["epoch"] for r in run.epochs(arm=arm)] for arm in with_control.arms}
+    assert by_arm == {"sgd": [1, 2, 3, 4], "half": [2], "swa": [3, 4]}
+    assert run.epochs(arm="half")[-1]["rate"] == pytest.approx(0.05 * 0.01)
+    assert [f["weights"] for f in run.finals() if f["arm"] == "half"] == ["iterate"]
+    assert run.averaged_epochs("swa") == [3, 4]
+    assert set(run.epochs(arm="swa")[0]["evaluations"]) == {"iterate", "ema", "swa"}
+    assert not list((run.folder / "checkpoints").glob("*epoch*"))  # nobody leaves there any more
+    assert run.averaged_model().training is False
+    assert run.origin["threads"] == str(torch.get_num_threads())
+
+
+def test_the_control_leaves_the_run_where_it_would_have_been(with_control, tmp_path):
+    """Up to its branch the control is the SGD arm: alone in its budget it would train the same."""
+    recipe = dataclasses.replace(with_control, seeds=1)
+    control = train(recipe, tmp_path / "run").weights(0, "half", "iterate")
+    alone = dataclasses.replace(recipe, epochs=2, arms=("sgd",))
+    whole = train(alone, tmp_path / "alone").weights(0, "sgd", "iterate")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in control.items())
+
+
+def test_seeds_may_begin_anywhere(finished, short, tmp_path):
+    later = train(dataclasses.replace(short, first_seed=1, seeds=1), tmp_path / "later")
+    assert later.records() == [r for r in finished.records() if r["seed"] == 1]
+    assert later.weights(1, "sgd", "iterate").keys() == finished.weights(0, "sgd", "iterate").keys()
+    assert later.averaging_arm() == "swa"
+
+
+def test_a_stopped_run_has_the_records_of_what_is_done(short, tmp_path):
+    def stop(record, done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(short, tmp_path / "run", watch=stop)
+    (record,) = Run(tmp_path / "run").records()
+    assert (record["arm"], record["epoch"]) == ("sgd", 1)
+    (tmp_path / "run" / "metrics.jsonl").write_text("scribbled over")
+    train(short, tmp_path / "run", resume=True)
+    assert Run(tmp_path / "run").is_finished()

@@ -6,6 +6,8 @@ import torch
 from polyak.errors import ArgumentError
 from polyak.reference_run.data import Data, Split
 from polyak.reference_run.models import Net, build_model
+from polyak.reference_run.networks import NETWORKS
+from polyak.reference_run.recipe import NETWORKS as RECIPE_NETWORKS
 from polyak.reference_run.recipe import Recipe
 
 
@@ -38,9 +40,11 @@ def test_images_that_are_too_small():
 
 
 def test_the_recipe_decides(data):
-    net = build_model(Recipe(batchnorm=True), data)
+    net = build_model(Recipe(network="taught", batchnorm=True), data)
     assert isinstance(net.norm1, torch.nn.BatchNorm2d)
     assert (net.conv1.in_channels, net.output.out_features, net.hidden.in_features) == (3, 4, 144)
+    residual = build_model(Recipe(), data)
+    assert (residual.conv.in_channels, residual.output.out_features) == (3, 4)
 
 
 SOURCE = """
@@ -84,3 +88,39 @@ def test_a_custom_model(models, data):
 def test_models_that_do_not_fit(models, data, name, message):
     with pytest.raises(ArgumentError, match=message):
         build_model(Recipe(model=f"{models}:{name}"), data)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("residual", 73_178),  # grey: 72,890
+        ("wrn-16-4", 2_748_890),
+        ("wrn-28-10", 36_479_194),
+        ("preresnet-20", 272_282),
+        ("preresnet-110", 1_730_522),
+        ("preresnet-164", 1_703_258),
+        ("vgg16", 15_245_130),
+        ("vgg16-bn", 15_253_578),
+    ],
+)
+def test_networks_have_as_many_parameters_as_published(name, published):
+    with torch.device("meta"):
+        net = NETWORKS[name](in_channels=3, n_outputs=10, image_size=32)
+        assert sum(parameter.numel() for parameter in net.parameters()) == published
+        assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        grey = NETWORKS[name](in_channels=1, n_outputs=10, image_size=28)
+        assert grey(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_a_recipe_can_name_every_network():
+    assert {*NETWORKS, "taught"} == set(RECIPE_NETWORKS)
+    with pytest.raises(ArgumentError, match="image_size is 33; vgg16 takes images of up to 32"):
+        NETWORKS["vgg16"](image_size=33)
+
+
+@pytest.mark.parametrize("name", ["wrn-16-4", "preresnet-20", "vgg16-bn"])
+def test_signals_keep_their_size_through_the_initial_weights(name):
+    torch.manual_seed(0)
+    net = NETWORKS[name](in_channels=3, n_outputs=10, image_size=32).train()
+    logits = net(torch.randn(8, 3, 32, 32))
+    assert 0.05 < float(logits.detach().std()) < 5

@@ -9,12 +9,28 @@ from polyak.reference_run.recipe import Recipe, load_recipe, quick_version, ship
 
 
 def test_the_shipped_recipes():
-    assert shipped_recipes() == ["annealing-wins", "batchnorm", "default", "fashion", "note"]
+    assert shipped_recipes() == [
+        "annealing-wins", "batchnorm", "default", "fashion", "note", "paper-preresnet",
+        "paper-vgg16", "paper-wrn", "taught", "wrn",
+    ]  # fmt: skip
     assert load_recipe("default") == Recipe()
     assert all(load_recipe(name).name == name for name in shipped_recipes())
 
 
-@pytest.mark.parametrize("name", ["annealing-wins", "batchnorm", "default", "fashion", "note"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "annealing-wins",
+        "default",
+        "fashion",
+        "note",
+        "paper-preresnet",
+        "paper-vgg16",
+        "paper-wrn",
+        "taught",
+        "wrn",
+    ],
+)
 def test_a_saved_recipe_reads_back_the_same(name, tmp_path):
     recipe = load_recipe(name)
     path = tmp_path / "recipe.toml"
@@ -59,17 +75,24 @@ def test_a_file_that_is_not_toml(tmp_path):
         ("momentum", 1.0, "expected 0 <= momentum < 1"),
         ("weight_decay", -1.0, "weight_decay is -1.0"),
         ("final_ratio", 0.0, "final_ratio is 0.0"),
-        ("constant_until", 0.95, "constant_until <= annealed_at"),
+        ("constant_until", 0.98, "constant_until <= annealed_at"),
         ("branch_at", 1.0, "branch_at is 1.0"),
-        ("epochs", 1, "at least one epoch before and one after"),
+        ("branch_at", 0.001, "at least one epoch before and one after"),
         ("annealing", "sudden", "linear or cosine"),
         ("swa_average", "year", "epoch or step"),
         ("arms", ("swa",), "expected sgd, then"),
         ("arms", ("sgd", "adam"), "expected sgd, then"),
         ("shift", 99, "shift is 99"),
         ("name", "../x", "plain folder name"),
-        ("cycle_epochs", 11, "cycle_epochs is 11, and only 10 of 40 epochs are left"),
-        ("branch_at", 0.97, "no cycle would end"),
+        ("network", "resnet", "network is 'resnet'; expected residual or taught or wrn-16-4"),
+        ("swa_from", 0.999, "averaging would begin after the last of 30 epochs"),
+        ("swa_from", 1.5, "swa_from is 1.5; expected a fraction"),
+        ("warmup_epochs", 9, r"warmup_epochs is 9, and the arm half is annealed from epoch 7.5 on"),
+        ("warmup_epochs", -1, "warmup_epochs is -1; expected 0 or more"),
+        ("first_seed", -1, "first_seed is -1"),
+        ("momentum", 0.0, "nesterov needs a momentum"),
+        ("batchnorm", True, "batchnorm is an option of the network taught"),
+        ("epochs", 3, "the arm half would have 1; it needs two"),
         ("epochs", 2.5, "epochs is 2.5; expected int"),
         ("epochs", True, "epochs is True; expected int"),
         ("rate", "0.1", "rate is '0.1'; expected float"),
@@ -89,20 +112,24 @@ def test_fields_that_exclude_each_other():
     with pytest.raises(ArgumentError, match="data and data_folder exclude"):
         Recipe(data="a:b", data_folder="c")
     with pytest.raises(ArgumentError, match="model and batchnorm exclude"):
-        Recipe(model="a:b", batchnorm=True)
+        Recipe(model="a:b", network="taught", batchnorm=True)
 
 
 def test_differences_name_the_fields():
     other = dataclasses.replace(Recipe(), epochs=20, flips=False)
     assert Recipe().differences(other) == [
-        "epochs: 40 here, 20 there",
+        "epochs: 30 here, 20 there",
         "flips: True here, False there",
     ]
 
 
 def test_a_cycle_may_be_long_where_no_arm_has_cycles():
     assert Recipe(arms=("sgd", "swa"), cycle_epochs=100).cycle_epochs == 100
-    assert Recipe(cycle_epochs=10).cycle_epochs == 10
+    assert Recipe(arms=("sgd", "cyclic"), cycle_epochs=15).cycle_epochs == 15
+    with pytest.raises(
+        ArgumentError, match="cycle_epochs is 16, and only 15 of 30 epochs are left"
+    ):
+        Recipe(arms=("sgd", "cyclic"), cycle_epochs=16)
 
 
 def test_a_recipe_that_cannot_be_read_is_one_error(tmp_path):

@@ -16,13 +16,16 @@ def test_report(folder, capsys):
     assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
     assert "Along random rays" in (folder / "report.html").read_text()
     assert (folder / "landscape.json").is_file()
+    elsewhere = folder.parent / "page.html"
+    assert run(["report", str(folder), "-o", str(elsewhere)]) == 0
+    assert elsewhere.read_text() == (folder / "report.html").read_text()
 
 
 def test_compare(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    other = make_run(tmp_path / "other", arms=("sgd", "swa"), rate=0.1)
+    other = make_run(tmp_path / "other", arms=("sgd", "swa"), rate=0.05)
     page = tmp_path / "compare.html"
-    assert run(["compare", str(folder), str(other), "--output", str(page)]) == 0
+    assert run(["compare", str(folder), str(other), "-o", str(page)]) == 0
     out = capsys.readouterr().out
     assert "rate" in out
     assert "13.59 ± 0.05" in out

@@ -27,6 +27,24 @@ def test_rates_and_averaged_weights(ax):
     assert line(ax, "averaged weights").tolist() == [[2, 0.1], [3, 0.1]]
 
 
+def test_the_budget_draws_means_bands_and_where_annealed_runs_end(ax):
+    x = np.array([1.0, 2.0])
+    band = figures.Band("its EMA", x, np.array([14.0, 12.0]), x + 9, x + 14)
+    ended = figures.Band("annealed", x, np.array([15.0, 11.0]), x, x)
+    figures.plot_budget(ax, {"ema": band}, {"half": ended}, ylabel="error", ylim=(5, 20))
+    assert line(ax, "its EMA").tolist() == [[1, 14.0], [2, 12.0]]
+    assert ax.get_lines()[-2].get_xydata().tolist() == [[2, 11.0]]
+    assert ax.get_lines()[-1].get_ydata() == [11.0, 11.0]
+    assert len(ax.collections) == 1
+
+
+def test_a_colour_has_one_meaning():
+    colours = [*figures.ARM_COLOURS.values(), figures.COLOURS["swa"], figures.COLOURS["ema"]]
+    assert len(set(colours)) == len(colours)
+    assert figures.colour_of("swa", "iterate") == figures.COLOURS["iterate"]
+    assert figures.colour_of("cyclic", "swa") == figures.colour_of("swa", "swa")
+
+
 def test_history_with_what_sgd_ends_with(ax):
     curves = {"SWA": figures.Curve([1, 2], [14.0, 13.0])}
     figures.plot_history(ax, curves, ylabel="error", reference=13.7, ylim=(10, 20))

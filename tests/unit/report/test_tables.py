@@ -2,7 +2,9 @@
 
 import pytest
 
-from polyak.report.tables import BASELINE, Finals, row_label
+from polyak.report.numbers import count, rounded
+from polyak.report.tables import BASELINE, Finals, format_estimate, row_label
+from polyak.study.paired import Estimate
 
 
 def record(arm, weights, seed, error, count=(1, 3)):
@@ -49,3 +51,29 @@ def test_an_empty_bin_stays_empty():
 def test_labels():
     assert row_label(("swa", "ema")) == "SWA arm, EMA"
     assert row_label(("cyclic", "iterate")) == "cyclic arm, last iterate"
+    assert row_label(("half", "iterate")) == "SGD, half length"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (0.125, 2, "0.13"),
+        (-0.125, 2, "−0.13"),
+        (2.675, 2, "2.68"),
+        (12.25, 1, "12.3"),
+        (0.5, 0, "1"),
+        (-0.004, 2, "0.00"),
+        (1e-12, 3, "0.000"),
+    ],
+)
+def test_numbers_are_rounded_half_away_from_zero(value, digits, shown):
+    assert rounded(value, digits) == shown
+    assert format_estimate(Estimate(value, None, 1), digits) == shown
+
+
+def test_counts_are_english():
+    assert (count(1, "seed"), count(3, "seed"), count(0, "seed")) == (
+        "1 seed",
+        "3 seeds",
+        "0 seeds",
+    )

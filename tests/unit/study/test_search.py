@@ -358,6 +358,20 @@ def test_the_model_has_its_own_weights_and_mode_again(record):
     assert all(torch.equal(t, own[n]) for n, t in model.state_dict().items())
 
 
+def test_the_last_iterate_may_be_the_model_itself(record, tmp_path):
+    model = nn.Linear(2, 1)
+    nn.init.constant_(model.weight, 90.0)
+    torch.save(model.state_dict(), tmp_path / "last.pt")
+
+    def distance(model):
+        return (model.weight[0, 0] - 100).abs()
+
+    options = {"model": model, "minimize": True, "cache": False, "quick": True}
+    for last in (model.state_dict(), tmp_path / "last.pt"):
+        found = record.search(distance, last=last, **options)
+        assert found.references["the last iterate"].score == 10
+
+
 def test_statistics_are_refreshed_for_each(tmp_path):
     record = make(tmp_path / "r", normed())
     model, batch = normed(), torch.randn(64, 2)

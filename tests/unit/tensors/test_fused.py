@@ -44,13 +44,14 @@ def report():
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
 
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("what", "at_least"),
     [

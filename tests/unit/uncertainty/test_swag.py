@@ -425,7 +425,7 @@ def test_sharded_models_are_refused_before_and_after_sharding(tmp_path):
         swag = polyak.SWAG(model)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         for call in (lambda: polyak.SWAG(model), swag.update):
-            with pytest.raises(ArgumentError, match=r"SWAG is not .* polyak\.Average is"):
+            with pytest.raises(ArgumentError, match="SWAG is not available on sharded"):
                 call()
     finally:
         torch.distributed.destroy_process_group()
