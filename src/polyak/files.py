@@ -101,15 +101,6 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
                 part.unlink()
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that nobody changes; a copy where the file system has no links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        with replacing(target) as part:
-            shutil.copyfile(source, part)
-
-
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """As `replacing`, with a folder to fill; what is written into it is synced by whoever wrote it.

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import traceback
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -14,7 +13,7 @@ from torch import nn
 import polyak
 from polyak.cli.app import run
 from polyak.errors import OutputError
-from polyak.files import link_or_copy, replacing, writing_errors
+from polyak.files import replacing, writing_errors
 from polyak.report.schedule import save_schedule_plot
 
 
@@ -131,18 +130,3 @@ def test_the_command_line_prints_one_message(arguments, read_only, capsys):
     assert error.count("Could not write") == 1
     assert "Traceback" not in error
     assert "Choose" in error
-
-
-def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
-    source = tmp_path / "source"
-    source.write_text("42")
-    link_or_copy(source, tmp_path / "linked")
-    assert (tmp_path / "linked").samefile(source)
-
-    def refuse(*_):
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    link_or_copy(source, tmp_path / "copied")
-    assert (tmp_path / "copied").read_text() == "42"
-    assert not (tmp_path / "copied").samefile(source)
