@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from polyak.averaging.recorder import Recorder
 from polyak.checkpoints.intervals import scan_intervals
-from polyak.files import link_or_copy, writing_errors
+from polyak.files import replacing, writing_errors
 from polyak.reference_run.recipe import Recipe
 
 
@@ -46,4 +46,12 @@ def continue_record(folder: Path, source: Path, state: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
         for one in scan_intervals(source).intervals:
             if one.end <= state["start"]:
-                link_or_copy(one.path, folder / one.path.name)
+                _link(one.path, folder / one.path.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without links
+        with replacing(target) as part:
+            shutil.copyfile(source, part)
