@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from reference.tiny_run import BRANCH, make_run, write_record
+from reference.tiny_run import make_run, write_record
 
 from polyak.reference_run.run import Run
 from polyak.report.page import write_report
@@ -15,7 +15,10 @@ from polyak.report.questions import question_sections
 def folder(request, tmp_path_factory):
     """A run whose swa arm has the record of a walk from its initial weights."""
     folder = make_run(
-        tmp_path_factory.mktemp("runs") / "tiny", arms=("sgd", "swa"), batchnorm=request.param
+        tmp_path_factory.mktemp("runs") / "tiny",
+        arms=("sgd", "swa"),
+        batchnorm=request.param,
+        branch_at=0.75,
     )
     write_record(folder)
     write_report(folder)
@@ -37,7 +40,7 @@ def test_the_record_answers_three_questions_in_sentences_that_hold(folder, page)
         "What if I had decayed from here",
         "When could I have stopped",
     } < {*headings}
-    assert f"all steps after epoch {BRANCH}" in page
+    assert f"all steps after epoch {run.recipe.swa_epoch}" in page
     which, decay, stop = (re.sub(r"\s+", " ", part.sentence) for part in question_sections(run))
     assert f"holds the mean of each of {len(record.intervals)} intervals" in which
     n = len(run.data.validation)
