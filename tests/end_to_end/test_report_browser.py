@@ -75,7 +75,7 @@ def test_quiet_and_as_wide_as_the_screen(opened, report):
     boxes = [
         box for box in boxes if box["width"]
     ]  # the first picture is drawn for narrow screens too
-    assert len(boxes) == 21
+    assert len(boxes) == 25
     assert all(box["width"] > 250 and box["height"] > 100 for box in boxes)
     assert all(box["left"] >= 0 and box["right"] <= screen for box in boxes)
 

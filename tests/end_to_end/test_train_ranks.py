@@ -18,7 +18,7 @@ def few():
     return Data(first(whole.train, 203), first(whole.validation, 60), first(whole.test, 60))
 """
 ARGUMENTS = [
-    "train", "--epochs", "4", "--seeds", "1", "--arms", "sgd", "swa",
+    "train", "taught", "--epochs", "4", "--seeds", "1", "--arms", "sgd", "swa",
     "--data", "few_images:few", "--device", "cpu",
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.gathering import Gathered, Taken
 from polyak.tensors.names import require_module
 from polyak.tensors.policy import Policy, patterns
+from polyak.tensors.sharding import local
 from polyak.tensors.swap import current_owner
 
 
@@ -206,7 +207,10 @@ class Tracker:
 
     def owner_of_loan(self) -> object | None:
         """Whose average is in the model now; None while it holds its own weights."""
-        return current_owner(self.tensors.live)
+        if self.tensors.bound:
+            return current_owner(self.tensors.live)
+        model = self.tensors.model  # another average may have lent it before this one took anything
+        return current_owner(local(one) for one in (*model.parameters(), *model.buffers()))
 
     def finish(self) -> None:
         """Complete an update whose weights were still on their way to another device."""

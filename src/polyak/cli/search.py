@@ -184,11 +184,7 @@ def stop(*trajectory: str, points: int = 8, evaluations: int = 4, asked: Asked =
 
 
 def _answer(question: str, inputs: tuple[str, ...], asked: Asked, options: dict[str, Any]) -> None:
-    from polyak.files import refuse_existing
-
-    for path in (asked.report, asked.output):
-        if path is not None:
-            refuse_existing(path, overwrite=asked.overwrite)
+    _check_targets(asked)
     evaluate = asked.evaluation()
     record = _opened(inputs)
     found: Found = getattr(record, question)(evaluate, **asked.judging(), **options)
@@ -200,6 +196,23 @@ def _answer(question: str, inputs: tuple[str, ...], asked: Asked, options: dict[
         from polyak.report.search import write_search
 
         _say(f"Page: {write_search([found], asked.report, overwrite=asked.overwrite)}")
+
+
+def _check_targets(asked: Asked) -> None:
+    """Refuse what could not be written, before hours of evaluations."""
+    from polyak.checkpoints.writing.save import check_target
+    from polyak.files import refuse_existing
+
+    if asked.output is not None:
+        check_target(asked.output, overwrite=asked.overwrite)
+    if asked.report is not None:
+        refuse_existing(asked.report, overwrite=asked.overwrite)
+    given = [path.absolute() for path in (asked.output, asked.report) if path is not None]
+    if len(set(given)) < len(given):
+        raise ArgumentError(f"--output and --report are the same file, {asked.output}. Name two.")
+    for path in given:
+        if not path.parent.is_dir():
+            raise ArgumentError(f"There is no folder {path.parent} for {path.name}. Make it first.")
 
 
 def _write(record: Trajectory, found: Found, asked: Asked, path: Path) -> None:

@@ -67,7 +67,8 @@ def carry_out(
                 train(recipe, folder, resume=resume)
                 return
             console, run = _train(recipe, folder, resume=resume, placement=placement)
-            _print_results(console, run)
+    with placement.in_effect():  # alone: the report measures statistics, which ranks would pool
+        _print_results(console, run)
 
 
 def _train(

@@ -195,8 +195,11 @@ def search(  # noqa: PLR0913 - keyword-only arguments do not count
         others = {"half-lives": ask.half_lives, "power": ask.power, "annealed": ask.annealed}
         for family in families:
             others.get(family, lambda: None)()
-        best = ask.best(ask.scored)
         references = ask.references(References(swa, ema, last))
+        known = [one for name, one in references.items() if name != "the last iterate"]
+        best = ask.best(
+            [*ask.scored, *known]
+        )  # a reference is an average of the record like others
         comparisons = [
             ask.comparison(best, other, "best", name) for name, other in references.items()
         ]
@@ -267,8 +270,9 @@ def stop(
             if ended:
                 answers.append(ask.best(ended))
         last = ask.best(answers[-1:])
-        enough = [one for one in answers if _would_do(ask, one, last)]
-        return _along(ask, "stop", answers, enough[0])
+        worse = [i for i, one in enumerate(answers) if not _would_do(ask, one, last)]
+        # One early end that is not shown to be worse may be luck: all later ones have to do as well.
+        return _along(ask, "stop", answers, answers[worse[-1] + 1 if worse else 0])
 
 
 def _would_do(ask: _Questions, one: Scored, last: Scored) -> bool:

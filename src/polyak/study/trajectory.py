@@ -77,6 +77,7 @@ class Trajectory:
 
     def __init__(self, folder: PathLike, *, cache_size: int | str | None = None) -> None:
         self.folder = as_path(folder)
+        require(self.folder.is_dir(), f"There is no folder {self.folder}. Check the path.")
         found = scan_intervals(self.folder)
         if not found.intervals:
             why = "".join(f"\n  {path}: {reason}" for path, reason in found.damaged.items())
@@ -294,7 +295,7 @@ class Trajectory:
     def stop(self, evaluate: Callable[..., Any], **options: Any) -> Found:
         """When could I have stopped: the best average that ends at each of several points of the run.
 
-        The answer, `best`, is the earliest that is not shown to be worse than that at the end.
+        The answer, `best`, is the earliest from which on none is shown to be worse than that at the end.
 
         Arguments and errors as for `search`, without references, quick and families; and `points`, how many
         ends (8), `evaluations` for each (4).

@@ -448,3 +448,25 @@ class TestLend:
             other.lend()
         loan.give_back()
         other.lend().give_back()
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda model, folder: polyak.Average(model, polyak.SWA()),
+        lambda model, folder: polyak.Averages(model, {"a": "swa", "b": "ema:decay=0.9"}),
+        lambda model, folder: polyak.SWAG(model),
+        lambda model, folder: polyak.Recorder(model, folder, interval=2),
+    ],
+    ids=["Average", "Averages", "SWAG", "Recorder"],
+)
+def test_what_has_taken_nothing_yet_takes_nothing_from_a_lent_model(tmp_path, begin):
+    model = torch.nn.Linear(4, 2)
+    lent = polyak.Average(model, polyak.SWA())
+    lent.update()
+    with torch.no_grad():
+        model.weight.add_(1)
+    other = begin(model, tmp_path / "record")
+    with lent.applied(), pytest.raises(UsageError, match="update"):
+        other.update()
+    other.update()

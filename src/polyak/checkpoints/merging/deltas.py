@@ -265,7 +265,13 @@ def parse_method(method: str) -> Profile | Combination:
     if method.strip().partition(":")[0] in _METHODS:
         combination: Combination = text.parse(method, _METHODS)
         return combination
-    return text.parse_profile(method)
+    try:
+        return text.parse_profile(method)
+    except ArgumentError as error:
+        if not str(error).startswith("Unknown method"):
+            raise
+        others = ", ".join(example for one in _METHODS.values() for example in one.examples)
+        raise ArgumentError(f"{str(error).removesuffix('.')}, {others}.") from None
 
 
 def kept_at_random(
