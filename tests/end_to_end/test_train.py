@@ -110,6 +110,7 @@ def test_a_custom_recipe(there):
         (["--threads", "-1"], 2, "--threads is -1; expected 1 or more"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:An interval of the record")  # the record says it first
 def test_bad_input_is_one_message_and_an_exit_code(there, capsys, arguments, code, message):
     (there / "taken").mkdir()
     (there / "taken" / "letter.txt").write_text("dear")

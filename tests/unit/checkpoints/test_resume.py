@@ -23,7 +23,7 @@ HOW = {"swa": "swa", "ema": "ema:half_life=100"}
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "MergePlan", lambda tensors: planning.MergePlan(tensors, 256))
+    monkeypatch.setattr(prepare, "MergePlan", lambda tensors, _: planning.MergePlan(tensors, 256))
     states = [
         {
             "a": torch.randn(3000, generator=ANY),

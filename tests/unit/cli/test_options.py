@@ -97,7 +97,7 @@ REFUSED = {
     "schedule cyclic:high=0.1,low=0.2,cycle=3,steps=9": "expected low <= high",
     "schedule constant:rate=0.1,steps=3 --plot out.xyz": "ends in '.xyz'",
     # train
-    "train --cycle-epochs 11": "--cycle-epochs is 11, and only 10 .* --branch-at 0.75",
+    "train taught --cycle-epochs 11": "--cycle-epochs is 11, and only 10 .* --branch-at 0.75",
     "train --momentum 2": "--momentum is 2.0",
     "train --rate nan": "--rate is nan",
     "train --seeds 0": "--seeds is 0",
