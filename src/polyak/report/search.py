@@ -61,7 +61,7 @@ def describe(found: Found) -> str:
     if found.question == "stop":
         first = (
             f"The best average that ends at {best.until:,g} {unit}, {best.until / found.end:.0%} of the run, "
-            "is the earliest that is not shown to be worse than the best one at the end."
+            "is the earliest from which on none is shown to be worse than the best one at the end."
         )
     elif found.question == "decay":
         first = (

@@ -104,7 +104,8 @@ class Found:
             name = "best" if one == self.best else shown.get(one, "")
             rows.append([name, *_cells(one, self.end), one.profile])
         title = f"{QUESTIONS[self.question]} ({'lower' if self.minimize else 'higher'} is better)"
-        counted = f"{self.evaluations} evaluations, {self.cached} more were known"
+        plural = "" if self.evaluations == 1 else "s"
+        counted = f"{self.evaluations} evaluation{plural}, {self.cached} more were known"
         return "\n".join([title, *_aligned(rows), *self._answer(), counted, *self.notes])
 
     def _answer(self) -> list[str]:
