@@ -108,7 +108,7 @@ def test_every_arm_is_recorded_from_the_first_step_of_its_seed(short, tmp_path, 
 def test_no_record_if_none_is_wanted(short, tmp_path):
     run = train(dataclasses.replace(short, record_intervals=0, seeds=1), tmp_path / "run")
     assert not (run.folder / "record").exists()
-    with pytest.raises(ArgumentError, match="There is no folder .*swa"):
+    with pytest.raises(ArgumentError, match=r"There is no folder .*swa"):
         run.trajectory(0, "swa")
 
 

@@ -209,7 +209,7 @@ def test_intervals_of_another_run_are_named(folder, tmp_path):
 def test_no_record(tmp_path):
     with pytest.raises(ArgumentError, match="holds no recorded intervals"):
         Trajectory(tmp_path)
-    with pytest.raises(ArgumentError, match="There is no folder .*nowhere"):
+    with pytest.raises(ArgumentError, match=r"There is no folder .*nowhere"):
         Trajectory(tmp_path / "nowhere")
     save_file({"w": torch.ones(1)}, tmp_path / "interval-1.safetensors")
     with pytest.raises(ArgumentError, match="not a recorded interval"):
