@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from reference import averages as reference
+from reference.models import MODELS
 from torch import nn
 
 import polyak
@@ -27,31 +28,6 @@ PROFILES = {
     "window after": After(4, Window(length=6)),
 }
 
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.embedding.weight
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.spectrum = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
-
-
-MODELS = {
-    "plain": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)),
-    "batchnorm": lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)),
-    "channels last": lambda: nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last),
-    "tied": Tied,
-    "bfloat16": lambda: nn.Linear(3, 4).bfloat16(),
-    "float16": lambda: nn.Linear(3, 4).half(),
-    "float64": lambda: nn.Linear(3, 4).double(),
-    "complex": Complex,
-}
 
 cases = pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES.keys())
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
