@@ -47,6 +47,9 @@ class Customer(ABC):
     def before_step(self) -> None:  # noqa: B027 - optional
         """An attached optimizer is about to overwrite the weights."""
 
+    def before_writing(self) -> None:  # noqa: B027 - optional
+        """The same, and weights that were due before the step have been taken."""
+
     def before_foreign_step(self) -> None:  # noqa: B027 - optional
         """Another optimizer is about to step, this model or another one."""
 
@@ -193,6 +196,7 @@ class Attachment:
         self.take_due()
         if self._takes_entering_weights:
             self._take_entering_weights()
+        self._customer.before_writing()
 
     def before_foreign_step(self, optimizer: Optimizer) -> None:
         """Any optimizer is about to step; those that it is attached to are none of its business here."""
@@ -330,12 +334,16 @@ class Members(Customer):
             member.unit = unit
 
     def before_step(self) -> None:
-        """Wait for what is still being read; average what is about to train for the first time."""
+        """Average what is about to train for the first time."""
         self._tracker.refuse_during_loan("step()")
-        self.before_foreign_step()
+        self._tracker.add_unfrozen()
+
+    def before_writing(self) -> None:
+        """Wait for what is still being read."""
+        self._tracker.wait_before_step()
 
     def before_foreign_step(self) -> None:
-        """The same: what is unfrozen may be stepped by an optimizer of its own first."""
+        """Both: what is unfrozen may be stepped by an optimizer of its own first."""
         if not self.is_lent():
             self._tracker.wait_before_step()
             self._tracker.add_unfrozen()

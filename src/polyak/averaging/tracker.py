@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from polyak.averaging.accumulators import Accumulator, Options, accumulator_class
 from polyak.averaging.clock import Clock
-from polyak.averaging.offload import Staging, stages
+from polyak.averaging.offload import Background, in_background
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
 from polyak.errors import ArgumentError, UsageError, require
 from polyak.maths.arguments import number
@@ -117,10 +117,15 @@ class Tracker:
         self.skipped = 0  # updates skipped because of non-finite weights
         self.attachment: Any = None  # updates the members without an attachment of their own
         self.layer_modes: dict[str, bool] | None = None  # at the last capture, if the model trained
-        self._grouped = self._grouped_statistics = GroupedTensors((), ())
+        self._grouped = GroupedTensors((), ())
         self._grouped_at = -1
-        self._staging: Staging | None = None
+        self._background: Background | None = None  # what updates averages on the host
         self._gathered: Gathered | None = None  # the statistics of the model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with: what is complete, and a thread of its own when it needs one."""
+        self.finish()
+        return self.__dict__ | {"_background": None, "_grouped_at": -1}
 
     def join(self, profile: Profile | str, held_by: type[Accumulator] | None = None) -> Member:
         """One more average of these weights. Raises ArgumentError for a profile that does not fit.
@@ -142,7 +147,8 @@ class Tracker:
         if real is False:
             return
         self.refuse_during_loan("update()")
-        self.finish()
+        if self._background is not None:
+            self._background.check()
         self.tensors.refresh() if self.tensors.bound else self._bind()
         members = self.members if members is None else members
         capturing = self._is_capturing(members)
@@ -213,14 +219,14 @@ class Tracker:
         return current_owner(local(one) for one in (*model.parameters(), *model.buffers()))
 
     def finish(self) -> None:
-        """Complete an update whose weights were still on their way to another device."""
-        if self._staging is not None:
-            self._staging.finish()
+        """Wait for what is done in the background. Raises UsageError if something could not be done."""
+        if self._background is not None:
+            self._background.finish()
 
     def wait_before_step(self) -> None:
         """Keep the next optimizer step from overwriting what is still being read."""
-        if self._staging is not None:
-            self._staging.order_after_reading()
+        if self._background is not None:
+            self._background.wait_until_read()
 
     def add_unfrozen(self) -> None:
         """Average parameters that are about to train for the first time: they were constant so far."""
@@ -291,18 +297,14 @@ class Tracker:
             for member, now in zip(members, moments, strict=True)
             if member.accumulator is not None
         ]
-        updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
-        steps = [partial(held.settle, now) for held, _, now in pairs]
         due = [m for m, now in zip(members, moments, strict=True) if now.on_device or now.share]
         taken = None if self._gathered is None else self._gathered.take()
         copies = [] if taken else [member.statistics for member in due]
-        if self._staging is not None:
-            self._staging.start(self.tensors.live, [partial(self._grouped.blend, updates), *steps])
-            self._grouped_statistics.blend((), copies)
+        if self._background is not None:
+            work = partial(_carry_out, self._grouped, pairs)
+            self._background.start(work, partial(_set_clocks, [(m, m.clock) for m in members]))
         else:
-            self._grouped.blend(updates, copies)
-            for step in steps:
-                step()
+            _carry_out(self._grouped, pairs, copies)
         self._note_statistics(due, taken)
 
     def _note_statistics(self, due: Sequence[Member], taken: Taken | None) -> None:
@@ -316,24 +318,32 @@ class Tracker:
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None
 
     def _group(self) -> None:
+        self.finish()
         live, statistics = self.tensors.live, self.tensors.statistics
+        self._background = self._background_for(live)
         held = [member.accumulator for member in self.members if member.accumulator is not None]
         targets = [tensors for accumulator in held if (tensors := accumulator.blend_targets())]
-        n = len(targets)
-        if targets and stages(live, self.options.device):
-            self._staging = Staging(live)
-            self._grouped = GroupedTensors(self._staging.tensors, targets[0], n_averages=n)
-            self._grouped_statistics = GroupedTensors((), (), statistics=statistics)
-        elif targets:
-            self._grouped = GroupedTensors(live, targets[0], n_averages=n, statistics=statistics)
-        else:
-            self._grouped = GroupedTensors((), (), statistics=statistics)
+        read = None
+        if self._background is not None:
+            read, statistics = self._background.read, []
+            live = [t.detach() for t in live]  # read where they are now, if they move meanwhile
+        of = (live, targets[0]) if targets else ((), ())
+        self._grouped = GroupedTensors(
+            *of, n_averages=len(targets), statistics=statistics, read=read
+        )
         # The replays of a CUDA graph run no host code, which is what tells them apart later.
         in_one_call = self._grouped.copies_statistics or self.options.capturable
-        self._gathered = None if in_one_call else Gathered(statistics)
+        apart = read is not None or not in_one_call
+        self._gathered = Gathered(self.tensors.statistics) if apart else None
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
         self._grouped_at = self.tensors.generation
+
+    def _background_for(self, live: Sequence[Tensor]) -> Background | None:
+        if not in_background(live, self.options.device):
+            return None
+        there = self._background
+        return there if there is not None and there.serves(live) else Background(live)
 
     def _is_capturing(self, members: Sequence[Member]) -> bool:
         if self._device().type != "cuda" or not torch.cuda.is_current_stream_capturing():
@@ -342,6 +352,11 @@ class Tracker:
             raise UsageError(
                 "update() in a CUDA graph, but the time of this average is kept on the host, where "
                 "no replay can advance it. Construct the average with capturable=True."
+            )
+        if self._background is not None:
+            raise UsageError(
+                "update() in a CUDA graph, but this average is kept on the host, where no replay can "
+                "update it. Construct it without device=."
             )
         if any(member.accumulator is None for member in members):
             raise UsageError(
@@ -352,6 +367,23 @@ class Tracker:
 
     def _device(self) -> torch.device:
         return self.tensors.live[0].device
+
+
+def _carry_out(
+    grouped: GroupedTensors,
+    pairs: Sequence[tuple[Accumulator, Clock, Clock]],
+    copies: Sequence[Sequence[Tensor]] = (),
+) -> None:
+    """Move accumulators from one moment to the next."""
+    updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
+    grouped.blend(updates, copies)
+    for held, _, now in pairs:
+        held.settle(now)
+
+
+def _set_clocks(clocks: Sequence[tuple[Member, Clock]]) -> None:
+    for member, clock in clocks:
+        member.clock = clock
 
 
 def _device(given: torch.device | str | int | None) -> torch.device | None:
