@@ -173,12 +173,13 @@ class Attachment:
 
     def _register(self) -> list[StepWatch]:
         watches: list[StepWatch] = []
+        customer = self._customer
         for index, optimizer in enumerate(self._optimizers):
             watch = StepWatch(optimizer, self._before_step, partial(self._after_step, index))
             watches.append(watch)
             self._handles.append(watch)
             for layer in watch.layers:
-                self._handles.extend(guard_modes(layer, self._customer.is_lent))
+                self._handles.extend(guard_modes(layer, customer.before_writing, customer.is_lent))
             if hooked := next(filter(fires_hooks, watch.layers), None):
                 self._handles.append(_CopyWatch(hooked))
         self._handles.append(_AnyStep(self))
@@ -367,7 +368,8 @@ class Members(Customer):
         return pending
 
     def detached(self, attachment: Attachment) -> None:
-        """Forget it."""
+        """Forget it; no hook orders what comes next."""
+        self._tracker.wait_before_step()
         for member in self._members():
             member.pending = attachment.pending()
         self._owner.attachment = None

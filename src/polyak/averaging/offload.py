@@ -35,6 +35,7 @@ class _Job:
     work: Callable[[], object]
     undo: Callable[[], object]
     weights_made: Sequence[torch.cuda.Event]
+    versions: list[int] | None  # of the weights when it was asked for, until they are compared
     done: bool = False
     # What comes later on these streams comes after the weights were read, once `reading` is set.
     reading: threading.Event = field(default_factory=threading.Event)
@@ -44,6 +45,9 @@ class _Job:
 
 class Background:
     """The thread of one tracker, and the updates that it has not done yet.
+
+    Weights that the program writes to between an update and the next step may be read before or after
+    that: `written` says which, for a warning.
 
     After an update that failed no other is done; the next call that asks raises the error, and the counts
     are those of the updates that were done.
@@ -56,6 +60,10 @@ class Background:
         self._jobs: list[_Job] = []  # those that may not be done
         self._running: _Job | None = None
         self._failure: BaseException | None = None
+        self._live: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self.written: set[int] = set()  # which weights were written to when nothing ordered it
         self.read = ReadAhead(self._all_begun)
         _all.add(self)
 
@@ -63,10 +71,25 @@ class Background:
         """Whether it also can read these."""
         return _devices(live) == self._devices
 
+    def sources(self, live: Sequence[Tensor], in_forward: Sequence[bool]) -> list[Tensor]:
+        """What updates read from now on: these where they are now, or copies on their device.
+
+        in_forward: which are written to in a forward pass, which waits for nothing.
+        """
+        self._live = [tensor.detach() for tensor in live]  # read where they are, if they move
+        with torch.inference_mode(False):
+            copies = {i: torch.empty_like(self._live[i]) for i, it in enumerate(in_forward) if it}
+        self._buffers, self._copies = [self._live[i] for i in copies], list(copies.values())
+        return [copies.get(i, tensor) for i, tensor in enumerate(self._live)]
+
     def start(self, work: Callable[[], object], undo: Callable[[], object]) -> None:
         """Begin to do `work` when all before it is done."""
+        self._note_writes()
+        if self._buffers:
+            self.wait_until_read()
+            torch._foreach_copy_(self._copies, self._buffers)
         made = [torch.cuda.current_stream(device).record_event() for device in self._devices]
-        job = _Job(work, undo, made)
+        job = _Job(work, undo, made, self._versions())
         with interrupts_held():  # or it would be in one of the two queues only
             self._jobs = [one for one in self._jobs if not one.done]
             self._jobs.append(job)
@@ -78,6 +101,7 @@ class Background:
 
     def wait_until_read(self) -> None:
         """What is enqueued from now on may overwrite the weights."""
+        self._note_writes()
         for job in self._jobs:
             job.reading.wait()
             for device, event in zip(
@@ -92,6 +116,7 @@ class Background:
 
     def finish(self) -> None:
         """Wait until everything is done. Raises UsageError, once, if something was not."""
+        self._note_writes()
         self.wait()
         jobs, self._jobs = self._jobs, []
         failure, self._failure = self._failure, None
@@ -113,6 +138,19 @@ class Background:
     def forget_thread(self) -> None:
         """In a process that was forked, where it does not run."""
         self._pool = None
+
+    def _versions(self) -> list[int]:
+        return [0 if tensor.is_inference() else tensor._version for tensor in self._live]
+
+    def _note_writes(self) -> None:
+        """Weights have been written to by what this cannot know, perhaps while they were read."""
+        noted = [job.versions for job in self._jobs if job.versions is not None]
+        if noted and (now := self._versions()) != noted[0]:
+            at = {i for i, pair in enumerate(zip(now, noted[0], strict=True)) if pair[0] != pair[1]}
+            buffers = set(map(id, self._buffers))
+            self.written |= {i for i in at if id(self._live[i]) not in buffers}
+        for job in self._jobs:
+            job.versions = None
 
     def _do(self, job: _Job) -> None:
         if job.ended.is_set():  # its thread could not be started when it was asked for

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from polyak.averaging.accumulators import Accumulator, Options, accumulator_class
 from polyak.averaging.clock import Clock
 from polyak.averaging.offload import Background, in_background
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
-from polyak.errors import ArgumentError, UsageError, require
+from polyak.errors import ArgumentError, UsageError, require, some, warn
 from polyak.maths.arguments import number
 from polyak.maths.profile import Profile
 from polyak.maths.text import as_profile
@@ -120,6 +120,7 @@ class Tracker:
         self._grouped = GroupedTensors((), ())
         self._grouped_at = -1
         self._background: Background | None = None  # what updates averages on the host
+        self._warned_of_writes = False
         self._gathered: Gathered | None = None  # the statistics of the model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,8 +169,7 @@ class Tracker:
             if member.fed and (now.on_device or now.share):
                 for one in member.fed:
                     one.after_update(before)
-        if not self.is_attached():
-            # No hook will order the next step after what is still being read.
+        if not self._is_ordered():
             self.wait_before_step()
 
     def prepare(self) -> None:
@@ -207,6 +207,12 @@ class Tracker:
         """Whether an attachment updates any of the members."""
         return bool(self._attachments())
 
+    def _is_ordered(self) -> bool:
+        """Whether a hook is called before anything, as far as is known, writes to the weights."""
+        attachments = self._attachments()
+        late = any(attachment.is_late for attachment in attachments)
+        return bool(attachments) and not late and not self._warned_of_writes
+
     def notes(self) -> list[str]:
         """How the updates are carried out, in words."""
         return self._grouped.notes()
@@ -222,11 +228,13 @@ class Tracker:
         """Wait for what is done in the background. Raises UsageError if something could not be done."""
         if self._background is not None:
             self._background.finish()
+            self._warn_of_writes(self._background)
 
     def wait_before_step(self) -> None:
         """Keep the next optimizer step from overwriting what is still being read."""
         if self._background is not None:
             self._background.wait_until_read()
+            self._warn_of_writes(self._background)
 
     def add_unfrozen(self) -> None:
         """Average parameters that are about to train for the first time: they were constant so far."""
@@ -326,7 +334,8 @@ class Tracker:
         read = None
         if self._background is not None:
             read, statistics = self._background.read, []
-            live = [t.detach() for t in live]  # read where they are now, if they move meanwhile
+            in_forward = [not isinstance(tensor, Parameter) for tensor in self.tensors.whole]
+            live = self._background.sources(live, in_forward)
         of = (live, targets[0]) if targets else ((), ())
         self._grouped = GroupedTensors(
             *of, n_averages=len(targets), statistics=statistics, read=read
@@ -344,6 +353,18 @@ class Tracker:
             return None
         there = self._background
         return there if there is not None and there.serves(live) else Background(live)
+
+    def _warn_of_writes(self, background: Background) -> None:
+        if not background.written or self._warned_of_writes:
+            return
+        self._warned_of_writes = True
+        names = some(self.tensors.names[index] for index in sorted(background.written))
+        warn(
+            f"{names} were written to between an update and the next step, when an average on the host may "
+            "still have been reading them: it may hold a part of what was written. From now on every "
+            "update waits until the weights have been read. Where each step is followed by such writes "
+            "(clipping, normalising), attach(before_next_step=True) takes what they leave."
+        )
 
     def _is_capturing(self, members: Sequence[Member]) -> bool:
         if self._device().type != "cuda" or not torch.cuda.is_current_stream_capturing():
