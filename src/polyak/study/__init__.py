@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "Barrier": "polyak.study.scans",
+    "RayScan": "polyak.study.scans",
+    "PlaneScan": "polyak.study.scans",
+    "LineScan": "polyak.study.scans",
+    "named_points": "polyak.study.principal",
+    "scan_rays": "polyak.study.scanning",
+    "scan_plane": "polyak.study.scanning",
+    "scan_line": "polyak.study.scanning",
     "paired_bootstrap": "polyak.study.bootstrap",
     "Scored": "polyak.study.found",
     "ScaledNLL": "polyak.study.classify",
@@ -40,6 +48,14 @@ if TYPE_CHECKING:
     from polyak.study.landscape import on_plane as on_plane
     from polyak.study.plan import Piece as Piece
     from polyak.study.plan import Plan as Plan
+    from polyak.study.principal import named_points as named_points
+    from polyak.study.scanning import scan_line as scan_line
+    from polyak.study.scanning import scan_plane as scan_plane
+    from polyak.study.scanning import scan_rays as scan_rays
+    from polyak.study.scans import Barrier as Barrier
+    from polyak.study.scans import LineScan as LineScan
+    from polyak.study.scans import PlaneScan as PlaneScan
+    from polyak.study.scans import RayScan as RayScan
     from polyak.study.surface import Surface as Surface
     from polyak.study.trajectory import Trajectory as Trajectory
 
