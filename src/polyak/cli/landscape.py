@@ -103,7 +103,7 @@ def line(
     """
     from polyak.study.scanning import scan_line
 
-    options = {"curve": curve, "n_points": points, "beyond": beyond}
+    options = {"curve": curve, "points": points, "beyond": beyond}
     _scan(scan_line, inputs, ("last", "mean"), judged, options)
 
 
@@ -120,7 +120,7 @@ def plane(*inputs: str, points: int = 11, margin: float = 0.2, judged: Judged = 
     """
     from polyak.study.scanning import scan_plane
 
-    _scan(scan_plane, inputs, (), judged, {"n_points": points, "margin": margin})
+    _scan(scan_plane, inputs, (), judged, {"points": points, "margin": margin})
 
 
 @landscape.command
@@ -148,8 +148,8 @@ def rays(
     from polyak.study.scanning import scan_rays
 
     options = {
-        "n_rays": rays,
-        "n_points": points,
+        "rays": rays,
+        "points": points,
         "reach": reach,
         "normalize": normalize,
         "seed": seed,

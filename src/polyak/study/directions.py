@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -36,10 +36,11 @@ class Directions:
                 "No tensor has two or more dimensions, so there is no filter to normalise by. Leave out normalize=.",
             )
 
-    def push(self, ray: int, centre: int, distance: float) -> Push:
-        """The step of `distance` along a ray from a centre, counted as in the frame."""
+    def pushes(self, ray: int, centre: int, distances: Sequence[float]) -> list[Push]:
+        """The steps along one ray from a centre, counted as in the frame."""
         direction = self.direction(ray, centre)
-        return Push(f"ray {self._seed} {ray} {self._normalize}", direction, distance)
+        content = f"ray {self._seed} {ray} {self._normalize}"
+        return [Push(content, direction, distance) for distance in distances]
 
     def direction(self, ray: int, centre: int) -> Mapping[str, Tensor]:
         """In float64, by the names of tensors."""

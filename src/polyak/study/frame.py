@@ -165,7 +165,7 @@ def anchors_of(
         named = list(zip(_names(points), points, strict=True))
     else:
         raise ArgumentError(
-            f"points is a {type(points).__name__}; expected checkpoints: a list, or a mapping from names."
+            f"inputs is a {type(points).__name__}; expected checkpoints: a list, or a mapping from names."
         )
     return [_anchor(name, weights, key) for name, weights in named]
 

@@ -28,11 +28,11 @@ _ROUNDING = 1e-6  # of a distance; nearer to a line than that, or than float32 t
 
 
 def scan_line(
-    points: Points,
+    inputs: Points,
     evaluate: Callable[..., Any],
     *,
     curve: Weights | None = None,
-    n_points: int = 21,
+    points: int = 21,
     beyond: float = 0.0,
     key: str | None = None,
     **judging: Any,
@@ -40,13 +40,13 @@ def scan_line(
     r"""Scores on the way through checkpoints, and the barrier between each and the next.
 
     Args:
-        points: Two or more checkpoints, paths or state dicts, in a list or by name; or a `Trajectory`, for
+        inputs: Two or more checkpoints, paths or state dicts, in a list or by name; or a `Trajectory`, for
             the way from its last interval to the mean of all.
         evaluate: As for `Trajectory.search`; best with one score per example, so that barriers get an interval.
         curve: The control point of a quadratic Bezier curve between two checkpoints, as
             `polyak.study.connect` trains it: $(1-t)^2 w_1 + 2t(1-t) \theta + t^2 w_2$ is followed instead of
             the straight line.
-        n_points: On each segment, its two ends included.
+        points: On each segment, its two ends included.
         beyond: How far to go on beyond the first and the last, as a fraction of a segment.
         key: Where the weights are inside the files, as for `open_checkpoint`.
         judging: `model`, `data`, `minimize`, `maximize`, `holdout`, `cache`, `timeout` and `name` of
@@ -61,14 +61,14 @@ def scan_line(
 
     >>> import torch
     >>> a, b = {"w": torch.tensor([-1.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}
-    >>> found = scan_line({"a": a, "b": b}, lambda w: 1 - float(w["w"].square().sum()), minimize=True, n_points=3)
+    >>> found = scan_line({"a": a, "b": b}, lambda w: 1 - float(w["w"].square().sum()), minimize=True, points=3)
     >>> found.values.tolist(), found.barriers[0].height
     ([0.0, 1.0, 0.0], 1.0)
 
     """
-    at_least_three("n_points", n_points)
+    at_least_three("points", points)
     require(number("beyond", beyond) >= 0, f"beyond is {beyond:g}; expected 0 or more.")
-    anchors = _anchors(points, key, ("last", "mean"))
+    anchors = _anchors(inputs, key, ("last", "mean"))
     if len(anchors) < 2:
         raise ArgumentError(f"There is {len(anchors)} checkpoint; a line needs two or more.")
     if curve is not None:
@@ -80,13 +80,13 @@ def scan_line(
             anchors_of({"the curve's control point": curve}, key=key)[0],
             anchors[1],
         ]
-    measuring = _Measuring(anchors, evaluate, judging, points)
+    measuring = _Measuring(anchors, evaluate, judging, inputs)
     gram = measuring.frame.gram()
     _refuse_same(anchors, gram)
     names = [a.name for a in (anchors if curve is None else (anchors[0], anchors[2]))]
     share = _bezier if curve is not None else _polyline(len(anchors))
     segments = len(names) - 1
-    positions = _positions(segments, n_points, beyond)
+    positions = _positions(segments, points, beyond)
     shares = [share(t) for t in positions.tolist()]
     subjects = [
         measuring.frame.subject(_between(names, t), s)
@@ -103,10 +103,10 @@ def scan_line(
 
 
 def scan_plane(
-    points: Points,
+    inputs: Points,
     evaluate: Callable[..., Any],
     *,
-    n_points: int = 11,
+    points: int = 11,
     margin: float = 0.2,
     key: str | None = None,
     **judging: Any,
@@ -118,9 +118,9 @@ def scan_plane(
     trajectory's plane goes through the mean of its intervals along their two leading principal directions.
 
     Args:
-        points: Three checkpoints or more, paths or state dicts, in a list or by name; or a `Trajectory`.
+        inputs: Three checkpoints or more, paths or state dicts, in a list or by name; or a `Trajectory`.
         evaluate: As for `Trajectory.search`.
-        n_points: On each side of the square.
+        points: On each side of the square.
         margin: Beyond the outermost checkpoint on each side, as a fraction of the extent.
         key: Where the weights are inside the files, as for `open_checkpoint`.
         judging: As for `scan_line`.
@@ -129,16 +129,16 @@ def scan_plane(
 
     """
     require(number("margin", margin) >= 0, f"margin is {margin:g}; expected 0 or more.")
-    at_least_three("n_points", n_points)
-    principal = principal_points(points) if isinstance(points, Trajectory) else None
-    anchors = principal.anchors if principal else anchors_of(points, key=key)  # type: ignore[arg-type]
+    at_least_three("points", points)
+    principal = principal_points(inputs) if isinstance(inputs, Trajectory) else None
+    anchors = principal.anchors if principal else anchors_of(inputs, key=key)  # type: ignore[arg-type]
     if len(anchors) < 3:
         raise ArgumentError(f"There are {len(anchors)} checkpoints; a plane needs three.")
-    measuring = _Measuring(anchors, evaluate, judging, points)
+    measuring = _Measuring(anchors, evaluate, judging, inputs)
     frame = measuring.frame
     axes = _Axes(frame)
     feet, distance = axes.feet() if principal is None else (principal.feet, principal.distance)
-    x, y = _square(np.vstack(list(feet.values())), n_points, margin)
+    x, y = _square(np.vstack(list(feet.values())), points, margin)
     own = [] if principal else [frame.subject(a.name, frame.at(i)) for i, a in enumerate(anchors)]
     places = [(a, b) for b in y.tolist() for a in x.tolist()]
     grid = [frame.subject(f"the point ({a:.4g}, {b:.4g})", axes.shares(a, b)) for a, b in places]
@@ -151,11 +151,11 @@ def scan_plane(
 
 
 def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
-    points: Points,
+    inputs: Points,
     evaluate: Callable[..., Any],
     *,
-    n_rays: int = 10,
-    n_points: int = 6,
+    rays: int = 10,
+    points: int = 6,
     reach: float | None = None,
     normalize: Normalize = None,
     seed: int = 0,
@@ -165,11 +165,11 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     """Scores along random rays from each of one or more checkpoints, in the same directions from each.
 
     Args:
-        points: One checkpoint or more, paths or state dicts, in a list or by name; or a `Trajectory`, for its
+        inputs: One checkpoint or more, paths or state dicts, in a list or by name; or a `Trajectory`, for its
             last interval and the mean of all.
         evaluate: As for `Trajectory.search`.
-        n_rays: How many directions.
-        n_points: On each ray, the centre included; it is evaluated once.
+        rays: How many directions.
+        points: On each ray, the centre included; it is evaluated once.
         reach: The longest distance. By default 0.6 of the length of the first checkpoint's weights; with
             `normalize="filter"`, where 1 is that length for every filter, 1.
         normalize: None for directions uniform on the unit sphere (Izmailov et al. 2018), "filter" for
@@ -181,20 +181,20 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     With `model` the directions change its parameters and no float buffer. Raises what `scan_line` raises.
 
     """
-    at_least_one("n_rays", n_rays)
-    require(type(n_points) is int and n_points >= 2, f"n_points is {n_points}; expected 2 or more.")
-    anchors = _anchors(points, key, ("last", "mean"))
+    at_least_one("rays", rays)
+    require(type(points) is int and points >= 2, f"points is {points}; expected 2 or more.")
+    anchors = _anchors(inputs, key, ("last", "mean"))
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
-    measuring = _Measuring(anchors, evaluate, judging, points)
+    measuring = _Measuring(anchors, evaluate, judging, inputs)
     directions = Directions(measuring.frame, normalize, seed)
     if reach is None:
         reach = 1.0 if normalize else 0.6 * measuring.frame.norm(0)
     require(number("reach", reach) > 0, f"reach is {reach:g}; expected a positive distance.")
-    distances = np.linspace(0, reach, n_points)
+    distances = np.linspace(0, reach, points)
     values, everything = {}, []
     for index, anchor in enumerate(anchors):
-        scores = _along(measuring, directions, index, n_rays, distances)
-        values[anchor.name] = _means(scores).reshape(n_rays, n_points)
+        scores = _along(measuring, directions, index, rays, distances)
+        values[anchor.name] = _means(scores).reshape(rays, points)
         everything += scores
     return RayScan(
         distances=distances, values=values, normalize=normalize, **measuring.about(everything)
@@ -209,13 +209,13 @@ class _Measuring:
         anchors: list[Anchor],
         evaluate: Callable[..., Any],
         judging: dict[str, Any],
-        points: Points,
+        inputs: Points,
     ) -> None:
         how = Judging(**judging)
         self.frame = Frame(anchors, how.model)
         kept = (
-            points.folder / FOLDER
-            if isinstance(points, Trajectory) and not points.are_snapshots
+            inputs.folder / FOLDER
+            if isinstance(inputs, Trajectory) and not inputs.are_snapshots
             else None
         )
         self.evaluator = Evaluator(
@@ -288,7 +288,7 @@ class _Axes:
         first, second, third = (a.name for a in frame.anchors[:3])
         self._length = math.sqrt(gram[1, 1])
         rounding = 2 * sum(_resolution(a, frame) for a in frame.anchors[:3])
-        if self._length <= rounding:
+        if self._length == 0:
             raise ArgumentError(
                 f"{first} and {second} are the same weights. Pass three that differ."
             )
@@ -328,31 +328,27 @@ def _resolution(anchor: Anchor, frame: Frame) -> float:
 
 
 def _along(
-    measuring: _Measuring, directions: Directions, centre: int, n_rays: int, distances: Floats
+    measuring: _Measuring, directions: Directions, centre: int, rays: int, distances: Floats
 ) -> list[Tensor]:
     frame = measuring.frame
-    shares = frame.at(centre)
-    name = frame.anchors[centre].name
-    middle = measuring.at([frame.subject(name, shares)], own=[True])[0]
+    name, shares = frame.anchors[centre].name, frame.at(centre)
+    centres = [frame.subject(a.name, frame.at(i)) for i, a in enumerate(frame.anchors)]
+    middle = measuring.at(centres, own=[True] * len(centres))[centre]
     found = []
-    for ray in range(n_rays):
-        push = directions.push(ray, centre, 1.0)
+    for ray in range(rays):
+        pushes = directions.pushes(ray, centre, distances[1:].tolist())
         subjects = [
-            frame.subject(
-                f"ray {ray} from {name} at {d:.4g}",
-                shares,
-                type(push)(push.content, push.direction, float(d)),
-            )
-            for d in distances[1:]
+            frame.subject(f"ray {ray} from {name} at {push.distance:.4g}", shares, push)
+            for push in pushes
         ]
         found += [middle, *measuring.at(subjects, own=[False] * len(subjects))]
     return found
 
 
-def _anchors(points: Points, key: str | None, of_a_record: Sequence[str]) -> list[Anchor]:
-    if isinstance(points, Trajectory):
-        return anchors_of(named_points(points, of_a_record))
-    return anchors_of(points, key=key)
+def _anchors(inputs: Points, key: str | None, of_a_record: Sequence[str]) -> list[Anchor]:
+    if isinstance(inputs, Trajectory):
+        return anchors_of(named_points(inputs, of_a_record))
+    return anchors_of(inputs, key=key)
 
 
 def _refuse_same(anchors: Sequence[Anchor], gram: Floats) -> None:
@@ -381,10 +377,10 @@ def _bezier(t: float) -> list[float]:
     return [(1 - t) ** 2, 2 * t * (1 - t), t**2]
 
 
-def _positions(segments: int, n_points: int, beyond: float) -> Floats:
+def _positions(segments: int, points: int, beyond: float) -> Floats:
     """Every segment's, the ends that two share once, and as closely spaced beyond both ends."""
-    inside = np.concatenate([i + np.linspace(0, 1, n_points)[i > 0 :] for i in range(segments)])
-    extra = math.ceil(beyond * (n_points - 1))
+    inside = np.concatenate([i + np.linspace(0, 1, points)[i > 0 :] for i in range(segments)])
+    extra = math.ceil(beyond * (points - 1))
     outside = np.linspace(0, beyond, extra + 1)[1:] if extra else np.empty(0)
     return np.concatenate([-outside[::-1], inside, segments + outside])
 
@@ -403,11 +399,11 @@ def _lengths(positions: Floats, shares: Floats, gram: Floats) -> Floats:
     return np.asarray(along - along[int(np.argmin(np.abs(positions)))], dtype=np.float64)
 
 
-def _square(feet: Floats, n_points: int, margin: float) -> tuple[Floats, Floats]:
+def _square(feet: Floats, points: int, margin: float) -> tuple[Floats, Floats]:
     """One scale for both axes."""
     low, high = feet.min(axis=0), feet.max(axis=0)
     half = (0.5 + margin) * float((high - low).max())
-    x, y = (np.linspace(m - half, m + half, n_points) for m in (low + high) / 2)
+    x, y = (np.linspace(m - half, m + half, points) for m in (low + high) / 2)
     return x, y
 
 
