@@ -1,6 +1,6 @@
 """Train two networks from one start, then measure the barrier between them and draw their plane.
 
-python examples/landscape.py [EPOCHS]        # by default 3; works in a temporary folder
+python examples/landscape.py [EPOCHS]        # by default 1; works in a temporary folder
 """
 
 import sys
@@ -18,7 +18,7 @@ from polyak.report import save_scan
 BATCH = 64
 
 
-def main(epochs: int = 3) -> None:
+def main(epochs: int = 1) -> None:
     data = embedded_data()
     points = {}
     for name, order in (("one", 1), ("other", 2)):
