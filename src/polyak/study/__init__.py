@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "Curvature": "polyak.study.curvature",
+    "lanczos": "polyak.study.curvature",
+    "hessian_eigenvalues": "polyak.study.curvature",
     "Barrier": "polyak.study.scans",
     "RayScan": "polyak.study.scans",
     "PlaneScan": "polyak.study.scans",
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from polyak.study.bootstrap import paired_bootstrap as paired_bootstrap
     from polyak.study.classify import ScaledNLL as ScaledNLL
     from polyak.study.command import Command as Command
+    from polyak.study.curvature import Curvature as Curvature
+    from polyak.study.curvature import hessian_eigenvalues as hessian_eigenvalues
+    from polyak.study.curvature import lanczos as lanczos
     from polyak.study.found import Comparison as Comparison
     from polyak.study.found import Found as Found
     from polyak.study.found import Scored as Scored

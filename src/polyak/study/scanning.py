@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ArgumentError, NonFiniteError, require
-from polyak.maths.arguments import at_least_one, number
+from polyak.maths.arguments import at_least_one, count, number
 from polyak.study.bootstrap import paired_bootstrap
 from polyak.study.directions import Directions, Normalize
 from polyak.study.evaluator import Evaluator, Judging, Subject
@@ -182,7 +182,7 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
 
     """
     at_least_one("rays", rays)
-    require(type(points) is int and points >= 2, f"points is {points}; expected 2 or more.")
+    require(count("points", points) >= 2, f"points is {points}; expected 2 or more.")
     anchors = _anchors(inputs, key, ("last", "mean"))
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
@@ -413,7 +413,4 @@ def _means(scores: Sequence[Tensor]) -> Floats:
 
 def at_least_three(name: str, value: int) -> None:
     """Raise ArgumentError for fewer."""
-    require(
-        type(value) is int and value >= 3,
-        f"{name} is {value!r}; expected a whole number of at least 3.",
-    )
+    require(count(name, value) >= 3, f"{name} is {value!r}; expected a whole number of at least 3.")
