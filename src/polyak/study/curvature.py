@@ -133,7 +133,7 @@ def lanczos(
     basis: list[Tensor] = []
     diagonal: list[float] = []
     beside: list[float] = []
-    vector = start / start.norm()
+    vector = start / _length(start)
     while True:
         basis.append(vector)
         image = product(vector)
@@ -141,7 +141,7 @@ def lanczos(
             raise NonFiniteError("A product with the Hessian is not finite. Check the weights.")
         diagonal.append(float(vector.double() @ image.double()))
         rest = _orthogonal(image, basis)
-        length = float(rest.norm())
+        length = _length(rest)
         values, inside, errors = _ritz(diagonal, beside, length, k, which)
         scale = max(map(abs, values))
         closed = length <= 10 * torch.finfo(start.dtype).eps * max(
@@ -153,7 +153,7 @@ def lanczos(
         # A closed space holds no more than one copy of each eigenvalue: go on from outside of it.
         rest = _orthogonal(_fresh(len(diagonal), rest), basis) if closed else rest
         beside.append(0.0 if closed else length)
-        vector = rest / rest.norm()
+        vector = rest / _length(rest)
     return Curvature(
         tuple(values), tuple(errors), inside.to(start) @ torch.stack(basis), len(diagonal),
         max(errors) <= tolerance * scale,
@@ -180,6 +180,11 @@ def _orthogonal(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
         for known in basis:
             vector = vector - (known @ vector) * known
     return vector
+
+
+def _length(vector: Tensor) -> float:
+    """In float64: of 10^8 values of float32 torch's norm on a CPU is 1% short, by a naive sum (2.13.0)."""
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
 def _fresh(number_of: int, like: Tensor) -> Tensor:
