@@ -157,6 +157,49 @@ def rays(
     _scan(scan_rays, inputs, ("last", "mean"), judged, options)
 
 
+@landscape.command
+def connect(  # noqa: PLR0913 - each one is an option
+    *inputs: str,
+    model: str,
+    loss: str,
+    data: str,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    epochs: int = 10,
+    rate: float = 0.05,
+    key: str | None = None,
+    overwrite: Annotated[bool, _Flag] = False,
+) -> None:
+    """Train a curve of low loss between two checkpoints; line --curve then follows it.
+
+    Args:
+        inputs: Two checkpoints.
+        model: package.module:function that builds the model; called without arguments.
+        loss: package.module:function of the model and a batch; it returns the mean, or one value for each example.
+        data: package.module:function that returns batches to train on.
+        output: Write the curve's control point: a .safetensors file or a torch archive.
+        epochs: How often the data is read.
+        rate: The learning rate of SGD with momentum 0.9.
+        key: Where the weights are inside the files, as in ema.state_dict.
+        overwrite: Replace the output if it exists.
+
+    """
+    from rich.console import Console
+
+    from polyak.checkpoints.writing.save import check_target
+    from polyak.objects import call_object, load_object
+    from polyak.study.curves import connect as train
+
+    check_target(output, overwrite=overwrite)
+    built, taken = call_object(model), load_object(loss)
+    curve = train(inputs, built, taken, call_object(data), epochs=epochs, rate=rate, key=key)
+    curve.save(output, overwrite=overwrite)
+    first, last = curve.losses[0], curve.losses[-1]
+    Console(highlight=False).print(
+        f"{output}: the mean loss on the curve went from {first:.4g} to {last:.4g} in {epochs} epochs",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
 def _scan(
     scan: Callable[..., Scan],
     inputs: tuple[str, ...],

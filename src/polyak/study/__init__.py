@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "Curve": "polyak.study.curves",
+    "connect": "polyak.study.curves",
     "Curvature": "polyak.study.curvature",
     "lanczos": "polyak.study.curvature",
     "hessian_eigenvalues": "polyak.study.curvature",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from polyak.study.curvature import Curvature as Curvature
     from polyak.study.curvature import hessian_eigenvalues as hessian_eigenvalues
     from polyak.study.curvature import lanczos as lanczos
+    from polyak.study.curves import Curve as Curve
+    from polyak.study.curves import connect as connect
     from polyak.study.found import Comparison as Comparison
     from polyak.study.found import Found as Found
     from polyak.study.found import Scored as Scored

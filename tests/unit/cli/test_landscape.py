@@ -28,6 +28,9 @@ def batches():
 def data():
     return [batches()[0][0]]
 
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
 def nan(state):
     return float("nan")
 
@@ -162,3 +165,28 @@ def test_the_commands_are_listed(capsys):
     assert run(["landscape", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("line", "plane", "rays"))
+
+
+def test_a_curve_is_trained_and_followed(folder, capsys):
+    connect = [
+        "landscape",
+        "connect",
+        "a.pt",
+        "b.pt",
+        "--model",
+        "judged:model",
+        "--data",
+        "judged:batches",
+    ]
+    connect += ["--loss", "judged:loss", "-o", "bend.safetensors"]
+    assert run([*connect, "--epochs", "2"]) == 0
+    assert re.search(
+        r"bend.safetensors: the mean loss on the curve went from", capsys.readouterr().out
+    )
+    assert run(connect) == 1
+    assert "pass --overwrite" in words(capsys)
+    line = ["landscape", "line", "--curve", "bend.safetensors", *JUDGED, "--points", "5"]
+    assert run([*line, "a.pt", "b.pt"]) == 0
+    assert "Barrier from a.pt to b.pt" in capsys.readouterr().out
+    assert run([*line, "a.pt", "c.pt"]) == 2
+    assert "between other checkpoints than a.pt and c.pt" in words(capsys)
