@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polyak.checkpoints.intervals import Interval
 from polyak.checkpoints.merging.average import iter_averaged_tensors
+from polyak.checkpoints.reading.extra_state import is_extra, tensors_in
 from polyak.checkpoints.reading.opening import open_checkpoint
+from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, check_match
 from polyak.study.evaluations import digest_of
 from polyak.tensors.names import named_tensors
@@ -23,24 +24,30 @@ from polyak.tensors.swap import recompute_derived
 Weights = str | Path | Mapping[str, Tensor]
 
 
-def check_fits(model: Module, newest: Interval) -> None:
-    """Raise MismatchError, naming every difference, unless the record is one of this model."""
+def check_fits(model: Module, newest: Checkpoint, what: str) -> None:
+    """Raise MismatchError, naming every difference, unless the checkpoint is one of this model.
+
+    what: what the message says is none of this model.
+    """
     slots, ties = _places(model)
-    with newest.open() as opened:
-        have = {name: list(tensor.shape) for name, tensor in opened.tensors.items()}
+    kept = tensors_in(newest.extra)
+    have = {
+        name: list(tensor.shape)
+        for name, tensor in newest.tensors.items()
+        if name not in kept and not is_extra(name)
+    }
     have = {ties.get(name, name): shape for name, shape in have.items()}
     check_match(
         have,
         {name: list(tensor.shape) for name, tensor in slots.items()},
-        f"{newest.path.parent} is not the record of this model ({type(model).__name__}).",
+        f"{what} of this model ({type(model).__name__}).",
         "Build the model in the way in which it was trained.",
     )
 
 
-def has_statistics(interval: Interval) -> bool:
-    """Whether the record holds running statistics, which an average does not have of its own."""
-    with interval.open() as opened:
-        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in opened.tensors)
+def has_statistics(newest: Checkpoint) -> bool:
+    """Whether it holds running statistics, which an average does not have of its own."""
+    return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in newest.tensors)
 
 
 @torch.no_grad()
