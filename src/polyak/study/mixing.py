@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -111,17 +112,17 @@ class Mixing:
         """While mixes are made; what a killed process has left is continued."""
         with writing_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
-        with (self._folder / "lock").open("w") as lock:
+        with ExitStack() as stack:
+            lock = os.open(self._folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(
-                    f"Another process makes this output (it holds the lock {lock.name}). Wait for it."
+                    f"Another process makes this output (it holds a lock on {self._folder}). Wait for it."
                 ) from None
-            try:
-                yield
-            finally:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            yield
 
     def subject(self, mix: Mix, what: str) -> Subject:
         """The mix, to be evaluated; made when it is needed."""
@@ -157,7 +158,7 @@ class Mixing:
 
     def keep(self, *mixes: Mix) -> None:
         """Remove all others."""
-        wanted = {"lock", *(self._path(mix).name for mix in mixes)}
+        wanted = {self._path(mix).name for mix in mixes}
         for entry in self._folder.iterdir():
             if entry.name not in wanted:
                 _remove(entry)

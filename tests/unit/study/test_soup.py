@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import fcntl
+import os
 import random
 
 import numpy as np
@@ -434,7 +435,10 @@ def test_runs_that_share_no_basin_are_told(tmp_path):
 def test_two_processes_do_not_make_one_output(tmp_path):
     paths = two(tmp_path)
     (tmp_path / ".soup.pt.soup").mkdir()
-    with (tmp_path / ".soup.pt.soup" / "lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="Another process makes this output"):
-            make_soup(paths, tmp_path / "soup.pt", Distance(0.0))
+    held = os.open(tmp_path / ".soup.pt.soup", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match="Another process makes this output"):
+        make_soup(paths, tmp_path / "soup.pt", Distance(0.0))
+    os.close(held)
+    make_soup(paths, tmp_path / "soup.pt", Distance(0.0))
+    assert not (tmp_path / ".soup.pt.soup").exists()
