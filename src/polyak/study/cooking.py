@@ -16,9 +16,9 @@ from polyak.errors import NonFiniteError, require
 from polyak.study.bootstrap import paired_bootstrap
 from polyak.study.coefficients import best_mix, curvature_of, squared_distances
 from polyak.study.evaluator import Evaluator, Judging, Subject
-from polyak.study.filling import check_fits, has_statistics
+from polyak.study.filling import check_shapes, has_statistics
 from polyak.study.found import Comparison
-from polyak.study.mixing import Ingredient, Mix, Mixing, mean_of
+from polyak.study.mixing import Ingredient, Mix, Mixing, mean_of, weights_in
 from polyak.study.scores import FOLDER
 from polyak.study.soup_found import Portion, Soup
 from polyak.study.soup_plan import TRIED, Planned, as_planned
@@ -44,7 +44,8 @@ class Cook:
         self._notes: list[str] = []
         newest = planned.merge.inputs[-1]
         if judging.model is not None:
-            check_fits(judging.model, newest, f"{newest.path} is not a checkpoint")
+            shapes = {n: list(newest.tensors[n].shape) for n in weights_in(newest)}
+            check_shapes(judging.model, shapes, f"{newest.path} is not a checkpoint of this model")
         target = planned.target
         require(
             not (self._refreshes and not target.suffix),
@@ -56,7 +57,7 @@ class Cook:
             judging,
             folder=target.absolute().parent / FOLDER,
             question="soup",
-            stale="the last ingredient" if has_statistics(newest) else None,
+            stale="the last ingredient" if has_statistics(newest.tensors) else None,
         )
 
     def soup(self) -> Soup:

@@ -223,7 +223,7 @@ class Evaluator:
         if self._stale and subject.refresh:
             whose, self._stale = self._stale, None
             warn(
-                f"The averages are evaluated with the BatchNorm statistics of {whose}, which are not theirs. "
+                f"The weights are evaluated with the BatchNorm statistics of {whose}, which are not theirs. "
                 "Pass data= with training batches (and model=) to refresh them for each.",
                 StaleStatistics,
             )

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from polyak.checkpoints.intervals import Interval
 from polyak.checkpoints.merging.average import iter_averaged_tensors
-from polyak.checkpoints.reading.extra_state import is_extra, tensors_in
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, check_match
 from polyak.study.evaluations import digest_of
 from polyak.tensors.names import named_tensors
@@ -24,30 +23,32 @@ from polyak.tensors.swap import recompute_derived
 Weights = str | Path | Mapping[str, Tensor]
 
 
-def check_fits(model: Module, newest: Checkpoint, what: str) -> None:
-    """Raise MismatchError, naming every difference, unless the checkpoint is one of this model.
+def check_fits(model: Module, newest: Interval) -> None:
+    """Raise MismatchError, naming every difference, unless the record is one of this model."""
+    with newest.open() as opened:
+        have = {name: list(tensor.shape) for name, tensor in opened.tensors.items()}
+    check_shapes(model, have, f"{newest.path.parent} is not the record of this model")
 
-    what: what the message says is none of this model.
-    """
+
+def check_shapes(model: Module, have: Mapping[str, list[int]], what: str) -> None:
+    """Raise MismatchError that says `what` and every difference, unless these tensors are the model's."""
     slots, ties = _places(model)
-    kept = tensors_in(newest.extra)
-    have = {
-        name: list(tensor.shape)
-        for name, tensor in newest.tensors.items()
-        if name not in kept and not is_extra(name)
-    }
-    have = {ties.get(name, name): shape for name, shape in have.items()}
     check_match(
-        have,
+        {ties.get(name, name): shape for name, shape in have.items()},
         {name: list(tensor.shape) for name, tensor in slots.items()},
-        f"{what} of this model ({type(model).__name__}).",
+        f"{what} ({type(model).__name__}).",
         "Build the model in the way in which it was trained.",
     )
 
 
-def has_statistics(newest: Checkpoint) -> bool:
-    """Whether it holds running statistics, which an average does not have of its own."""
-    return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in newest.tensors)
+def parameters_of(model: Module) -> frozenset[str]:
+    """The names of the model's parameters, as files have them."""
+    return frozenset(n for n, slot in named_tensors(model).slots.items() if slot.is_parameter)
+
+
+def has_statistics(names: Iterable[str]) -> bool:
+    """Whether there are running statistics among the tensors, which an average does not have of its own."""
+    return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in names)
 
 
 @torch.no_grad()

@@ -28,10 +28,7 @@ class Judge(Evaluator):
     def __init__(self, trajectory: Trajectory, evaluate: Any, judging: Judging) -> None:
         newest = trajectory.intervals[-1]
         with newest.open() as opened:
-            stale = "the newest interval" if has_statistics(opened) else None
-            if judging.model is not None:
-                what = f"{newest.path.parent} is not the record"
-                check_fits(judging.model, opened, what)
+            stale = "the newest interval" if has_statistics(opened.tensors) else None
         super().__init__(
             evaluate,
             judging,
@@ -42,6 +39,8 @@ class Judge(Evaluator):
         self.trajectory = trajectory
         self._made: dict[tuple[str, float], Scored | None] = {}
         self._scores: dict[Scored, Tensor] = {}
+        if judging.model is not None:
+            check_fits(judging.model, newest)
 
     def score(
         self, profile: Profile | str, until: float, family: str, start: float | None = None

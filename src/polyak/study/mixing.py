@@ -270,10 +270,16 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield from _named(opened)
 
 
-def _named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def weights_in(checkpoint: Checkpoint) -> list[str]:
+    """The names of what is a tensor of the model, and no extra state."""
     kept = tensors_in(checkpoint.extra)
+    return [name for name in checkpoint.tensors if name not in kept and not is_extra(name)]
+
+
+def _named(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    wanted = set(weights_in(checkpoint))
     for name, tensor in iter_averaged_tensors([checkpoint], "swa"):
-        if name not in kept and not is_extra(name):
+        if name in wanted:
             yield name, tensor
 
 
