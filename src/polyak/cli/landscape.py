@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from polyak.cli.search import Asked
+from polyak.cli.scorer import Scorer
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -64,15 +64,13 @@ class Judged:
     ] = field(default_factory=list)
     overwrite: Annotated[bool, _Flag] = False
 
-    def asked(self) -> Asked:
+    def scorer(self) -> Scorer:
         """The part that `polyak search` has too."""
-        shared = ("validation", "evaluate", "command", "model", "data", "minimize", "maximize")
-        rest = ("holdout", "cache", "timeout")
-        return Asked(**{name: getattr(self, name) for name in (*shared, *rest)})
+        return Scorer(**{one.name: getattr(self, one.name) for one in fields(Scorer)})
 
     def options(self) -> dict[str, Any]:
         """Of the library."""
-        found = {n: v for n, v in self.asked().judging().items() if n not in ("since", "until")}
+        found = self.scorer().judging()
         if found["cache"] is None and self.trajectory is not None:
             found["cache"] = self.trajectory / ".scores"
         elif found["cache"] is None and self.output:
@@ -212,7 +210,7 @@ def _scan(
     from polyak.report.scans import check_scan_targets, save_scan
 
     check_scan_targets(judged.output, overwrite=judged.overwrite)
-    evaluate = judged.asked().evaluation()
+    evaluate = judged.scorer().evaluation()
     found = scan(_points(inputs, default, judged), evaluate, **options, **judged.options())
     console = Console(highlight=False)
     console.print(str(found), soft_wrap=True, markup=False)
