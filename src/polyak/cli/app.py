@@ -32,10 +32,11 @@ app.command("polyak.cli.average:average", help="Average checkpoints, or convert 
 app.command("polyak.cli.search:search", help="Find the best average of a recorded run.")
 app.command("polyak.cli.search:decay", help="What if I had decayed the learning rate from here?")
 app.command("polyak.cli.search:stop", help="When could I have stopped?")
+app.command("polyak.cli.soup:soup", help="Make fine-tunes of one model into one.")
 app.command(
     "polyak.cli.landscape:landscape",
     name="landscape",
-    help="Scores between and around checkpoints: line, plane, rays.",
+    help="Scores between and around checkpoints: line, plane, rays, curves, curvature.",
 )
 app.command(
     "polyak.cli.trajectory:thin", help="Merge neighbouring intervals of the record of a run."

@@ -33,8 +33,11 @@ _HOME_OF = {
     "Plan": "polyak.study.plan",
     "Plane": "polyak.study.landscape",
     "Segments": "polyak.study.landscape",
+    "Portion": "polyak.study.soup_found",
+    "Soup": "polyak.study.soup_found",
     "Surface": "polyak.study.surface",
     "Trajectory": "polyak.study.trajectory",
+    "make_soup": "polyak.study.soup",
     "along_line": "polyak.study.landscape",
     "along_rays": "polyak.study.landscape",
     "along_segments": "polyak.study.landscape",
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from polyak.study.scans import LineScan as LineScan
     from polyak.study.scans import PlaneScan as PlaneScan
     from polyak.study.scans import RayScan as RayScan
+    from polyak.study.soup import make_soup as make_soup
+    from polyak.study.soup_found import Portion as Portion
+    from polyak.study.soup_found import Soup as Soup
     from polyak.study.steered import swad as swad
     from polyak.study.steered import two_tailed as two_tailed
     from polyak.study.surface import Surface as Surface

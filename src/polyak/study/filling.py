@@ -46,10 +46,9 @@ def parameters_of(model: Module) -> frozenset[str]:
     return frozenset(n for n, slot in named_tensors(model).slots.items() if slot.is_parameter)
 
 
-def has_statistics(interval: Interval) -> bool:
-    """Whether the record holds running statistics, which an average does not have of its own."""
-    with interval.open() as opened:
-        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in opened.tensors)
+def has_statistics(names: Iterable[str]) -> bool:
+    """Whether there are running statistics among the tensors, which an average does not have of its own."""
+    return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in names)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, NonFiniteError, check_match, require, some
 from polyak.study.evaluations import digest_of
 from polyak.study.evaluator import Subject
-from polyak.study.filling import Weights, check_shapes, parameters_of
+from polyak.study.filling import Weights, check_shapes, has_statistics, parameters_of
 from polyak.tensors.policy import RUNNING_STATISTICS
 
 Floats = NDArray[np.float64]
@@ -86,8 +86,7 @@ class Frame:
     @property
     def has_statistics(self) -> bool:
         """Whether there are running statistics, which a point between has not of its own."""
-        names = self.anchors[0].tensors
-        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in names)
+        return has_statistics(self.anchors[0].tensors)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -27,12 +27,14 @@ class Judge(Evaluator):
 
     def __init__(self, trajectory: Trajectory, evaluate: Any, judging: Judging) -> None:
         newest = trajectory.intervals[-1]
+        with newest.open() as opened:
+            stale = "the newest interval" if has_statistics(opened.tensors) else None
         super().__init__(
             evaluate,
             judging,
             folder=None if trajectory.are_snapshots else trajectory.folder / FOLDER,
             question="search",
-            stale="the newest interval" if has_statistics(newest) else None,
+            stale=stale,
         )
         self.trajectory = trajectory
         self._made: dict[tuple[str, float], Scored | None] = {}
