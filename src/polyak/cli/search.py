@@ -88,7 +88,7 @@ def search(
 
     """
     if searched.rule is not None:
-        _answer(searched.rule.replace("-", "_"), trajectory, asked, {})
+        _answer(searched.rule.replace("-", "_"), trajectory, scorer, asked, {})
         return
     options = {
         "evaluations": searched.evaluations,

@@ -190,3 +190,25 @@ def test_a_curve_is_trained_and_followed(folder, capsys):
     assert "Barrier from a.pt to b.pt" in capsys.readouterr().out
     assert run([*line, "a.pt", "c.pt"]) == 2
     assert "between other checkpoints than a.pt and c.pt" in words(capsys)
+
+
+def test_curvature_of_each_checkpoint(folder, capsys):
+    flags = ["--model", "judged:model", "--data", "judged:batches", "--loss", "judged:loss"]
+    assert run(["landscape", "curvature", "a.pt", "b.pt", *flags, "--k", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    import judged
+
+    for name, line in zip(("a.pt", "b.pt"), said, strict=True):
+        model = judged.model()
+        model.load_state_dict(torch.load(folder / name))
+        found = polyak.study.hessian_eigenvalues(model, judged.loss, judged.batches(), k=2)
+        assert line == f"{name}: {found}"
+    assert run(["landscape", "curvature", *flags]) == 2
+    assert "There is no input" in words(capsys)
+    torch.save({"w": torch.ones(2)}, folder / "other.pt")
+    assert run(["landscape", "curvature", "a.pt", "other.pt", *flags]) == 1
+    said = capsys.readouterr()
+    assert "other.pt holds no weights of this model" in " ".join(said.err.split())
+    assert not said.out  # it is refused before anything is computed
+    assert run(["landscape", "curvature", "a.pt", *flags, "--k", "0"]) == 2
+    assert "--k is 0" in words(capsys)
