@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -255,13 +256,15 @@ class _Measuring:
             else [math.isfinite(h) for h in over_all].index(False)
         )
         height = max(0.0, over_all[top]) if finite else math.inf
+        found = Barrier(start, end, height, inside[1 + top][0])
         if self.evaluator.split(first)[1] is None or not finite:
-            return Barrier(start, end, height, inside[1 + top][0], None, None, None)
+            return found
         top = int(np.argmax(heights(lambda s: self.evaluator.split(s)[0])))
-        at, path = inside[1 + top]
+        chosen, path = inside[1 + top]
         held = [self._held(s) for s in (path, first, last)]
-        chord = (1 - at) * held[1] + at * held[2]
-        return Barrier(start, end, height, at, *paired_bootstrap(held[0], chord))
+        chord = (1 - chosen) * held[1] + chosen * held[2]
+        difference, low, high = paired_bootstrap(held[0], chord)
+        return replace(found, chosen=chosen, difference=difference, low=low, high=high)
 
     def about(self, scores: Sequence[Tensor]) -> dict[str, Any]:
         """What every scan says."""

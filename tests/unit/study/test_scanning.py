@@ -125,7 +125,8 @@ def test_a_barrier_is_chosen_on_one_half_and_measured_on_the_other(three):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     held, choosing = order[:20], order[20:]
     top = 1 + int(above[1:-1, choosing].mean(1).argmax())
-    assert barrier.at == t[top]
+    assert barrier.chosen == t[top]
+    assert barrier.at == t[1 + int(above[1:-1].mean(1).argmax())]
     expected = paired_bootstrap(rows[top, held], chord[top, held])
     np.testing.assert_allclose(
         (barrier.difference, barrier.low, barrier.high), expected, atol=1e-12
@@ -582,3 +583,25 @@ def test_a_flat_plane_is_drawn(three, value):
     for more in ({"minimize": True}, {"maximize": True}):
         flat_plane = scan_plane(three, lambda w: value, points=3, **more)
         plot_scan(flat_plane, Figure().add_subplot())
+
+
+class OnFile:
+    """An evaluation that reads a file, as `Command` does."""
+
+    takes_file = True
+    minimize = True
+
+    def __call__(self, path):
+        with polyak.open_checkpoint(path) as opened:
+            return opened.tensors["1.running_var"].load().sum()
+
+
+def test_a_file_has_statistics_of_its_own_too():
+    ends = {"a": trained(1), "b": trained(2)}
+    found = scan_line(ends, OnFile(), model=normed(), data=BATCHES, points=3)
+
+    def variance(model):
+        return model[1].running_var.sum()
+
+    inside = scan_line(ends, variance, model=normed(), data=BATCHES, minimize=True, points=3)
+    np.testing.assert_allclose(found.values, inside.values, rtol=1e-6)
