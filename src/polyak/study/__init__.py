@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "OverfitWindow": "polyak.maths.overfit_window",
+    "two_tailed": "polyak.study.steered",
+    "swad": "polyak.study.steered",
+    "Curve": "polyak.study.curves",
+    "connect": "polyak.study.curves",
     "Curvature": "polyak.study.curvature",
     "lanczos": "polyak.study.curvature",
     "hessian_eigenvalues": "polyak.study.curvature",
@@ -40,12 +45,15 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from polyak.maths.overfit_window import OverfitWindow as OverfitWindow
     from polyak.study.bootstrap import paired_bootstrap as paired_bootstrap
     from polyak.study.classify import ScaledNLL as ScaledNLL
     from polyak.study.command import Command as Command
     from polyak.study.curvature import Curvature as Curvature
     from polyak.study.curvature import hessian_eigenvalues as hessian_eigenvalues
     from polyak.study.curvature import lanczos as lanczos
+    from polyak.study.curves import Curve as Curve
+    from polyak.study.curves import connect as connect
     from polyak.study.found import Comparison as Comparison
     from polyak.study.found import Found as Found
     from polyak.study.found import Scored as Scored
@@ -68,6 +76,8 @@ if TYPE_CHECKING:
     from polyak.study.soup import make_soup as make_soup
     from polyak.study.soup_found import Portion as Portion
     from polyak.study.soup_found import Soup as Soup
+    from polyak.study.steered import swad as swad
+    from polyak.study.steered import two_tailed as two_tailed
     from polyak.study.surface import Surface as Surface
     from polyak.study.trajectory import Trajectory as Trajectory
 

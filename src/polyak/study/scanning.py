@@ -14,6 +14,7 @@ from torch import Tensor
 from polyak.errors import ArgumentError, NonFiniteError, require
 from polyak.maths.arguments import at_least_one, count, number
 from polyak.study.bootstrap import paired_bootstrap
+from polyak.study.curves import Curve, bezier, control_point
 from polyak.study.directions import Directions, Normalize
 from polyak.study.evaluator import Evaluator, Judging, Subject
 from polyak.study.filling import Weights
@@ -28,7 +29,7 @@ _ROUNDING = 1e-6  # of a distance; nearer to a line than that, or than float32 t
 
 
 def scan_line(
-    inputs: Points,
+    inputs: Points | Curve,
     evaluate: Callable[..., Any],
     *,
     curve: Weights | None = None,
@@ -40,8 +41,8 @@ def scan_line(
     r"""Scores on the way through checkpoints, and the barrier between each and the next.
 
     Args:
-        inputs: Two or more checkpoints, paths or state dicts, in a list or by name; or a `Trajectory`, for
-            the way from its last interval to the mean of all.
+        inputs: Two or more checkpoints, paths or state dicts, in a list or by name; a `Curve`; or a
+            `Trajectory`, for the way from its last interval to the mean of all.
         evaluate: As for `Trajectory.search`; best with one score per example, so that barriers get an interval.
         curve: The control point of a quadratic Bezier curve between two checkpoints, as
             `polyak.study.connect` trains it: $(1-t)^2 w_1 + 2t(1-t) \theta + t^2 w_2$ is followed instead of
@@ -68,23 +69,13 @@ def scan_line(
     """
     at_least_three("points", points)
     require(number("beyond", beyond) >= 0, f"beyond is {beyond:g}; expected 0 or more.")
-    anchors = _anchors(inputs, key, ("last", "mean"))
-    if len(anchors) < 2:
-        raise ArgumentError(f"There is {len(anchors)} checkpoint; a line needs two or more.")
-    if curve is not None:
-        require(
-            len(anchors) == 2, f"A curve goes between two checkpoints; there are {len(anchors)}."
-        )
-        anchors = [
-            anchors[0],
-            anchors_of({"the curve's control point": curve}, key=key)[0],
-            anchors[1],
-        ]
+    curved = isinstance(inputs, Curve) or curve is not None
+    anchors = _line_anchors(inputs, curve, key)
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     gram = measuring.frame.gram()
     _refuse_same(anchors, gram)
-    names = [a.name for a in (anchors if curve is None else (anchors[0], anchors[2]))]
-    share = _bezier if curve is not None else _polyline(len(anchors))
+    names = [a.name for a in (anchors[::2] if curved else anchors)]
+    share = bezier if curved else _polyline(len(anchors))
     segments = len(names) - 1
     positions = _positions(segments, points, beyond)
     shares = [share(t) for t in positions.tolist()]
@@ -209,7 +200,7 @@ class _Measuring:
         anchors: list[Anchor],
         evaluate: Callable[..., Any],
         judging: dict[str, Any],
-        inputs: Points,
+        inputs: Points | Curve,
     ) -> None:
         how = Judging(**judging)
         self.frame = Frame(anchors, how.model)
@@ -351,6 +342,21 @@ def _anchors(inputs: Points, key: str | None, of_a_record: Sequence[str]) -> lis
     return anchors_of(inputs, key=key)
 
 
+def _line_anchors(inputs: Points | Curve, curve: Weights | None, key: str | None) -> list[Anchor]:
+    if isinstance(inputs, Curve):
+        require(
+            curve is None, "inputs is a curve with a control point of its own; leave out curve=."
+        )
+        return inputs.anchors
+    anchors = _anchors(inputs, key, ("last", "mean"))
+    if len(anchors) < 2:
+        raise ArgumentError(f"There is {len(anchors)} checkpoint; a line needs two or more.")
+    if curve is None:
+        return anchors
+    require(len(anchors) == 2, f"A curve goes between two checkpoints; there are {len(anchors)}.")
+    return [anchors[0], control_point(curve, anchors, key), anchors[1]]
+
+
 def _refuse_same(anchors: Sequence[Anchor], gram: Floats) -> None:
     for i, (one, other) in enumerate(itertools.pairwise(anchors)):
         if (
@@ -371,10 +377,6 @@ def _polyline(size: int) -> Callable[[float], list[float]]:
         return found
 
     return shares
-
-
-def _bezier(t: float) -> list[float]:
-    return [(1 - t) ** 2, 2 * t * (1 - t), t**2]
 
 
 def _positions(segments: int, points: int, beyond: float) -> Floats:

@@ -28,6 +28,9 @@ def batches():
 def data():
     return [batches()[0][0]]
 
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
 def nan(state):
     return float("nan")
 
@@ -162,3 +165,50 @@ def test_the_commands_are_listed(capsys):
     assert run(["landscape", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("line", "plane", "rays"))
+
+
+def test_a_curve_is_trained_and_followed(folder, capsys):
+    connect = [
+        "landscape",
+        "connect",
+        "a.pt",
+        "b.pt",
+        "--model",
+        "judged:model",
+        "--data",
+        "judged:batches",
+    ]
+    connect += ["--loss", "judged:loss", "-o", "bend.safetensors"]
+    assert run([*connect, "--epochs", "2"]) == 0
+    assert re.search(
+        r"bend.safetensors: the mean loss on the curve went from", capsys.readouterr().out
+    )
+    assert run(connect) == 1
+    assert "pass --overwrite" in words(capsys)
+    line = ["landscape", "line", "--curve", "bend.safetensors", *JUDGED, "--points", "5"]
+    assert run([*line, "a.pt", "b.pt"]) == 0
+    assert "Barrier from a.pt to b.pt" in capsys.readouterr().out
+    assert run([*line, "a.pt", "c.pt"]) == 2
+    assert "between other checkpoints than a.pt and c.pt" in words(capsys)
+
+
+def test_curvature_of_each_checkpoint(folder, capsys):
+    flags = ["--model", "judged:model", "--data", "judged:batches", "--loss", "judged:loss"]
+    assert run(["landscape", "curvature", "a.pt", "b.pt", *flags, "--k", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    import judged
+
+    for name, line in zip(("a.pt", "b.pt"), said, strict=True):
+        model = judged.model()
+        model.load_state_dict(torch.load(folder / name))
+        found = polyak.study.hessian_eigenvalues(model, judged.loss, judged.batches(), k=2)
+        assert line == f"{name}: {found}"
+    assert run(["landscape", "curvature", *flags]) == 2
+    assert "There is no input" in words(capsys)
+    torch.save({"w": torch.ones(2)}, folder / "other.pt")
+    assert run(["landscape", "curvature", "a.pt", "other.pt", *flags]) == 1
+    said = capsys.readouterr()
+    assert "other.pt holds no weights of this model" in " ".join(said.err.split())
+    assert not said.out  # it is refused before anything is computed
+    assert run(["landscape", "curvature", "a.pt", *flags, "--k", "0"]) == 2
+    assert "--k is 0" in words(capsys)

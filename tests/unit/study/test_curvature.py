@@ -236,6 +236,13 @@ def test_a_linear_loss_has_no_curvature():
     assert found.values == (0.0,) * 4
 
 
+def test_directions_of_many_parameters_have_length_1():
+    # torch's norm of so many float32 values on a CPU is too short: the eigenvalue of 2 I came out above 2.
+    start = torch.randn(2**23, generator=torch.Generator().manual_seed(0))
+    found = lanczos(lambda vector: 2 * vector, start, iterations=1)
+    assert found.values[0] == pytest.approx(2, rel=1e-6)
+
+
 def frozen():
     return nn.Linear(3, 3).requires_grad_(False)
 
