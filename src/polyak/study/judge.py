@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from polyak.maths.arguments import number
 from polyak.maths.profiles import Profile
 from polyak.maths.text import as_profile, profile_text
 from polyak.study.evaluations import TimedOut, as_scores, data_identity, identity_of, time_limit
-from polyak.study.filling import check_fits, fill, has_statistics, own_weights
+from polyak.study.filling import Source, check_fits, fill, has_statistics, own_weights
 from polyak.study.found import Scored
 from polyak.study.plan import Plan
 from polyak.study.scores import FOLDER, KeptScores, key_of
@@ -130,7 +130,7 @@ class Judge:
 
         until = self.trajectory.end
         key = key_of("weights", weights_identity(last), *self._identity)
-        self._known(key, "the last iterate", lambda: tensors_of(last))
+        self._known(key, "the last iterate", lambda into: tensors_of(last, into))
         return self._scored(key, "the last iterate", "reference", None, until, 0.0)
 
     def value(self, scored: Scored | None) -> float:
@@ -158,14 +158,16 @@ class Judge:
             self.notes.append(f"Left out: {str(error).splitlines()[0]}")
             return None
         key = key_of(content_of(plan), *self._identity)
-        self._known(key, f"{text} at {until:g}", lambda: self.trajectory.tensors(plan), plan)
+        self._known(
+            key, f"{text} at {until:g}", lambda into: self.trajectory.tensors(plan, into=into), plan
+        )
         return self._scored(key, text, family, start, until, plan.error)
 
     def _known(
         self,
         key: str,
         what: str,
-        tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+        source: Source,
         plan: Plan | None = None,
     ) -> None:
         if key in self._values:
@@ -176,7 +178,7 @@ class Judge:
             self._check_size(known, what)
             self._values[key] = known
             return
-        scores = as_scores(self._called(what, tensors, plan), what)
+        scores = as_scores(self._called(what, source, plan), what)
         self.evaluations += 1
         self._check_size(scores, what)
         if self._kept and bool(torch.isfinite(scores).all()):
@@ -186,26 +188,22 @@ class Judge:
                 self._kept = None
         self._values[key] = scores
 
-    def _called(
-        self, what: str, tensors: Callable[[], Iterable[tuple[str, Tensor]]], plan: Plan | None
-    ) -> Any:
+    def _called(self, what: str, source: Source, plan: Plan | None) -> Any:
         model = self._judging.model
         if self._takes_file:
-            return self._on_file(what, tensors, plan)
+            return self._on_file(what, source, plan)
         with self._stale_noticed():
             if model is None:
-                subject: Any = dict(tensors())
+                subject: Any = dict(source({}))
                 return self._run(what, subject)
-            fill(model, tensors())
+            fill(model, source)
         if self._judging.data is not None and norm_layers(model):
             update_bn(model, self._judging.data)
         with restored_modes(model), restored_rng(model):
             model.eval()
             return self._run(what, model)
 
-    def _on_file(
-        self, what: str, tensors: Callable[[], Iterable[tuple[str, Tensor]]], plan: Plan | None
-    ) -> Any:
+    def _on_file(self, what: str, source: Source, plan: Plan | None) -> Any:
         from polyak.checkpoints.writing.save import write_checkpoint
 
         with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
@@ -214,7 +212,7 @@ class Judge:
                 if plan is not None:
                     self.trajectory.save(path, plan.profile, plan.until)
                 else:
-                    write_checkpoint(path, dict(tensors()))
+                    write_checkpoint(path, dict(source({})))
             if self._judging.model is not None and self._judging.data is not None:
                 update_bn_file(path, self._judging.model, self._judging.data)
             return self._run(what, path)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,16 +194,21 @@ class Trajectory:
         return found | {alias: found[name] for alias, name in ties.items()}
 
     def tensors(
-        self, plan: Plan, *, dtype: str | torch.dtype | None = None
+        self,
+        plan: Plan,
+        *,
+        dtype: str | torch.dtype | None = None,
+        into: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a planned average one by one, (name, tensor); tied names once.
 
         dtype, errors: as for `average`. One tensor is in memory at a time, if the caller keeps none.
+        into: tensors by name in whose memory the average is made, as for `iter_averaged_tensors`.
         """
         from polyak.checkpoints.merging.average import iter_averaged_tensors
 
         with self._opened([plan]) as (inputs, (weights,)):
-            yield from iter_averaged_tensors(inputs, weights, dtype=self._dtype(dtype))
+            yield from iter_averaged_tensors(inputs, weights, dtype=self._dtype(dtype), into=into)
 
     def save(
         self,
