@@ -105,6 +105,32 @@ def is_record(path: object) -> bool:
     return any(map(NAME.fullmatch, names))
 
 
+def records_in(folder: Path) -> list[Path]:
+    """Folders with recorded intervals inside one that is no record itself: a run's, up to three levels down."""
+    if is_record(folder):
+        return []
+    found: set[Path] = set()
+    for depth in range(1, 4):
+        for path in folder.glob("*/" * depth + "interval-*.safetensors"):
+            if NAME.fullmatch(path.name):
+                found.add(path.parent)
+    return sorted(found)
+
+
+def is_record_or_run(path: object) -> bool:
+    """Whether this is a record, or the folder of a run with a record inside and no weights beside it."""
+    if is_record(path):
+        return True
+    folder = Path(str(path))
+    if not folder.is_dir() or not records_in(folder):
+        return False
+    try:
+        open_checkpoint(folder).close()
+    except (PolyakError, OSError):
+        return True
+    return False
+
+
 def scan_intervals(folder: Path) -> Scan:
     """The intervals in a folder by their time, without leftovers of merges."""
     found: list[Interval] = []

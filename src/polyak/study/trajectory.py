@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.intervals import Interval, scan_intervals
+from polyak.checkpoints.intervals import Interval, records_in, scan_intervals
 from polyak.checkpoints.merging.options import parse_bytes
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, FormatError, MismatchError, require
@@ -50,13 +50,14 @@ class Trajectory:
     the captures; `plan` says what the rest costs before anything is read.
 
     Args:
-        folder: what a `polyak.Recorder` has written, finished or not.
+        folder: what a `polyak.Recorder` has written, finished or not; or the folder of a run that holds one
+            such folder, up to three levels down.
         cache_size: what the means of 2, 4, 8, ... intervals may take, which are kept in a hidden folder
             there as windows need them; bytes or text like "2GB", 0 for none. By default as much as
             2 log2(K) of the K intervals; none of a record in bfloat16.
 
     Raises:
-        ArgumentError: no such folder, or one without recorded intervals.
+        ArgumentError: no such folder, or one without recorded intervals, or with several records.
         MismatchError: intervals of several records, or of different models.
 
     `damaged` maps files that cannot be used to the reason, `missing` lists the stretches without a file:
@@ -79,6 +80,7 @@ class Trajectory:
     def __init__(self, folder: PathLike, *, cache_size: int | str | None = None) -> None:
         self.folder = as_path(folder)
         require(self.folder.is_dir(), f"There is no folder {self.folder}. Check the path.")
+        self.folder = _the_record(self.folder)
         found = scan_intervals(self.folder)
         if not found.intervals:
             why = "".join(f"\n  {path}: {reason}" for path, reason in found.damaged.items())
@@ -436,6 +438,18 @@ class Trajectory:
             "planned_error": f"{plan.error:.3g}",
         }
         return said | ({"step": str(round(plan.until))} if plan.unit == "steps" else {})
+
+
+def _the_record(folder: Path) -> Path:
+    """The folder, or the one record in it. Raises ArgumentError if there are several."""
+    inside = records_in(folder)
+    if len(inside) > 1:
+        named = "".join(f"\n  {path}" for path in inside[:12])
+        more = f"\n  and {len(inside) - 12} more" if len(inside) > 12 else ""
+        raise ArgumentError(
+            f"{folder} holds {len(inside)} records; name the one to average:{named}{more}"
+        )
+    return inside[0] if inside else folder
 
 
 def _refuse_mixed(intervals: Sequence[Interval]) -> None:

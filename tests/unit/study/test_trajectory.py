@@ -287,3 +287,35 @@ def test_groups_do_not_reach_over_what_is_missing(folder):
     groups = grouped(found, 1)
     assert [(g[0].start, g[-1].end) for g in groups] == [(0, 300), (320, 640)]
     assert all(a.end == b.start for g in groups for a, b in itertools.pairwise(g))
+
+
+def test_a_record_is_found_in_the_folder_of_its_run(recorded, tmp_path):
+    run = tmp_path / "run"
+    first = shutil.copytree(recorded, run / "record" / "seed-0" / "swa")
+    (run / "metrics.jsonl").write_text("{}")
+    assert Trajectory(run).folder == first
+    assert Trajectory(run / "record").edges == Trajectory(recorded).edges
+    second = shutil.copytree(recorded, run / "record" / "seed-1" / "swa")
+    with pytest.raises(ArgumentError, match="holds 2 records; name the one") as refused:
+        Trajectory(run)
+    assert str(first) in str(refused.value)
+    assert str(second) in str(refused.value)
+    assert Trajectory(second).folder == second
+
+
+@pytest.mark.filterwarnings("ignore::polyak.errors.StaleStatistics")
+def test_an_average_is_made_in_the_tensors_that_are_given(folder):
+    trajectory = Trajectory(folder)
+    plan = trajectory.plan("window:length=400")
+    expected = dict(trajectory.tensors(plan))
+    fits = torch.full_like(expected["first.weight"], float("nan"))
+    row = torch.zeros(expected["first.bias"].shape[0] * 2)[::2]  # not in one row
+    wide = torch.zeros_like(expected["norm.weight"], dtype=torch.float64)
+    into = {"first.weight": fits, "first.bias": row, "norm.weight": wide}
+    found = dict(trajectory.tensors(plan, into=into))
+    assert found["first.weight"] is fits
+    assert found["first.bias"] is not row
+    assert found["norm.weight"] is not wide
+    assert row.count_nonzero() == wide.count_nonzero() == 0
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
