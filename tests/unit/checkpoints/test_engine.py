@@ -165,7 +165,7 @@ def test_the_mean_of_many_is_as_close_as_that_of_two(count):
         rule.add(rows, one, index, (), first=index == 1)
     rule.finish(rows)
     exact = values.double().mean(0)
-    assert (rows[0] - exact).norm() <= 5e-8 * exact.norm()
+    assert (rows[0] - exact).norm() <= 6e-8 * exact.norm()
     for index, one in enumerate([values[0]] * count, start=1):
         rule.add(rows, one, index, (), first=index == 1)
     rule.finish(rows)
