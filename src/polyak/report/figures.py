@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, ORANGE, PINK, PURPLE
+from polyak.report.drawing import BLUE, BROWN, CYAN, GREEN, GREY, OLIVE, ORANGE, PINK, PURPLE
 from polyak.study.paired import Estimate
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN}
 ARM_COLOURS = {"sgd": PURPLE, "half": PINK, "swa": BLUE, "cyclic": BROWN}
 """Of an arm's last weights: the annealed runs, and the iterates that averages are made of."""
+FAMILY_COLOURS = {"windows": ORANGE, "half-lives": GREEN, "power": CYAN, "annealed": OLIVE}
+"""Of averages made afterwards: an equal mean is an SWA, a half-life an EMA's."""
 LABELS = {
     "iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "half": "half", "cyclic": "cyclic",
 }  # fmt: skip

@@ -128,7 +128,7 @@ def curvatures(
     frames = [Frame([anchor], model) for anchor in anchors]  # all of them are checked first
     with own_weights(model):
         for anchor, frame in zip(anchors, frames, strict=True):
-            fill(model, frame.tensors([1.0]))
+            fill(model, frame.subject(anchor.name, [1.0]).tensors)
             yield anchor.name, hessian_eigenvalues(model, loss, batches, **options)
 
 

@@ -41,6 +41,11 @@ def test_the_budget_draws_means_bands_and_where_annealed_runs_end(ax):
 def test_a_colour_has_one_meaning():
     colours = [*figures.ARM_COLOURS.values(), figures.COLOURS["swa"], figures.COLOURS["ema"]]
     assert len(set(colours)) == len(colours)
+    families = figures.FAMILY_COLOURS
+    assert families["windows"] == figures.COLOURS["swa"]
+    assert families["half-lives"] == figures.COLOURS["ema"]
+    new = {families["power"], families["annealed"]}
+    assert len(new) == 2 and not new & set(colours)
     assert figures.colour_of("swa", "iterate") == figures.COLOURS["iterate"]
     assert figures.colour_of("cyclic", "swa") == figures.colour_of("swa", "swa")
 
