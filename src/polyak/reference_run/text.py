@@ -103,11 +103,11 @@ def windows_of(content: bytes, context: int, name: str) -> TextData:
     text = torch.from_numpy(np.frombuffer(bytearray(content), np.uint8))
     begin, end = (round(share * len(text)) for share in _PARTS)
     parts = {"train": text[:begin], "validation": text[begin:end], "test": text[end:]}
-    shortest = min(map(len, parts.values()))
+    fewest = 20 * (context + 1)
     require(
-        shortest > context,
+        len(text) >= fewest,
         f"{name} has {len(text):,} bytes, of which the parts to validate and to test on are a twentieth each; "
-        f"expected {20 * (context + 1):,} or more for windows of {context} bytes (context). Take a longer text.",
+        f"expected {fewest:,} or more for windows of {context} bytes (context). Take a longer text.",
     )
     return TextData(
         train=_split(parts["train"].unfold(0, context + 1, 1)),
