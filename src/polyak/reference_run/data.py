@@ -285,6 +285,11 @@ def custom_data(function: str) -> Data:
 
     Images are float32 `(n, channels, size, size)`, labels int64 `(n,)` from 0 on.
     """
+    if ":" not in function and Path(function).exists():
+        raise ArgumentError(
+            f"data is {function!r}, a path; expected package.module:function that returns images. For a text: "
+            f"polyak train words --data {function}."
+        )
     given = call_object(function)
     names = [f.name for f in fields(Data)]
     if isinstance(given, Data):
