@@ -206,9 +206,10 @@ def _limits(averaged: dict[str, Band], annealed: dict[str, Band]) -> tuple[float
 
 
 def _next(run: Run) -> list[str]:
+    statistics = ", with BatchNorm statistics of its own if the network has them"
     return [
         f"The averaged model is {run.folder / 'swa.safetensors'}: the SWA of seed "
-        f"{run.recipe.first_seed}, with BatchNorm statistics of its own if the network has them.",
+        f"{run.recipe.first_seed}{statistics if run.recipe.task == 'images' else ''}.",
         "To average your own training, read docs/average.md; to choose an average, docs/which-average.md; "
         "whether it is worth it for you, docs/should-i-average.md.",
         f"Another recipe or length: polyak train --help. This page again: polyak report "
