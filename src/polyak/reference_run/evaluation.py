@@ -22,6 +22,7 @@ from polyak.reference_run.recipe import Recipe
 from polyak.study.metrics import best_temperature, error, nll, reliability
 from polyak.tensors.modes import restored_modes
 
+_FEW_WINDOWS = 32  # of a text without gradients: their logits stay in the cache
 BATCH = 250  # examples without gradients: a batch stays in the cache
 CURVE_EXAMPLES = 1000  # the first of training: enough for the statistics of a point of a curve
 
@@ -62,14 +63,30 @@ class WindowLoss:
             f"window loss {hashlib.sha256(labels.numpy().data).hexdigest()} {tuple(labels.shape)}"
         )
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> Tensor:
         """One loss per window, float64."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        logits = logits_of(model, self._split, Hardware(device)).double()
-        labels = self._split.labels.long()
-        losses = cross_entropy(logits, labels.flatten(), reduction="none")
-        return losses.view(labels.shape).mean(1)
+        losses, _ = scores_of(model, self._split, Hardware(device))
+        return losses.view(self._split.labels.shape).mean(1)
+
+
+def scores_of(model: nn.Module, split: Split, hardware: Hardware) -> tuple[Tensor, Tensor]:
+    """The loss of each prediction, float64, and whether it is wrong; in evaluation mode.
+
+    A text has more predictions, of more classes, than there are images: their logits are not kept.
+    """
+    losses, wrong = [], []
+    with restored_modes(model), torch.no_grad(), hardware.precision():
+        model.eval()
+        for inputs, labels in zip(
+            split.inputs.split(_FEW_WINDOWS),  # type: ignore[no-untyped-call]
+            split.labels.long().split(_FEW_WINDOWS),  # type: ignore[no-untyped-call]
+            strict=True,
+        ):
+            logits = model(hardware.inputs(inputs)).flatten(0, -2).float().cpu()
+            losses.append(cross_entropy(logits.double(), labels.flatten(), reduction="none"))
+            wrong.append(logits.argmax(1) != labels.flatten())
+    return torch.cat(losses), torch.cat(wrong)
 
 
 @dataclass(frozen=True)
@@ -83,14 +100,14 @@ class Evaluation:
 def evaluation_of(recipe: Recipe) -> Evaluation:
     """The evaluation of a recipe's task."""
     if recipe.task == "words":
-        return Evaluation(validation_record, final_words_record)
+        return Evaluation(words_record, final_words_record)
     return Evaluation(validation_record, final_record)
 
 
 def validation_record(model: nn.Module, data: Data, hardware: Hardware) -> dict[str, float]:
-    """Error in percent and NLL in nats on the validation images, or for each byte of the validation windows."""
+    """Error in percent and NLL in nats on the validation images."""
     logits = logits_of(model, data.validation, hardware)
-    labels = data.validation.labels.flatten()
+    labels = data.validation.labels
     return {"error": 100 * error(logits, labels), "nll": nll(logits, labels)}
 
 
@@ -113,19 +130,27 @@ def final_record(model: nn.Module, data: Data, hardware: Hardware) -> dict[str, 
     }
 
 
+def words_record(model: nn.Module, data: Data, hardware: Hardware) -> dict[str, float]:
+    """Error in percent and NLL in nats for each byte of the validation windows."""
+    return _mean_scores(model, data.validation, hardware)
+
+
+def _mean_scores(model: nn.Module, split: Split, hardware: Hardware) -> dict[str, float]:
+    losses, wrong = scores_of(model, split, hardware)
+    return {"error": 100 * float(wrong.double().mean()), "nll": float(losses.mean())}
+
+
 def final_words_record(model: nn.Module, data: Data, hardware: Hardware) -> dict[str, Any]:
     """NLL in nats and error in percent for each byte of the test windows.
 
     And by how many thousandths of a nat 8 and 4 bits a weight raise the NLL.
     """
-    labels = data.test.labels.flatten()
-    logits = logits_of(model, data.test, hardware)
-    value = nll(logits, labels)
-    rounded_nll = {
-        bits: nll(logits_of(rounded(model, bits), data.test, hardware), labels) for bits in (8, 4)
+    found = _mean_scores(model, data.test, hardware)
+    of_bits = {
+        bits: _mean_scores(rounded(model, bits), data.test, hardware)["nll"] for bits in (8, 4)
     }
-    rises = {f"int{bits}_rise": 1000 * (found - value) for bits, found in rounded_nll.items()}
-    return {"nll": value, "error": 100 * error(logits, labels), **rises}
+    rises = {f"int{bits}_rise": 1000 * (nll - found["nll"]) for bits, nll in of_bits.items()}
+    return found | rises
 
 
 def rounded(model: nn.Module, bits: int) -> nn.Module:

@@ -5,11 +5,10 @@ As in `verdict`, a difference is found if its 95% interval, as it is shown, does
 
 from __future__ import annotations
 
-from polyak.report.budget import ANNEALED, Budget
+from polyak.report.budget import ANNEALED, Budget, Reached
 from polyak.report.numbers import count, rounded
 from polyak.report.sentences import difference, found
 from polyak.report.tables import WORDS_BASELINE, Finals
-from polyak.report.verdict import describe_reached
 from polyak.study.paired import Estimate
 
 UNIT, DIGITS = "nats per byte", 3
@@ -60,19 +59,13 @@ def lines(finals: Finals, arm: str) -> list[str]:
             said.append(f"{name.removeprefix('the ')}: {told}")
     own = _told(finals, "the last iterate", (arm, "iterate"), "the SWA of its run", (arm, "swa"))
     inside = [
-        _told(
-            finals,
-            f"its {name.removeprefix('the ')}",
-            ("cosine", kind),
-            "its last weights",
-            WORDS_BASELINE,
-        )
-        for kind, name in AVERAGES.items()
+        _short(kind, finals.difference(("cosine", kind), "nll"), 4)
+        for kind in AVERAGES
         if ("cosine", kind) in finals.rows
     ]
     said.append(f"Iterate: {own}")
     if inside:
-        said.append(f"Inside the decay, of the cosine run: {'; '.join(inside)}")
+        said.append(f"Inside the decay, minus the cosine run's last weights: {'; '.join(inside)}")
     said += [_rounding(finals, arm, bits) for bits in (8, 4)]
     return [f"{line[0].upper()}{line[1:]}." for line in said]
 
@@ -98,48 +91,75 @@ def _rounding(finals: Finals, arm: str, bits: int) -> str:
     return f"matrices rounded to {bits} bits raise the loss, in thousandths of a nat per byte: {rises}; {told}"
 
 
+def _short(kind: str, value: Estimate | None, digits: int) -> str:
+    """`the EMA −0.020 ± 0.014 (below)`."""
+    if value is None:
+        return f"{AVERAGES[kind]} in no seed"
+    half = value.half_width()
+    told = {-1: "below", 0: "no difference found", 1: "above"}[found(value, digits)]
+    spread = "" if half is None else f" ± {rounded(half, digits)} ({told})"
+    return f"{AVERAGES[kind]} {rounded(value.mean, digits, signed=True)}{spread}"
+
+
 def shares(budget: Budget) -> list[str]:
     """From when on each average is as good as each cosine run, and what it is worth where that run ends."""
     if not budget.is_constant:
         return []
-    kinds = {kind: name for kind, name in AVERAGES.items() if kind in budget.averaged}
+    seeds = "1 seed" if budget.n_seeds == 1 else f"means over {budget.n_seeds} seeds, 95% intervals"
     said = []
     for arm in budget.annealed:
         reached = (
-            f"{name} {describe_reached(budget.reached(kind, arm))}" for kind, name in kinds.items()
+            f"{AVERAGES[kind]} {_reached(budget.reached(kind, arm))}"
+            for kind in _there(budget, arm)
         )
         said.append(
-            f"The validation loss at the end of the cosine run {ANNEALED[arm]}, at a constant rate: "
-            f"{'; '.join(reached)}."
+            f"At a constant rate, the validation loss with which the cosine run {ANNEALED[arm]} ends is reached by "
+            f"{', by '.join(reached)} ({seeds})."
         )
-    return [*said, *_at_every_length(budget, kinds)]
+    return [*said, *_at_every_length(budget)]
 
 
-def _at_every_length(budget: Budget, kinds: dict[str, str]) -> list[str]:
+def _there(budget: Budget, arm: str) -> list[str]:
+    """The averages that have begun when an annealed arm ends."""
+    end = budget.length(arm)
+    return [
+        kind
+        for kind in AVERAGES
+        if any(end in values for values in budget.averaged.get(kind, {}).values())
+    ]
+
+
+def _reached(reached: Reached) -> str:
+    if reached.share is None:
+        return "never"
+    half = reached.share.half_width()
+    spread = "" if half is None else f" ± {rounded(100 * half, 0)}%"
+    text = f"after {rounded(100 * reached.share.mean, 0)}%{spread} of the budget"
+    all_of_them = reached.n_reached == reached.n_seeds
+    return text if all_of_them else f"{text} in {reached.n_reached} of {reached.n_seeds} seeds"
+
+
+def _at_every_length(budget: Budget) -> list[str]:
     """The averages where each cosine run ends, in validation loss, and what follows."""
     said, behind = [], []
     for arm, place in _LENGTHS.items():
         if arm not in budget.annealed:
             continue
         values = {
-            name: value
-            for kind, name in kinds.items()
-            if (value := budget.difference(kind, budget.length(arm), arm)) is not None
+            kind: budget.difference(kind, budget.length(arm), arm) for kind in _there(budget, arm)
         }
-        told = (
-            difference(name, "the cosine run that ends there", v, UNIT, DIGITS)
-            for name, v in values.items()
+        told = "; ".join(_short(kind, value, DIGITS) for kind, value in values.items())
+        said.append(
+            f"At {place}, validation loss minus that of the cosine run that ends there: {told}."
         )
-        said.append(f"At {place}, in validation loss: {'; '.join(told)}.")
-        if values and all(found(value, DIGITS) > 0 for value in values.values()):
+        if all(value and found(value, DIGITS) > 0 for value in values.values()):
             behind.append(place)
     if budget.n_seeds == 1:
         return [*said, "One seed shows no spread: what follows from it is not told."]
+    follows = "At none of these lengths is every average found to be behind the cosine run."
     if behind:
-        follows = f"it does not at {' and at '.join(behind)}, where every average is behind"
-    else:
-        follows = "at none of these lengths is every average found to be behind the cosine run that ends there"
+        follows = f"Not at {' and at '.join(behind)}, where every average is behind."
     return [
         *said,
-        f"Does averaging at a constant rate replace the decay here, at every length? {follows.capitalize()}.",
+        f"Does averaging at a constant rate replace the decay here, at every length? {follows}",
     ]

@@ -265,7 +265,7 @@ def test_the_loss_of_windows_is_that_of_their_bytes(words):
     scores = evaluation.WindowLoss(data.validation)
     one = scores(model)
     assert one.shape == (len(data.validation),)
-    record = evaluation.validation_record(model, data, CPU)
+    record = evaluation.words_record(model, data, CPU)
     assert float(one.mean()) == pytest.approx(record["nll"], rel=1e-12)
     other = Split(data.validation.inputs, data.validation.labels ^ 1)
     assert scores.identity != evaluation.WindowLoss(other).identity

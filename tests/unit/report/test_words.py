@@ -15,6 +15,7 @@ ROWS |= {kind: ("constant", kind) for kind in ("iterate", "ema", "power", "swa",
 COSINE, LOWER, HIGHER, SAME = (
     (1.850, 1.854, 1.852), (1.830, 1.835, 1.832), (1.870, 1.875, 1.872), (1.840, 1.864, 1.853),
 )  # fmt: skip
+INSIDE = "Inside the decay, minus the cosine run's last weights"
 
 
 def finals(rise8=0.3, rise4=40.0, **losses):
@@ -66,11 +67,15 @@ def test_the_lines_read_back(values, where):
     lines = words.lines(finals(**rows, iterate=tuple(v + 0.1 for v in values)), "constant")
     named = dict(line.split(": ", 1) for line in lines)
     assert list(named)[:6] == [
-        "EMA", "Power EMA", "SWA", "WSM average", "Iterate", "Inside the decay, of the cosine run",
+        "EMA", "Power EMA", "SWA", "WSM average", "Iterate", INSIDE,
     ]  # fmt: skip
-    for name in ("EMA", "Power EMA", "SWA", "WSM average", "Inside the decay, of the cosine run"):
+    for name in ("EMA", "Power EMA", "SWA", "WSM average"):
         assert ("no difference found" in named[name]) == (where is None)
         assert where is None or f"nats per byte {where}" in named[name]
+    value = paired(values, COSINE)
+    mean, half = (f"{x:.4f}".replace("-", "−") for x in (value.mean, value.half_width()))
+    sign = "" if value.mean < 0 else "+"
+    assert named[INSIDE] == f"the SWA {sign}{mean} ± {half} ({where or 'no difference found'})."
     assert "0.100 nats per byte above the SWA of its run" in named["Iterate"]
 
 
@@ -102,22 +107,46 @@ FALLING = (3.0, 2.5, 2.3, 2.2, 2.1, 2.05, 2.0, 1.9)
 
 def test_the_shares_and_every_length():
     said = words.shares(budget(2.5, 2.25, 1.95, FALLING))
-    assert "in a quarter of the length, at a constant rate: the EMA has it after 25%" in said[0]
-    assert "in half the length, at a constant rate: the EMA has it after 50%" in said[1]
-    assert "over the whole length, at a constant rate: the EMA has it after 100%" in said[2]
-    assert "At a quarter of the budget, in validation loss: no difference found" in said[3]
-    assert "0.050 nats per byte below the cosine run that ends there" in said[4]
+    reached = (
+        "is reached by the EMA after {} ± 0% of the budget (means over 3 seeds, 95% intervals)."
+    )
+    assert said[0].endswith("annealed in a quarter of the length ends " + reached.format("25%"))
+    assert said[1].endswith("annealed in half the length ends " + reached.format("50%"))
+    assert said[2].endswith("annealed over the whole length ends " + reached.format("100%"))
+    assert said[3].startswith(
+        "At a quarter of the budget, validation loss minus that of the cosine run"
+    )
+    assert said[3].endswith("the EMA +0.000 ± 0.000 (no difference found).")
+    assert said[4].endswith("the EMA −0.050 ± 0.000 (below).")
     assert said[-1].endswith(
-        "At none of these lengths is every average found to be behind the cosine run that ends there."
+        "At none of these lengths is every average found to be behind the cosine run."
     )
 
 
 def test_lengths_at_which_the_decay_is_ahead_are_named():
     said = words.shares(budget(2.4, 2.25, 1.8, FALLING))
     assert said[-1].endswith(
-        "It does not at a quarter of the budget and at its end, where every average is behind."
+        "Not at a quarter of the budget and at its end, where every average is behind."
     )
-    assert "the EMA does not reach it in any of 3 seeds" in said[2]
+    assert "by the EMA never (" in said[2]
+
+
+def test_an_average_is_asked_only_where_it_has_begun():
+    given = budget(2.4, 2.25, 1.8, FALLING)
+    late = {seed: {7: 1.9, 8: 1.7} for seed in range(3)}
+    said = words.shares(
+        Budget(8, {**given.averaged, "swa": late}, given.annealed, is_constant=True)
+    )
+    assert ["SWA" in sentence for sentence in said] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert "by the EMA never, by the SWA after 100%" in said[2]
 
 
 def test_nothing_is_said_of_a_rate_that_moved():
