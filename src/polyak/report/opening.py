@@ -38,7 +38,6 @@ class Opening:
     verdict: str
     facts: dict[str, str]
     images: str
-    excerpt: str
     what: str
     wide: Drawing | None
     narrow: Drawing | None
@@ -59,7 +58,6 @@ def opening_of(run: Run, finals: Finals) -> Opening:
         verdict=_no_average(finals) if arm is None else told.verdict(finals, arm),
         facts=facts(run),
         images="" if is_text else image_strip(run.data),
-        excerpt=excerpt(run.data) if is_text else "",
         what="loss" if is_text else "error",
         wide=wide,
         narrow=narrow,
@@ -98,6 +96,8 @@ def facts(run: Run) -> dict[str, str]:
         "Trained": f"{origin.get('started', 'at an unknown time')[:10]}, {threads}{beside}, "
         f"{origin.get('device', recipe.device)}",
     }
+    if isinstance(run.data, TextData):
+        found["A window"] = excerpt(run.data)
     if "torch" in origin:
         found["Trained"] += f", torch {origin['torch']}"
     return found
@@ -124,8 +124,9 @@ def describe_text(recipe: Recipe, data: TextData) -> str:
 
 
 def excerpt(data: Data) -> str:
-    """The beginning of the first test window, as a byte-level model is asked to continue it."""
-    return bytes(data.test.inputs[0].tolist()).decode("utf-8", errors="replace")
+    """The first test window, in quotation marks."""
+    text = bytes(data.test.inputs[0].tolist()).decode("utf-8", errors="replace")
+    return f"“{' '.join(text.split())}”"
 
 
 def describe_data(recipe: Recipe, data: Data) -> str:
