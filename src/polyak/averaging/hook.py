@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.nn import Module
@@ -178,7 +178,7 @@ class Attachment:
                 self._handles.extend(guard_modes(layer, self._customer.is_lent))
             if hooked := next(filter(fires_hooks, watch.layers), None):
                 self._handles.append(_CopyWatch(hooked))
-        self._handles.append(register_optimizer_step_pre_hook(self._before_any_step))
+        self._handles.append(_AnyStep(self))
         if self._at is not None:
             self._handles.append(self._at.register_step_post_hook(self._after_schedule))
         return watches
@@ -194,7 +194,8 @@ class Attachment:
         if self._takes_entering_weights:
             self._take_entering_weights()
 
-    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_foreign_step(self, optimizer: Optimizer) -> None:
+        """Any optimizer is about to step; those that it is attached to are none of its business here."""
         if not any(optimizer is layer for watch in self._watches for layer in watch.layers):
             self._customer.before_foreign_step()
 
@@ -260,6 +261,35 @@ class Attachment:
                 f"{type(found).__name__} is in its evaluation mode: the model holds that optimizer's "
                 "own average, not the weights that train. Call its train() before weights are taken."
             )
+
+
+class _AnyStep:
+    """torch's hook of all optimizers, one for all attachments.
+
+    torch keeps such hooks for good, so it must not keep an attachment alive, whose model and average would stay
+    in memory where nobody calls `detach`. One that is gone must not take a hook away either: the garbage may
+    be collected while torch walks through them.
+    """
+
+    _attachments: ClassVar[weakref.WeakSet[Attachment]] = weakref.WeakSet()
+    _handle: ClassVar[Any] = None
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._attachments.add(attachment)
+        if _AnyStep._handle is None:
+            _AnyStep._handle = register_optimizer_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        self._attachments.discard(self._attachment)
+        if not self._attachments:
+            _AnyStep._handle.remove()
+            _AnyStep._handle = None
+
+    @classmethod
+    def _before_step(cls, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for attachment in list(cls._attachments):
+            attachment.before_foreign_step(optimizer)
 
 
 class Members(Customer):
@@ -427,7 +457,9 @@ def _check_unit(known: str | None, unit: str, members: Sequence[Member]) -> None
 class _CopyWatch:
     """Warns when an optimizer is copied or pickled: torch silently drops hooks."""
 
-    _watched: ClassVar[WeakKeyDictionary[Optimizer, int]] = WeakKeyDictionary()  # how many watch it
+    _watched: ClassVar[weakref.WeakKeyDictionary[Optimizer, int]] = (
+        weakref.WeakKeyDictionary()
+    )  # how many watch it
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

@@ -21,8 +21,8 @@ from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.packed import Packed
-from polyak.tensors.rounding import copy_rounded, rounded_for
-from polyak.tensors.sharding import is_sharded, layout, local, narrowed, sharded_as
+from polyak.tensors.rounding import copy_rounded, piece_values, rounded_for
+from polyak.tensors.sharding import Span, is_sharded, layout, local, narrowed, sharded_as
 from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
 
 _SMALL = 4096  # values
@@ -77,8 +77,25 @@ def model_value(member: Member, index: int, *, exchanged: bool = False, part: Pa
     if member.accumulator is None:
         return narrowed(live.detach(), part)
     with torch.no_grad(), torch.inference_mode(False):
-        value = member.accumulator.value(index, member.clock, part)
-        return copy_rounded(torch.empty_like(narrowed(live, part)), value)
+        result = torch.empty_like(narrowed(live, part))
+        spans = list(part) or [(0, size) for size in result.shape]
+        # What is computed is so in the accumulator's precision: piece by piece, in little memory.
+        for piece, where in _pieces(result, spans):
+            copy_rounded(piece, member.accumulator.value(index, member.clock, where))
+        return result
+
+
+def _pieces(tensor: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, list[Span]]]:
+    """A tensor that is these spans of a larger one, cut along its outermost dimension; and their spans."""
+    outer = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
+    if outer is None or tensor.numel() == 0:
+        yield tensor, spans
+        return
+    start, step = spans[outer][0], piece_values(tensor.device) * tensor.shape[outer]
+    for piece in torch.split(tensor, max(1, step // tensor.numel()), outer):
+        end = start + piece.shape[outer]
+        yield piece, [*spans[:outer], (start, end), *spans[outer + 1 :]]
+        start = end
 
 
 @torch.no_grad()

@@ -77,7 +77,11 @@ def train(  # noqa: PLR0913 - keyword-only arguments do not count
     """
     overrides = {name: value for name, value in _given(fields).items() if value is not None}
     if seeds := overrides.pop("seeds", None):
-        overrides |= {"first_seed": seeds[0], "seeds": seeds[1]}
+        if seeds.keys() & overrides.keys():
+            raise ArgumentError(
+                "--seeds 3:8 says with which seed the run begins, and so does --first-seed. Pass one."
+            )
+        overrides |= seeds
     chosen = _chosen_recipe(recipe, overrides, quick=quick, output=output if resume else None)
     from polyak.cli.train_display import carry_out
 

@@ -207,7 +207,7 @@ def plot_segments(
     ax.set(xlabel="averaged weights, by epoch", ylabel=ylabel)
 
 
-def plot_plane(
+def plot_plane(  # noqa: PLR0913 - keyword-only arguments do not count
     ax: Axes,
     x: ArrayLike,
     y: ArrayLike,
@@ -215,16 +215,21 @@ def plot_plane(
     points: Mapping[str, NDArray[Any]],
     *,
     title: str,
+    minimize: bool = True,
 ) -> None:
     """Contours of a value on a plane, `values` (y, x), with named points (n, 2) on it.
 
     Levels are evenly spaced in the logarithm of the height above the lowest value, as in the paper,
-    so that the bottom of a basin is visible beside its walls.
+    so that the bottom of a basin is visible beside its walls; below the highest value where more is
+    better. What is not finite stays blank.
     """
-    low, high = float(values.min()), float(values.max())
-    span = max(high - low, 1e-12)
-    levels = low + span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
-    shape = ax.contourf(x, y, values, levels=levels, cmap="viridis", norm=_even(levels))
+    known = np.ma.masked_invalid(values)
+    low, high = float(known.min()), float(known.max())
+    span = max(high - low, 1e-9 * max(1.0, abs(low)))
+    steps = span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
+    levels = low + steps if minimize else (low + span - steps)[::-1]
+    colours = "viridis" if minimize else "viridis_r"
+    shape = ax.contourf(x, y, known, levels=levels, cmap=colours, norm=_even(levels))
     marks = ("o", "s", "*", "D", "^")
     for (name, at), mark in zip(points.items(), marks, strict=False):
         line = "-" if len(at) > 2 else ""

@@ -16,8 +16,9 @@ from polyak.maths.planning import RESOLVED
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile
 from polyak.maths.text import format_profile
 from polyak.study.bootstrap import paired_bootstrap
+from polyak.study.evaluator import Judging
 from polyak.study.found import Comparison, Found, Scored
-from polyak.study.judge import Judge, Judging
+from polyak.study.judge import Judge
 from polyak.study.trajectory import Trajectory
 from polyak.study.windows import search_lengths, search_values, search_windows
 

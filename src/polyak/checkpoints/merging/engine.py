@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.plan import VECTOR, ByteRuns, Chunk, MergePlan, Reader, Segment
-from polyak.checkpoints.merging.rules import Piece, Rule, WeightedSum
+from polyak.checkpoints.merging.rules import Part, Piece, Rule, WeightedSum
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, accumulator, itemsize
 from polyak.errors import NonFiniteError
 
@@ -112,7 +112,7 @@ class Worker:
                 wide.copy_(raw)
             for k in counting:
                 values = wide if begun else raw
-                rules[k].add(rows[k], values, index, pieces, first=k not in begun)
+                rules[k].add(rows[k], Part(values, index, k not in begun, pieces))
             begun.update(counting)
         for rule, mine in zip(rules, rows, strict=True):
             rule.finish(mine)

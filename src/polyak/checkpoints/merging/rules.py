@@ -10,6 +10,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ SUM_TOLERANCE = 1e-6
 
 Piece = tuple[str, int, slice]
 """A tensor's name, the first of its values in the chunk, and where in the chunk these are."""
+
+
+class Part(NamedTuple):
+    """What input `number` has in a chunk. first: whether it is the first of its sum; pieces: of which tensors."""
+
+    values: Tensor
+    number: int
+    first: bool
+    pieces: Iterable[Piece] = ()
 
 
 class Rule(ABC):
@@ -33,16 +43,8 @@ class Rule(ABC):
     per_tensor: bool
 
     @abstractmethod
-    def add(
-        self,
-        rows: Sequence[Tensor],
-        values: Tensor,
-        index: int,
-        pieces: Iterable[Piece],
-        *,
-        first: bool,
-    ) -> None:
-        """Take the values of input `index`; those of the first may have any dtype."""
+    def add(self, rows: Sequence[Tensor], part: Part) -> None:
+        """Take one input's values; those of the first may have any dtype."""
 
     def finish(self, rows: Sequence[Tensor]) -> None:  # noqa: B027 - most have no more to do
         """Leave the result in the first row, where it is not there already."""
@@ -65,25 +67,17 @@ class WeightedSum(Rule):
             totals = itertools.accumulate(coefficients)
             self._shares = [c / t if t else 0.0 for c, t in zip(coefficients, totals, strict=True)]
 
-    def add(
-        self,
-        rows: Sequence[Tensor],
-        values: Tensor,
-        index: int,
-        pieces: Iterable[Piece],
-        *,
-        first: bool,
-    ) -> None:
+    def add(self, rows: Sequence[Tensor], part: Part) -> None:
         """Add the values, or move the running mean towards them."""
         total = rows[0]
-        if first:
-            total.copy_(values)
+        if part.first:
+            total.copy_(part.values)
             if self._shares is None:
-                total.mul_(self.coefficients[index])
+                total.mul_(self.coefficients[part.number])
         elif self._shares is None:
-            total.add_(values, alpha=self.coefficients[index])
+            total.add_(part.values, alpha=self.coefficients[part.number])
         else:
-            total.lerp_(values, self._shares[index])
+            total.lerp_(part.values, self._shares[part.number])
 
 
 class SumPerTensor(Rule):
@@ -96,19 +90,11 @@ class SumPerTensor(Rule):
         self.coefficients = [1.0] * inputs  # each counts in some tensor
         self._sums = {name: WeightedSum(found) for name, found in coefficients.items()}
 
-    def add(
-        self,
-        rows: Sequence[Tensor],
-        values: Tensor,
-        index: int,
-        pieces: Iterable[Piece],
-        *,
-        first: bool,
-    ) -> None:
+    def add(self, rows: Sequence[Tensor], part: Part) -> None:
         """Add the values, tensor by tensor."""
-        for name, _, where in pieces:
-            part = [rows[0][where]]
-            self._sums[name].add(part, values[where], index, (), first=first)
+        for name, _, where in part.pieces:
+            own = Part(part.values[where], part.number, part.first)
+            self._sums[name].add([rows[0][where]], own)
 
 
 Thin = Callable[[Tensor, str, int, int], None]
@@ -129,34 +115,26 @@ class SumOfDeltas(Rule):
         self.buffers = 7 if elect else 3
         self._scale, self._thin, self._elect = scale, thin, elect
 
-    def add(
-        self,
-        rows: Sequence[Tensor],
-        values: Tensor,
-        index: int,
-        pieces: Iterable[Piece],
-        *,
-        first: bool,
-    ) -> None:
+    def add(self, rows: Sequence[Tensor], part: Part) -> None:
         """Add the thinned deltas of the values."""
-        if first:
-            rows[0].copy_(values)
+        if part.first:
+            rows[0].copy_(part.values)
             for row in rows[1:]:
                 row.zero_()
             return
         delta, total = rows[1:3]
-        torch.sub(values, rows[0], out=delta)
-        for name, begin, where in pieces:
-            self._thin(delta[where], name, index, begin)
-        weight = self.coefficients[index]
+        torch.sub(part.values, rows[0], out=delta)
+        for name, begin, where in part.pieces:
+            self._thin(delta[where], name, part.number, begin)
+        weight = self.coefficients[part.number]
         if weight != 1:
             delta.mul_(weight)
         total.add_(delta)
         if self._elect:
-            part, magnitude, signs, present = rows[3:]
-            magnitude.add_(torch.abs(delta, out=part))
-            signs.add_(torch.sign(delta, out=part), alpha=weight)
-            present.addcmul_(part, part, value=weight)
+            other, magnitude, signs, present = rows[3:]
+            magnitude.add_(torch.abs(delta, out=other))
+            signs.add_(torch.sign(delta, out=other), alpha=weight)
+            present.addcmul_(other, other, value=weight)
 
     def finish(self, rows: Sequence[Tensor]) -> None:
         """Add what was summed, or elected and averaged, to the base."""
