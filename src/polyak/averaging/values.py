@@ -23,7 +23,12 @@ from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.packed import Packed
 from polyak.tensors.rounding import copy_rounded, piece_values, rounded_for
 from polyak.tensors.sharding import Span, is_sharded, layout, local, narrowed, sharded_as
-from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
+from polyak.tensors.swap import (
+    derived_tensors_recomputed,
+    parameters_kept,
+    recompute_derived,
+    swapped,
+)
 
 _SMALL = 4096  # values
 
@@ -143,6 +148,7 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     writes = _Writes(live, originals, stay)
     try:
         with (
+            parameters_kept(tensors.model),
             _settled_after(member),
             swapped(live, values, owner=owner, in_place=stay, stepped=tensors.whole),
             _settled_after(member),

@@ -52,6 +52,8 @@ class Searched:
         swa: The recipe's SWA, to compare with, like swa:start=3000; by default the last quarter.
         ema: The recipe's EMA, to compare with, like ema:half_life=500.
         last: A file with the last iterate, to compare with; by default the last interval.
+        rule: Instead of searching: swad, the window that SWAD would have averaged, or two-tailed, what two-tailed
+            averaging would have ended with. The other options of a search do not count then.
 
     """
 
@@ -64,6 +66,7 @@ class Searched:
     swa: str | None = None
     ema: str | None = None
     last: Path | None = None
+    rule: Literal["swad", "two-tailed"] | None = None
 
 
 _SCORER, _ASKED, _SEARCHED = Scorer(), Asked(), Searched()
@@ -84,6 +87,9 @@ def search(
         searched: What is searched.
 
     """
+    if searched.rule is not None:
+        _answer(searched.rule.replace("-", "_"), trajectory, scorer, asked, {})
+        return
     options = {
         "evaluations": searched.evaluations,
         "quick": searched.quick,

@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polyak.batchnorm.update import restored_rng, uncompiled
 from polyak.errors import ArgumentError, NonFiniteError, PolyakError, UsageError, require
 from polyak.maths.arguments import at_least_one, number
+from polyak.study.filling import Weights, fill, own_weights
+from polyak.study.frame import Frame, anchors_of
 from polyak.study.losses import Loss, check_loss, loss_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import require_module
@@ -105,6 +107,29 @@ def hessian_eigenvalues(  # noqa: PLR0913 - keyword-only arguments do not count
             iterations=iterations,
             tolerance=tolerance,
         )
+
+
+def curvatures(
+    inputs: Sequence[Weights],
+    model: Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    *,
+    key: str | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, Curvature]]:
+    """`hessian_eigenvalues` at each of several checkpoints of the model, by name; it gets its own weights back.
+
+    Raises MismatchError, naming every difference, where one does not fit.
+    """
+    anchors = anchors_of(inputs, key=key)
+    require(bool(anchors), "There is no input; name one checkpoint or more.")
+    require_module(model, "hessian_eigenvalues")
+    frames = [Frame([anchor], model) for anchor in anchors]  # all of them are checked first
+    with own_weights(model):
+        for anchor, frame in zip(anchors, frames, strict=True):
+            fill(model, frame.tensors([1.0]))
+            yield anchor.name, hessian_eigenvalues(model, loss, batches, **options)
 
 
 def lanczos(

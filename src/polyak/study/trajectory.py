@@ -304,6 +304,18 @@ class Trajectory:
 
         return stop(self, evaluate, **options)
 
+    def swad(self, evaluate: Callable[..., Any], **options: Any) -> Found:
+        """The window that SWAD would have averaged; see `polyak.study.swad`."""
+        from polyak.study.steered import swad
+
+        return swad(self, evaluate, **options)
+
+    def two_tailed(self, evaluate: Callable[..., Any], **options: Any) -> Found:
+        """What two-tailed averaging would have ended with; see `polyak.study.two_tailed`."""
+        from polyak.study.steered import two_tailed
+
+        return two_tailed(self, evaluate, **options)
+
     def __repr__(self) -> str:
         return (
             f"Trajectory({str(self.folder)!r}, {len(self.intervals)} intervals, {self.start:g} to "
