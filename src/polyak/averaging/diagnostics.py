@@ -56,6 +56,7 @@ class TensorPlan:
 
 def plan(member: Member) -> TensorPlan:
     """The plan of one average for its model as it is now."""
+    member.tracker.finish()
     named, kinds = member.tracker.tensors.inspect()
     rows = [
         TensorPlanRow(
