@@ -42,8 +42,10 @@ def check_shapes(model: Module, have: Mapping[str, list[int]], what: str) -> Non
 
 
 def parameters_of(model: Module) -> frozenset[str]:
-    """The names of the model's parameters, as files have them."""
-    return frozenset(n for n, slot in named_tensors(model).slots.items() if slot.is_parameter)
+    """The names of the model's parameters; a tied one has several."""
+    named = named_tensors(model)
+    first = {name for name, slot in named.slots.items() if slot.is_parameter}
+    return frozenset(first | {alias for alias, name in named.ties.items() if name in first})
 
 
 def has_statistics(names: Iterable[str]) -> bool:
