@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -521,7 +522,11 @@ def test_a_forked_process_has_what_is_complete():
         average = Average(training.model, SWA(), device="cpu")
         average.attach(training.optimizer)
         training.steps(5)
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python 3.12, of forks beside threads
+            child = os.fork()
         if child == 0:
             code = 1
             signal.alarm(60)
