@@ -104,9 +104,7 @@ class Background:
         self._note_writes()
         for job in self._jobs:
             job.reading.wait()
-            for device, event in zip(
-                self._devices, job.weights_read, strict=bool(job.weights_read)
-            ):
+            for device, event in zip(self._devices, job.weights_read, strict=False):
                 torch.cuda.current_stream(device).wait_event(event)
 
     def wait(self) -> None:
