@@ -314,7 +314,7 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 def _number(score: Any) -> float:
     try:
-        return float(torch.as_tensor(score, dtype=torch.float64).mean())
+        return float(torch.as_tensor(score, dtype=torch.float64).detach().mean())
     except (TypeError, ValueError, RuntimeError):
         raise ArgumentError(
             f"The score is a {type(score).__name__}; expected a number, or a tensor of one for each example."

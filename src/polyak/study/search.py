@@ -310,12 +310,7 @@ def asked(
     judging: dict[str, Any],
 ) -> Questions:
     """A record with its judge, between two moments."""
-    names = set(Judging.__dataclass_fields__)
-    unknown = sorted(judging.keys() - names)
-    require(
-        not unknown,
-        f"There is no option {', '.join(unknown)}; expected some of {', '.join(sorted(names))}.",
-    )
+    check_options(judging)
     edges = _edges(trajectory, since, until)
     require(
         len(edges) >= 3,
@@ -323,6 +318,16 @@ def asked(
         "needs at least 2. Record shorter intervals.",
     )
     return Questions(trajectory, Judge(trajectory, evaluate, Judging(**judging)), since, until)
+
+
+def check_options(judging: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a name that is no option of `Judging`."""
+    names = set(Judging.__dataclass_fields__)
+    unknown = sorted(judging.keys() - names)
+    require(
+        not unknown,
+        f"There is no option {', '.join(unknown)}; expected some of {', '.join(sorted(names))}.",
+    )
 
 
 def _edges(trajectory: Trajectory, since: float | None, until: float | None) -> list[float]:

@@ -202,6 +202,12 @@ def test_a_loss_that_is_not_finite_begins_no_window_and_ends_one():
     assert OverfitWindow(2, 2).of([1.0, 1.0, nan, inf]) == (0, 1)
 
 
+def test_a_tail_without_a_score_loses():
+    tails = updated(polyak.TwoTailed(nn.Linear(1, 1)))
+    assert not tails.choose(float("nan"), 1.0)
+    assert tails.choose(1.0, float("nan"))
+
+
 def updated(one):
     one.update()
     return one
