@@ -1,7 +1,7 @@
 """Soups and merges of deltas: how often a greedy soup reads its files, and what each method costs beside mergekit.
 
 Every arm runs in its own process. Figures are seconds of all its threads on the processors, without imports:
-mergekit's start-up is that of the same merge of a tiny model. Both compute in float32 and write bfloat16.
+mergekit's start-up is that of a merge of a tiny model. Both compute in float32 and write bfloat16.
 
     python benchmarks/soups.py greedy --gigabytes 1 --files 8
     MERGEKIT=/tmp/mk/bin/mergekit-yaml python benchmarks/soups.py methods --gigabytes 1
@@ -180,11 +180,11 @@ def compare(folder: Path, tiny: Path, rounds: int, **about: Any) -> None:
     arms = ["ours", "mergekit"] if "MERGEKIT" in os.environ else ["ours"]
     found: dict[tuple[str, str], list[dict[str, float]]] = collections.defaultdict(list)
     for _ in range(rounds):
+        starting = measured("mergekit", tiny, "linear")["processor"] if "mergekit" in arms else 0.0
         for method in METHODS:
             for arm in arms:
                 result = measured(arm, folder, method)
-                if arm == "mergekit":
-                    result["processor"] -= measured(arm, tiny, method)["processor"]
+                result["processor"] -= starting if arm == "mergekit" else 0
                 found[arm, method].append(result)
     for method in METHODS:
         mine = found["ours", method]

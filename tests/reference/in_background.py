@@ -25,7 +25,7 @@ def background(*, of=lambda live, device: True, delay=slowly, ring_bytes=1 << 12
     there = [
         (tracker, "in_background", of),
         (ahead, "_NBYTES", ring_bytes),
-        (blend, "_GROUP_VALUES", {"cpu": group_values}),
+        (blend, "_GROUP_VALUES_READ", group_values),
         (offload.Background, "_work", lambda self, job: delay(lambda: work(self, job))),
     ]
     before = [(holder, name, getattr(holder, name)) for holder, name, _ in there]

@@ -443,7 +443,7 @@ class Average:
     def metrics(self) -> dict[str, float]:
         """Figures to log: distance to the weights, effective samples, age, next share, skipped updates.
 
-        It reads every weight: call it now and then, not every step. The figures of a sharded model are
+        It reads every weight: call it now and then, in `applied()` as well. The figures of a sharded model are
         those of the whole, on every rank, and every rank must call this. Before the first update all but
         `skipped` are NaN.
 

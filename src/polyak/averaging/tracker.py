@@ -24,6 +24,7 @@ from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.gathering import Gathered, Taken
 from polyak.tensors.names import require_module
+from polyak.tensors.packed import Packed
 from polyak.tensors.policy import Policy, patterns
 from polyak.tensors.sharding import local
 from polyak.tensors.swap import current_owner
@@ -116,6 +117,8 @@ class Tracker:
         self.members: list[Member] = []
         self.skipped = 0  # updates skipped because of non-finite weights
         self.attachment: Any = None  # updates the members without an attachment of their own
+        # While an average of these is lent: the weights that train, in the order of the live ones.
+        self.own_weights: list[Tensor | Packed] | None = None
         self.layer_modes: dict[str, bool] | None = None  # at the last capture, if the model trained
         self._grouped = GroupedTensors((), ())
         self._grouped_at = -1

@@ -25,6 +25,11 @@ ARM_COLOURS = {
     "swa": BLUE, "constant": BLUE, "cyclic": BROWN,
 }  # fmt: skip
 """Of an arm's last weights: the annealed runs, and the iterates that averages are made of."""
+FAMILY_COLOURS = {
+    "windows": COLOURS["swa"], "half-lives": COLOURS["ema"], "power": COLOURS["power"],
+    "annealed": COLOURS["wsm"],
+}  # fmt: skip
+"""Of averages made afterwards: an equal mean is an SWA, a half-life an EMA's."""
 LABELS = {
     "iterate": "iterate", "swa": "SWA", "ema": "EMA", "power": "power EMA", "wsm": "WSM",
     "sgd": "SGD", "half": "half", "quarter": "quarter", "cyclic": "cyclic", "cosine": "cosine",

@@ -152,6 +152,7 @@ def _pictures(found: Found) -> list[Picture]:
             scores=[one.score for one in rows],
             intervals=_intervals(found, rows),
             best=100 * found.best.until / found.end,
+            family=found.best.family,
             ylabel=title,
         )
         return [Picture(found.question, alt, draw, (6.0, 3.4))]

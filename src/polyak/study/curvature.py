@@ -21,6 +21,8 @@ from polyak.study.losses import Loss, check_loss, loss_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import require_module
 
+_ROUNDING = 10
+
 Which = Literal["largest", "smallest", "magnitude"]
 
 
@@ -28,8 +30,8 @@ Which = Literal["largest", "smallest", "magnitude"]
 class Curvature:
     r"""Extreme eigenvalues of a symmetric matrix, the wanted ones first.
 
-    values: (k,). errors: (k,) bounds, $|\lambda - \theta_i| \le |H v_i - \theta_i v_i|$: each value is within
-    its error of some eigenvalue. vectors: (k, P), of length 1, in the order of the trainable parameters of
+    values: (k,). errors: (k,) bounds, $|\lambda - \theta_i| \le |H v_i - \theta_i v_i|$, and ten roundings of the
+    dtype of the products: each value is within its error of some eigenvalue. vectors: (k, P), of length 1, in the order of the trainable parameters of
     `named_parameters()`. products: how many products with the matrix it took. converged: whether all errors
     are within the tolerance.
     """
@@ -128,7 +130,7 @@ def curvatures(
     frames = [Frame([anchor], model) for anchor in anchors]  # all of them are checked first
     with own_weights(model):
         for anchor, frame in zip(anchors, frames, strict=True):
-            fill(model, frame.tensors([1.0]))
+            fill(model, frame.subject(anchor.name, [1.0]).tensors)
             yield anchor.name, hessian_eigenvalues(model, loss, batches, **options)
 
 
@@ -179,8 +181,11 @@ def lanczos(
         rest = _orthogonal(_fresh(len(diagonal), rest), basis) if closed else rest
         beside.append(0.0 if closed else length)
         vector = rest / _length(rest)
+    rounding = (
+        _ROUNDING * torch.finfo(start.dtype).eps * scale
+    )  # of a product, which no residual shows
     return Curvature(
-        tuple(values), tuple(errors), inside.to(start) @ torch.stack(basis), len(diagonal),
+        tuple(values), tuple(error + rounding for error in errors), inside.to(start) @ torch.stack(basis), len(diagonal),
         max(errors) <= tolerance * scale,
     )  # fmt: skip
 

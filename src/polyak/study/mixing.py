@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,13 +128,13 @@ class Mixing:
         """The mix, to be evaluated; made when it is needed."""
         filters = f"{self._options.include} {self._options.exclude}"
         return Subject(
-            what, f"{mix.content}\n{filters}", lambda: _tensors(self.made(mix)), lambda: self._file(mix)
+            what, f"{mix.content}\n{filters}", lambda into: _tensors(self.made(mix)), lambda: self._file(mix)
         )  # fmt: skip
 
     def single(self, one: Ingredient) -> Subject:
         """An ingredient as it is."""
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
+        def tensors(into: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             self.count([one])
             return _named(one.checkpoint)
 

@@ -26,6 +26,9 @@ from polyak.tensors.updates import Targets, Update, Weight
 # scratch memory for conversion small beside the weights.
 _GROUP_VALUES = {"cpu": 1 << 20}
 _GROUP_VALUES_ELSEWHERE = 1 << 24
+_GROUP_VALUES_READ = (
+    1 << 22
+)  # in the background: few calls, for which the training thread gives way
 
 
 Read = Callable[[list[list[Tensor]]], Iterable[list[Tensor]]]
@@ -143,9 +146,13 @@ class GroupedTensors:
             key = (source.device, source.dtype, target.device, target.dtype, source.is_conj())
             buckets.setdefault(key, []).append(index)
         for bucket in buckets.values():
-            converts = _converts(self._live[bucket[0]], self._like[bucket[0]], self._read)
+            target, limit = self._like[bucket[0]], _GROUP_VALUES_READ
+            if self._read is None:
+                limit = _GROUP_VALUES.get(target.device.type, _GROUP_VALUES_ELSEWHERE)
+            converts = _converts(self._live[bucket[0]], target, self._read)
+            whole = not (self._bounded or converts)
             self._groups += _groups(
-                self._live, self._like, bucket, bounded=self._bounded, converts=converts
+                self._live, self._like, bucket, limit=None if whole else limit, converts=converts
             )
         self.live = self._views(Targets(list(self._live)))
 
@@ -283,15 +290,13 @@ def _groups(
     like: Sequence[Tensor],
     indices: list[int],
     *,
-    bounded: bool,
+    limit: int | None,
     converts: bool,
 ) -> Iterator[_Group]:
-    source, target = live[indices[0]], like[indices[0]]
-    if not (bounded or converts):
-        pairs = _as_pairs(source)
+    if limit is None:
+        pairs = _as_pairs(live[indices[0]])
         yield _Group(tuple(_Piece(index, as_pairs=pairs) for index in indices), None)
         return
-    limit = _GROUP_VALUES.get(target.device.type, _GROUP_VALUES_ELSEWHERE)
     shared: list[Tensor] = []  # one scratch for all groups of this kind: they take turns
     for pieces in _packed(live, like, indices, limit):
         scratch = _scratch(pieces, like, shared) if converts else None

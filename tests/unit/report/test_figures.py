@@ -44,6 +44,7 @@ def test_a_colour_has_one_meaning():
     for arms in ARMS.values():
         colours = [*(figures.ARM_COLOURS[arm] for arm in arms), *averages]
         assert len(set(colours)) == len(colours)
+    assert set(figures.FAMILY_COLOURS.values()) == set(averages)
     assert figures.colour_of("swa", "iterate") == figures.COLOURS["iterate"]
     assert figures.colour_of("cyclic", "swa") == figures.colour_of("swa", "swa")
 
