@@ -90,11 +90,16 @@ def measure(work: Work, rates: Mapping[str, float]) -> Records:
 
 
 def budget_of(records: Records) -> Budget:
-    """The validation losses over the budget."""
+    """The validation losses over the budget, of the seeds of which every arm was measured."""
+    done = {
+        arm: {r["seed"] for r in records if r["kind"] == "final" and r["arm"] == arm}
+        for arm in ARMS
+    }
+    seeds = set.intersection(*done.values())
     averaged: dict[str, Any] = {}
     annealed: dict[str, Any] = {arm: {} for arm in ARMS[:3]}
     for record in records:
-        if record["kind"] != "epoch":
+        if record["kind"] != "epoch" or record["seed"] not in seeds:
             continue
         seed, epoch = record["seed"], record["epoch"]
         for kind, values in record["evaluations"].items():
@@ -119,7 +124,12 @@ def summary(records: Records) -> str:
     for row in finals.rows:
         cells = (format_estimate(finals.mean(row, m.key), m.digits) for m in finals.metrics)
         lines += _row([finals.label(row), *cells])
-    lines += ["", f"(mean ± standard error, {finals.n_seeds} seeds)", ""]
+    seeds = {
+        arm: len({r["seed"] for r in records if r["kind"] == "final" and r["arm"] == arm})
+        for arm in ARMS
+    }
+    told = ", ".join(f"{n} of {arm}" for arm, n in seeds.items())
+    lines += ["", f"(mean ± standard error; seeds: {told})", ""]
     lines += [*_row(["rate: validation loss of one seed (chosen in bold)", *map(str, RATES)])]
     lines += _row(["---"] * (len(RATES) + 1))
     for arm in ARMS:
