@@ -384,11 +384,13 @@ class WindowAverage(Accumulator):
         newest = narrowed(self.kept[-1][2][index], part)
         dtype = accumulator_dtype(newest.dtype, self._options.dtype)
         result = torch.zeros_like(newest, dtype=dtype)
+        copy = None if newest.dtype == dtype else torch.empty_like(result)
         so_far = 0.0
         for share, (_, _, tensors) in zip(self._shares(now), self.kept, strict=True):
             so_far += share
             # A running mean, not a sum: equal weights stay what they are, to the last bit.
-            result.lerp_(narrowed(tensors[index], part).to(result.dtype), share / so_far)
+            held = narrowed(tensors[index], part)
+            result.lerp_(held if copy is None else copy.copy_(held), share / so_far)
         return result
 
     def effective_samples(self, now: Clock) -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import FLOATS, Checkpoint
-from polyak.errors import FormatError, PolyakError
+from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
 from polyak.maths.planning import Span
 
 NAME = re.compile(r"interval-(\d{1,15})\.safetensors")
@@ -201,3 +201,32 @@ def _described(path: Path, number: int, opened: Checkpoint) -> Interval:
     )
     size = sum(file.size for file in opened.files)
     return Interval(path, number, span, unit, record, squares, size, narrow, signature)
+
+
+def the_record(folder: Path) -> Path:
+    """The folder, or the one record in it. Raises ArgumentError if there are several."""
+    inside = records_in(folder)
+    if len(inside) > 1:
+        named = "".join(f"\n  {path}" for path in inside[:12])
+        more = f"\n  and {len(inside) - 12} more" if len(inside) > 12 else ""
+        raise ArgumentError(
+            f"{folder} holds {len(inside)} records; name the one to average:{named}{more}"
+        )
+    return inside[0] if inside else folder
+
+
+def refuse_mixed(intervals: Sequence[Interval]) -> None:
+    """Raise MismatchError for intervals of different runs, naming them."""
+    newest = intervals[-1]
+    for what, found in (
+        ("record", {one.path.name: one.record for one in intervals}),
+        ("tensors", {one.path.name: one.signature for one in intervals}),
+        ("unit", {one.path.name: one.unit for one in intervals}),
+    ):
+        other = [name for name, value in found.items() if value != found[newest.path.name]]
+        if other:
+            raise MismatchError(
+                f"{newest.path.parent} holds intervals of different runs: the {what} of "
+                f"{', '.join(other[:8])} {'is' if len(other) == 1 else 'are'} not that of "
+                f"{newest.path.name}. Move those of the other run away."
+            )

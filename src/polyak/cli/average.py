@@ -247,7 +247,7 @@ def average(
                 "The input is the record of a run: --method and --until say what of it to take, not "
                 "--weights or a selection of checkpoints."
             )
-        with _notices(console), _continuable(methods), _progress(console) as progress:
+        with notices(console), _continuable(methods), _progress(console) as progress:
             average_record(
                 console,
                 inputs[0],
@@ -261,7 +261,7 @@ def average(
         raise ArgumentError(
             "--until and --cache-size are for the record of a run: one folder with interval-<k>.safetensors."
         )
-    with ExitStack() as opened, _notices(console):
+    with ExitStack() as opened, notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))
         for checkpoint in found.kept:
@@ -393,7 +393,7 @@ def _print_done(console: Console, done: MergeResult) -> None:
 
 
 @contextmanager
-def _notices(console: Console) -> Iterator[None]:
+def notices(console: Console) -> Iterator[None]:
     """Print what the library warns about, once, as a sentence."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#3987d6", "#e07b00", "#1f9e77", "#8a8f98"
 PURPLE, PINK, BROWN = "#9a6bd6", "#d6558f", "#a9762f"
-CYAN, OLIVE = "#1a93a8", "#858a1c"
+TEAL, RED, OLIVE = "#168ba0", "#cc5a45", "#7f8a1f"
 """Distinguishable for the colour-blind (Okabe and Ito's hues), at least 3:1 on white and #14171c."""
 
 INK = "#1b1f24"  # only of lines and text in the foreground: the page makes it currentColor

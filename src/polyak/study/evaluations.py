@@ -75,7 +75,10 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 def as_scores(result: Any, what: str) -> Tensor:
     """What an evaluation returned as float64 on the CPU: a 0-d tensor, or 1-D with one score per example."""
     try:
-        scores = torch.as_tensor(result).detach().cpu().double()
+        wide = (
+            None if isinstance(result, Tensor) else torch.float64
+        )  # a plain number has no float32
+        scores = torch.as_tensor(result, dtype=wide).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError):
         scores = None
     if scores is not None and scores.numel() == 1:

@@ -26,22 +26,32 @@ Weights = str | Path | Mapping[str, Tensor]
 
 def check_fits(model: Module, newest: Interval) -> None:
     """Raise MismatchError, naming every difference, unless the record is one of this model."""
-    slots, ties = _places(model)
     with newest.open() as opened:
         have = {name: list(tensor.shape) for name, tensor in opened.tensors.items()}
-    have = {ties.get(name, name): shape for name, shape in have.items()}
+    check_shapes(model, have, f"{newest.path.parent} is not the record of this model")
+
+
+def check_shapes(model: Module, have: Mapping[str, list[int]], what: str) -> None:
+    """Raise MismatchError that says `what` and every difference, unless these tensors are the model's."""
+    slots, ties = _places(model)
     check_match(
-        have,
+        {ties.get(name, name): shape for name, shape in have.items()},
         {name: list(tensor.shape) for name, tensor in slots.items()},
-        f"{newest.path.parent} is not the record of this model ({type(model).__name__}).",
+        f"{what} ({type(model).__name__}).",
         "Build the model in the way in which it was trained.",
     )
 
 
-def has_statistics(interval: Interval) -> bool:
-    """Whether the record holds running statistics, which an average does not have of its own."""
-    with interval.open() as opened:
-        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in opened.tensors)
+def parameters_of(model: Module) -> frozenset[str]:
+    """The names of the model's parameters; a tied one has several."""
+    named = named_tensors(model)
+    first = {name for name, slot in named.slots.items() if slot.is_parameter}
+    return frozenset(first | {alias for alias, name in named.ties.items() if name in first})
+
+
+def has_statistics(names: Iterable[str]) -> bool:
+    """Whether there are running statistics among the tensors, which an average does not have of its own."""
+    return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in names)
 
 
 Source = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]

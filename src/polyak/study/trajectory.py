@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.intervals import Interval, records_in, scan_intervals
+from polyak.checkpoints.intervals import Interval, refuse_mixed, scan_intervals, the_record
 from polyak.checkpoints.merging.options import parse_bytes
 from polyak.checkpoints.reading.stored import Checkpoint
-from polyak.errors import ArgumentError, FormatError, MismatchError, require
+from polyak.errors import ArgumentError, FormatError, require
 from polyak.files import as_path
 from polyak.maths.arguments import number
 from polyak.maths.pieces import piece_weights, since
@@ -80,7 +80,7 @@ class Trajectory:
     def __init__(self, folder: PathLike, *, cache_size: int | str | None = None) -> None:
         self.folder = as_path(folder)
         require(self.folder.is_dir(), f"There is no folder {self.folder}. Check the path.")
-        self.folder = _the_record(self.folder)
+        self.folder = the_record(self.folder)
         found = scan_intervals(self.folder)
         if not found.intervals:
             why = "".join(f"\n  {path}: {reason}" for path, reason in found.damaged.items())
@@ -91,7 +91,7 @@ class Trajectory:
         self.intervals = found.intervals
         self.damaged = dict(found.damaged)
         self.are_snapshots = False
-        _refuse_mixed(self.intervals)
+        refuse_mixed(self.intervals)
         self._cache_bytes = _cache_bytes(cache_size, self.intervals)
 
     @classmethod
@@ -312,6 +312,18 @@ class Trajectory:
 
         return stop(self, evaluate, **options)
 
+    def swad(self, evaluate: Callable[..., Any], **options: Any) -> Found:
+        """The window that SWAD would have averaged; see `polyak.study.swad`."""
+        from polyak.study.steered import swad
+
+        return swad(self, evaluate, **options)
+
+    def two_tailed(self, evaluate: Callable[..., Any], **options: Any) -> Found:
+        """What two-tailed averaging would have ended with; see `polyak.study.two_tailed`."""
+        from polyak.study.steered import two_tailed
+
+        return two_tailed(self, evaluate, **options)
+
     def __repr__(self) -> str:
         return (
             f"Trajectory({str(self.folder)!r}, {len(self.intervals)} intervals, {self.start:g} to "
@@ -438,34 +450,6 @@ class Trajectory:
             "planned_error": f"{plan.error:.3g}",
         }
         return said | ({"step": str(round(plan.until))} if plan.unit == "steps" else {})
-
-
-def _the_record(folder: Path) -> Path:
-    """The folder, or the one record in it. Raises ArgumentError if there are several."""
-    inside = records_in(folder)
-    if len(inside) > 1:
-        named = "".join(f"\n  {path}" for path in inside[:12])
-        more = f"\n  and {len(inside) - 12} more" if len(inside) > 12 else ""
-        raise ArgumentError(
-            f"{folder} holds {len(inside)} records; name the one to average:{named}{more}"
-        )
-    return inside[0] if inside else folder
-
-
-def _refuse_mixed(intervals: Sequence[Interval]) -> None:
-    newest = intervals[-1]
-    for what, found in (
-        ("record", {one.path.name: one.record for one in intervals}),
-        ("tensors", {one.path.name: one.signature for one in intervals}),
-        ("unit", {one.path.name: one.unit for one in intervals}),
-    ):
-        other = [name for name, value in found.items() if value != found[newest.path.name]]
-        if other:
-            raise MismatchError(
-                f"{newest.path.parent} holds intervals of different runs: the {what} of "
-                f"{', '.join(other[:8])} {'is' if len(other) == 1 else 'are'} not that of "
-                f"{newest.path.name}. Move those of the other run away."
-            )
 
 
 def _cache_bytes(given: int | str | None, intervals: Sequence[Interval]) -> int:

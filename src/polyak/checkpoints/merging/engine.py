@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.plan import VECTOR, ByteRuns, Chunk, MergePlan, Reader, Segment
-from polyak.checkpoints.merging.rules import Piece, Rule, WeightedSum
+from polyak.checkpoints.merging.rules import Part, Piece, Rule, WeightedSum
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, accumulator, itemsize
 from polyak.errors import NonFiniteError
 
@@ -159,7 +159,7 @@ class Worker:
                 # It is copied to where its sum begins: read there, it need not be.
                 first = counting[0]
                 _read(runs, begin, rooms[first][0].bytes[: len(buffer)])
-                rules[first].add(rows[first], rows[first][0], index, pieces, first=True)
+                rules[first].add(rows[first], Part(rows[first][0], index, True, pieces))
                 begun.add(first)
                 continue
             _read(runs, begin, buffer)
@@ -170,7 +170,7 @@ class Worker:
                 wide.copy_(raw)
             for k in counting:
                 values = wide if begun else raw
-                rules[k].add(rows[k], values, index, pieces, first=k not in begun)
+                rules[k].add(rows[k], Part(values, index, k not in begun, pieces))
             begun.update(counting)
         for rule, mine in zip(rules, rows, strict=True):
             rule.finish(mine)
