@@ -63,46 +63,33 @@ def evaluations(logits: Logits) -> dict[str, Callable[[nn.Module], Tensor]]:
     return {"nll": nll, "nll_scaled": nll_scaled}
 
 
-def measure(run: Path) -> None:
-    """All seeds of a run, one figure for each metric."""
-    regrets: dict[tuple[str, str], list[float]] = {}
-    for folder in sorted((run / "record").glob("seed-*/sgd")):
-        trajectory, logits = polyak.Trajectory(folder), Logits()
-        count = len(trajectory.intervals)
-        for metric, evaluate in evaluations(logits).items():
-
-            def found(evaluate=evaluate, **options: object) -> polyak.study.Found:  # type: ignore[no-untyped-def]
-                return trajectory.search(  # noqa: B023 - called within this turn
-                    evaluate, model=Net(), minimize=True, holdout=0, cache=False, **options
-                )
-
-            every = found(evaluations=count * (count + 1) // 2)
-            scores = [one.score for one in every.scored if one.family == "windows"]
-            best = min(scores)
-            values = {
-                "16 evaluations": found().best.score - best,
-                "5 evaluations": found(quick=True).best.score - best,
-                "the last quarter": every.references["SWA of the last quarter"].score - best,
-                "the median window": statistics.median(scores) - best,
-            }
-            for name, value in values.items():
-                regrets.setdefault((metric, name), []).append(value)
-            assert len(scores) == count * (count + 1) // 2
-    for (metric, name), rows in regrets.items():
+def measure(folder: Path) -> None:
+    """One record: a figure for each metric."""
+    trajectory, logits = polyak.Trajectory(folder), Logits()
+    count = len(trajectory.intervals)
+    for metric, evaluate in evaluations(logits).items():
+        options = {"model": Net(), "minimize": True, "holdout": 0, "cache": False}
+        every = trajectory.search(evaluate, evaluations=count * (count + 1) // 2, **options)
+        scores = [one.score for one in every.scored if one.family == "windows"]
+        assert len(scores) == count * (count + 1) // 2
+        best = min(scores)
         figure(
             "search-windows",
+            record=str(folder)[-10:],
             metric=metric,
-            what=name,
-            seeds=len(rows),
-            regret_mean=statistics.fmean(rows),
-            regret_worst=max(rows),
+            windows=len(scores),
+            regret_of_16=trajectory.search(evaluate, **options).best.score - best,
+            regret_of_5=trajectory.search(evaluate, quick=True, **options).best.score - best,
+            regret_of_last_quarter=every.references["SWA of the last quarter"].score - best,
+            regret_of_median_window=statistics.median(scores) - best,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    measure(parser.parse_args().run)
+    for folder in sorted((parser.parse_args().run / "record").glob("seed-*/sgd")):
+        measure(folder)
 
 
 if __name__ == "__main__":

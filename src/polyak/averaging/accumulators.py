@@ -305,7 +305,8 @@ class RunningAverage(Accumulator):
         return [
             f"keeps {megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
             f"when weights are gathered in blocks of {BLOCK_UPDATES} updates",
-            f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
+            f"resolution: accumulators of float32 weights hold {digits:.1e} of a value in blocks, and "
+            f"{13 * digits:.0e} before, while no share is below {SMALLEST_SHARE:.1e}",
         ]
 
     def _unpacked(self) -> list[Tensor]:
