@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -188,6 +189,7 @@ def connect(  # noqa: PLR0913 - each one is an option
     from polyak.study.curves import connect as train
 
     check_target(output, overwrite=overwrite)
+    _refuse_inputs([output], inputs, key)
     built, taken = call_object(model), load_object(loss)
     curve = train(inputs, built, taken, call_object(data), epochs=epochs, rate=rate, key=key)
     curve.save(output, overwrite=overwrite)
@@ -196,6 +198,16 @@ def connect(  # noqa: PLR0913 - each one is an option
         f"{output}: the mean loss on the curve went from {first:.4g} to {last:.4g} in {epochs} epochs",
         soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+def _refuse_inputs(outputs: Iterable[Path], inputs: Iterable[str], key: str | None) -> None:
+    """Refuse outputs that would take the place of a checkpoint, also with --overwrite."""
+    from polyak.checkpoints.merging.prepare import refuse_replacing
+    from polyak.checkpoints.reading.opening import open_checkpoint
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path, key=key)) for path in inputs]
+        refuse_replacing(outputs, opened)
 
 
 def _scan(
@@ -210,6 +222,8 @@ def _scan(
     from polyak.report.scans import check_scan_targets, save_scan
 
     check_scan_targets(judged.output, overwrite=judged.overwrite)
+    if judged.trajectory is None:
+        _refuse_inputs(judged.output, inputs, judged.key)
     evaluate = judged.scorer().evaluation()
     found = scan(_points(inputs, default, judged), evaluate, **options, **judged.options())
     console = Console(highlight=False)

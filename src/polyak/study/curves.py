@@ -18,7 +18,7 @@ from polyak.batchnorm.update import restored_rng
 from polyak.errors import ArgumentError, NonFiniteError, require
 from polyak.maths.arguments import at_least_one, number
 from polyak.study.filling import Weights, own_weights
-from polyak.study.frame import Anchor, Frame, anchors_of, content_of
+from polyak.study.frame import Anchor, Frame, anchors_of, content_of, counted
 from polyak.study.losses import Loss, check_loss, loss_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import named_tensors, require_module
@@ -126,7 +126,7 @@ def connect(  # noqa: PLR0913 - keyword-only arguments do not count
     require(number("rate", rate) > 0, f"rate is {rate:g}; expected a positive learning rate.")
     ends = anchors_of(inputs, key=key)
     if len(ends) != 2:
-        raise ArgumentError(f"There are {len(ends)} checkpoints; a curve connects two.")
+        raise ArgumentError(f"{counted(ends)}; a curve connects two.")
     frame = Frame(ends, model)
     if frame.gram()[1, 1] == 0:
         raise ArgumentError(f"{ends[0].name} and {ends[1].name} are the same weights.")

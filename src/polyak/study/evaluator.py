@@ -27,7 +27,14 @@ from polyak.errors import (
     warn,
 )
 from polyak.maths.arguments import number
-from polyak.study.evaluations import TimedOut, as_scores, data_identity, identity_of, time_limit
+from polyak.study.evaluations import (
+    TimedOut,
+    as_scores,
+    data_identity,
+    identity_of,
+    model_identity,
+    time_limit,
+)
 from polyak.study.filling import fill, own_weights
 from polyak.study.scores import KeptScores, key_of
 from polyak.tensors.modes import restored_modes
@@ -246,7 +253,7 @@ class Evaluator:
         if known is None:
             return ()
         model = judging.model
-        built = f"{type(model).__qualname__} {model}" if model is not None else ""
+        built = model_identity(model) if model is not None else ""
         data = data_identity(judging.data) if judging.data is not None else ""
         return known, built, data
 

@@ -160,6 +160,9 @@ def anchors_of(
     """
     if isinstance(points, Mapping):
         named = [(str(name), weights) for name, weights in points.items()]
+        require(
+            len(dict(named)) == len(named), f"Two names of {list(points)} read alike. Change one."
+        )
     elif isinstance(points, list | tuple):
         named = list(zip(_names(points), points, strict=True))
     else:
@@ -167,6 +170,12 @@ def anchors_of(
             f"inputs is a {type(points).__name__}; expected checkpoints: a list, or a mapping from names."
         )
     return [_anchor(name, weights, key) for name, weights in named]
+
+
+def counted(anchors: Sequence[Anchor]) -> str:
+    """How many there are, as a sentence begins."""
+    one = len(anchors) == 1
+    return f"There {'is' if one else 'are'} {len(anchors) or 'no'} checkpoint{'' if one else 's'}"
 
 
 def _anchor(name: str, weights: Any, key: str | None) -> Anchor:

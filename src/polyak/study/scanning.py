@@ -18,7 +18,7 @@ from polyak.study.curves import Curve, bezier, control_point
 from polyak.study.directions import Directions, Normalize
 from polyak.study.evaluator import Evaluator, Judging, Subject
 from polyak.study.filling import Weights
-from polyak.study.frame import Anchor, Floats, Frame, anchors_of
+from polyak.study.frame import Anchor, Floats, Frame, anchors_of, counted
 from polyak.study.principal import named_points, principal_points
 from polyak.study.scans import Barrier, LineScan, PlaneScan, RayScan
 from polyak.study.scores import FOLDER
@@ -124,7 +124,7 @@ def scan_plane(
     principal = principal_points(inputs) if isinstance(inputs, Trajectory) else None
     anchors = principal.anchors if principal else anchors_of(inputs, key=key)  # type: ignore[arg-type]
     if len(anchors) < 3:
-        raise ArgumentError(f"There are {len(anchors)} checkpoints; a plane needs three.")
+        raise ArgumentError(f"{counted(anchors)}; a plane needs three.")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     frame = measuring.frame
     axes = _Axes(frame)
@@ -174,6 +174,7 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     """
     at_least_one("rays", rays)
     require(count("points", points) >= 2, f"points is {points}; expected 2 or more.")
+    count("seed", seed)
     anchors = _anchors(inputs, key, ("last", "mean"))
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
@@ -350,7 +351,7 @@ def _line_anchors(inputs: Points | Curve, curve: Weights | None, key: str | None
         return inputs.anchors
     anchors = _anchors(inputs, key, ("last", "mean"))
     if len(anchors) < 2:
-        raise ArgumentError(f"There is {len(anchors)} checkpoint; a line needs two or more.")
+        raise ArgumentError(f"{counted(anchors)}; a line needs two or more.")
     if curve is None:
         return anchors
     require(len(anchors) == 2, f"A curve goes between two checkpoints; there are {len(anchors)}.")

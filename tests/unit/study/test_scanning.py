@@ -413,6 +413,27 @@ def test_points_without_a_score_are_said_and_left_blank(three, tmp_path):
     save_scan(found, tmp_path / "plane.svg")
 
 
+@pytest.mark.parametrize("lost", ["nan", "inf"])
+@pytest.mark.parametrize("scan", [scan_line, scan_plane, scan_rays])
+def test_a_scan_that_has_scores_at_its_checkpoints_only_is_told_and_saved(
+    three, tmp_path, scan, lost
+):
+    known = [flat(weights) for weights in three.values()]
+
+    def nowhere_else(weights):
+        return 1.0 if any(torch.equal(flat(weights), one) for one in known) else float(lost)
+
+    found = scan(three, nowhere_else, minimize=True, points=3)
+    assert "points have no finite score" in str(found)
+    for kind in (".json", ".csv", ".svg"):
+        save_scan(found, tmp_path / f"scan{kind}")
+
+
+def test_a_large_seed_is_one_too(three):
+    found = [scan_rays([three["a"]], bowl, minimize=True, rays=2, seed=n) for n in (0, 2**63 - 1)]
+    assert not np.array_equal(*(one.values["point 1"] for one in found))
+
+
 def test_a_path_through_infinity_is_an_infinite_barrier(three):
     a, b = flat(three["a"]), flat(three["b"])
     middle = (a + b) / 2
@@ -432,7 +453,7 @@ def other(**changes):
     ("scan", "points", "options", "error", "message"),
     [
         (scan_line, [state(1, 2, 3, 4)], {}, ArgumentError, "There is 1 checkpoint; a line needs two"),
-        (scan_line, [], {}, ArgumentError, "There is 0 checkpoint"),
+        (scan_line, [], {}, ArgumentError, "There are no checkpoints; a line"),
         (scan_line, [state(1, 2, 3, 4), state(1, 2, 3, 4)], {}, ArgumentError, "are the same weights"),
         (scan_line, "a.pt", {}, ArgumentError, "inputs is a str; expected checkpoints"),
         (scan_line, [state(1, 2, 3, 4), 3], {}, ArgumentError, "point 2 is a int; expected the path"),
@@ -450,6 +471,9 @@ def other(**changes):
         (scan_plane, [state(1, 2, 3, 4), state(1, 2, 3, 4), state(0, 1, 0, 0)], {}, ArgumentError, "point 1 and point 2 are the same"),
         (scan_plane, [state(1, 2, 3, 4), state(0, 1, 0, 0), state(1, 2, 3, 4)], {}, ArgumentError, "on one line"),
         (scan_plane, [state(1, 2, 3, 4), state(0, 1, 0, 0), state(1, 0, 1, 0)], {"margin": float("nan")}, ArgumentError, "margin"),
+        (scan_line, {1: state(1, 2, 3, 4), "1": state(2, 3, 4, 5)}, {}, ArgumentError, "read alike"),
+        (scan_rays, [state(1, 2, 3, 4)], {"seed": 1.5}, ArgumentError, "seed is 1.5"),
+        (scan_rays, [state(1, 2, 3, 4)], {"seed": 2**63}, ArgumentError, "seed is too large"),
         (scan_rays, [], {}, ArgumentError, "There is no checkpoint"),
         (scan_rays, [state(1, 2, 3, 4)], {"reach": 0}, ArgumentError, "reach is 0"),
         (scan_rays, [state(1, 2, 3, 4)], {"rays": 0}, ArgumentError, "rays is 0"),
