@@ -429,6 +429,15 @@ def test_a_scan_that_has_scores_at_its_checkpoints_only_is_told_and_saved(
         save_scan(found, tmp_path / f"scan{kind}")
 
 
+@pytest.mark.parametrize("count", [6, 11])
+def test_every_checkpoint_is_in_the_picture(three, count):
+    more = {f"more {n}": state(*(flat(three["a"]) * n).tolist()) for n in range(count - 3)}
+    from matplotlib.figure import Figure
+
+    plot_scan(scan_plane(three | more, bowl, minimize=True, points=3), ax := Figure().add_subplot())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*three, *more]
+
+
 def test_a_large_seed_is_one_too(three):
     found = [scan_rays([three["a"]], bowl, minimize=True, rays=2, seed=n) for n in (0, 2**63 - 1)]
     assert not np.array_equal(*(one.values["point 1"] for one in found))
