@@ -94,6 +94,14 @@ def as_scores(result: Any, what: str) -> Tensor:
     return scores
 
 
+def place_of(error: BaseException) -> str:
+    """Where it was raised: file and line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "unknown place"
+
+
 def _kind_of(result: Any) -> str:
     dtype = str(getattr(result, "dtype", "")).removeprefix("torch.")
     return f"{type(result).__name__} of {dtype}" if dtype else type(result).__name__

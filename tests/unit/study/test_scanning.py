@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import polyak
@@ -23,7 +24,7 @@ from polyak.errors import (
     UsageError,
 )
 from polyak.report import plot_scan, save_scan
-from polyak.study import named_points, paired_bootstrap, scan_line, scan_plane, scan_rays
+from polyak.study import connect, named_points, paired_bootstrap, scan_line, scan_plane, scan_rays
 from polyak.study.directions import Directions
 from polyak.study.frame import Frame, anchors_of
 from polyak.study.landscape import Plane
@@ -436,6 +437,45 @@ def test_every_checkpoint_is_in_the_picture(three, count):
 
     plot_scan(scan_plane(three | more, bowl, minimize=True, points=3), ax := Figure().add_subplot())
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [*three, *more]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_tied_tensor_is_one_under_all_the_names_that_files_give_it(tmp_path, suffix):
+    """A torch archive says what is tied; in other files it is there twice, or under either name."""
+    models = [Tied() for _ in range(3)]
+    torch.save(models[0].state_dict(), tmp_path / "tied.pt")
+    twice = {name: tensor.clone() for name, tensor in models[1].state_dict().items()}
+    second = {
+        name: t.clone() for name, t in models[2].state_dict().items() if name != "first.weight"
+    }
+    for name, weights in (("twice", twice), ("second", second)):
+        write = save_file if suffix == ".safetensors" else torch.save
+        write(weights, tmp_path / f"{name}{suffix}")
+    paths = [tmp_path / "tied.pt", tmp_path / f"twice{suffix}", tmp_path / f"second{suffix}"]
+
+    def value(model):
+        return model(torch.ones(1, 3)).sum().item()
+
+    found = scan_line(paths, value, minimize=True, model=Tied(), points=3)
+    assert found.values[::2].tolist() == [value(model) for model in models]
+    curve = connect(
+        paths[:2], Tied(), lambda model, _: model(torch.ones(1, 3)).square().sum(), [0], epochs=1
+    )
+    curve.save(tmp_path / "bend.pt")
+    scan_line(paths[:2], value, minimize=True, model=Tied(), points=3, curve=tmp_path / "bend.pt")
+    write({**twice, "first.weight": twice["first.weight"] + 1}, tmp_path / f"apart{suffix}")
+    with pytest.raises(MismatchError, match="is one tensor in the model"):
+        scan_line([paths[0], tmp_path / f"apart{suffix}"], value, minimize=True, model=Tied())
 
 
 def test_a_large_seed_is_one_too(three):
