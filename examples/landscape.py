@@ -1,4 +1,4 @@
-"""Train two networks from one start, then measure the barrier between them and draw their plane.
+"""Train two networks from one start: the barrier between them, their plane, and how sharp each is.
 
 python examples/landscape.py [EPOCHS]        # by default 1; works in a temporary folder
 """
@@ -16,6 +16,10 @@ from polyak.reference_run.models import Net
 from polyak.report import save_scan
 
 BATCH = 64
+
+
+def mean_loss(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return cross_entropy(model(batch[0]), batch[1])
 
 
 def main(epochs: int = 1) -> None:
@@ -39,6 +43,11 @@ def main(epochs: int = 1) -> None:
     ends = {name: points[name] for name in ("one", "other")}
     print(polyak.study.scan_line(ends, scored, points=5, **how))
     plane = polyak.study.scan_plane(points, scored, points=3, **how)
+    few = [(data.train.images[:64], data.train.labels[:64])]
+    for name in ends:
+        model.load_state_dict(points[name])
+        found = polyak.study.hessian_eigenvalues(model, mean_loss, few, iterations=8)
+        print(f"Largest eigenvalue of the Hessian at {name}: {found}")
     with tempfile.TemporaryDirectory() as folder:
         save_scan(plane, Path(folder) / "plane.svg", ylabel="scaled NLL")
         print(f"{plane}\nA picture of {(Path(folder) / 'plane.svg').stat().st_size:,} bytes")

@@ -47,6 +47,9 @@ class Customer(ABC):
     def before_step(self) -> None:  # noqa: B027 - optional
         """An attached optimizer is about to overwrite the weights."""
 
+    def before_writing(self) -> None:  # noqa: B027 - optional
+        """The same, and weights that were due before the step have been taken."""
+
     def before_foreign_step(self) -> None:  # noqa: B027 - optional
         """Another optimizer is about to step, this model or another one."""
 
@@ -170,12 +173,13 @@ class Attachment:
 
     def _register(self) -> list[StepWatch]:
         watches: list[StepWatch] = []
+        customer = self._customer
         for index, optimizer in enumerate(self._optimizers):
             watch = StepWatch(optimizer, self._before_step, partial(self._after_step, index))
             watches.append(watch)
             self._handles.append(watch)
             for layer in watch.layers:
-                self._handles.extend(guard_modes(layer, self._customer.is_lent))
+                self._handles.extend(guard_modes(layer, customer.before_writing, customer.is_lent))
             if hooked := next(filter(fires_hooks, watch.layers), None):
                 self._handles.append(_CopyWatch(hooked))
         self._handles.append(_AnyStep(self))
@@ -193,6 +197,7 @@ class Attachment:
         self.take_due()
         if self._takes_entering_weights:
             self._take_entering_weights()
+        self._customer.before_writing()
 
     def before_foreign_step(self, optimizer: Optimizer) -> None:
         """Any optimizer is about to step; those that it is attached to are none of its business here."""
@@ -330,12 +335,16 @@ class Members(Customer):
             member.unit = unit
 
     def before_step(self) -> None:
-        """Wait for what is still being read; average what is about to train for the first time."""
+        """Average what is about to train for the first time."""
         self._tracker.refuse_during_loan("step()")
-        self.before_foreign_step()
+        self._tracker.add_unfrozen()
+
+    def before_writing(self) -> None:
+        """Wait for what is still being read."""
+        self._tracker.wait_before_step()
 
     def before_foreign_step(self) -> None:
-        """The same: what is unfrozen may be stepped by an optimizer of its own first."""
+        """Both: what is unfrozen may be stepped by an optimizer of its own first."""
         if not self.is_lent():
             self._tracker.wait_before_step()
             self._tracker.add_unfrozen()
@@ -359,7 +368,8 @@ class Members(Customer):
         return pending
 
     def detached(self, attachment: Attachment) -> None:
-        """Forget it."""
+        """Forget it; no hook orders what comes next."""
+        self._tracker.wait_before_step()
         for member in self._members():
             member.pending = attachment.pending()
         self._owner.attachment = None

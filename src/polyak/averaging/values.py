@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from polyak.averaging.accumulators import Part
 from polyak.averaging.packing import to_pack
-from polyak.averaging.tracker import Member
+from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
@@ -23,7 +23,12 @@ from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.packed import Packed
 from polyak.tensors.rounding import copy_rounded, piece_values, rounded_for
 from polyak.tensors.sharding import Span, is_sharded, layout, local, narrowed, sharded_as
-from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
+from polyak.tensors.swap import (
+    derived_tensors_recomputed,
+    parameters_kept,
+    recompute_derived,
+    swapped,
+)
 
 _SMALL = 4096  # values
 
@@ -140,13 +145,19 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     acting = ActingModules(tensors.model)
     acting.neutralise()
     live, values, originals = _to_swap(member, stay)
+    own = [
+        value if isinstance(value, Packed) or id(weight) in stay else weight.detach()
+        for weight, value in zip(live[: len(tensors.live)], values, strict=False)
+    ]
     writes = _Writes(live, originals, stay)
     try:
         with (
+            parameters_kept(tensors.model),
             _settled_after(member),
             swapped(live, values, owner=owner, in_place=stay, stepped=tensors.whole),
             _settled_after(member),
             _track_swapped(member, live, values, stay),
+            _own_weights_known(member.tracker, own),
             derived_tensors_recomputed(tensors.model),
             _statistics_taken(member),
         ):
@@ -340,6 +351,16 @@ def _track_swapped(
         targets[:] = before
         if member.accumulator is not None:
             member.accumulator.packed = {}
+
+
+@contextmanager
+def _own_weights_known(tracker: Tracker, own: list[Tensor | Packed]) -> Iterator[None]:
+    """What is to be compared with the weights that train finds them, while the model holds others."""
+    tracker.own_weights = own
+    try:
+        yield
+    finally:
+        tracker.own_weights = None
 
 
 @contextmanager

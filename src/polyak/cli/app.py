@@ -36,7 +36,7 @@ app.command("polyak.cli.soup:soup", help="Make fine-tunes of one model into one.
 app.command(
     "polyak.cli.landscape:landscape",
     name="landscape",
-    help="Scores between and around checkpoints: line, plane, rays.",
+    help="Scores between and around checkpoints: line, plane, rays, curves, curvature.",
 )
 app.command(
     "polyak.cli.trajectory:thin", help="Merge neighbouring intervals of the record of a run."

@@ -222,7 +222,7 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.intervals import is_record
+    from polyak.checkpoints.intervals import is_record_or_run
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.selection import find_checkpoints
@@ -237,7 +237,7 @@ def average(
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
-    if len(inputs) == 1 and is_record(inputs[0]):
+    if len(inputs) == 1 and is_record_or_run(inputs[0]):
         if shared:
             raise ArgumentError(
                 "A record is averaged by one process. Run the same command without torchrun."

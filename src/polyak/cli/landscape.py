@@ -1,10 +1,10 @@
-"""`polyak landscape line|plane|rays`: scores between and around checkpoints."""
+"""`polyak landscape`: scores between and around checkpoints, curves, and the Hessian's eigenvalues."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,63 +23,36 @@ _Flag = Parameter(negative="")
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """How points are judged, and where the answer goes.
+class Placed:
+    """Where points come from, and where the answer goes.
 
     Attributes:
         trajectory: The record of a run: the inputs are then first, last, mean or profiles like
             ema:half_life=500, each with @MOMENT where not at the end.
-        validation: package.module:function that returns pairs of inputs and labels, in the same order every
-            time: the score is the temperature-scaled NLL of the classifier that --model builds.
-        evaluate: package.module:function that gets the model which --model builds, holding the point, or
-            without --model its state dict; it returns a number or a 1-D tensor, one score per example.
-        command: A program, like 'python eval.py {file}'; the last number that it prints is the score.
-        model: package.module:function that builds the model; called without arguments.
-        data: package.module:function that returns batches to train on: BatchNorm statistics are refreshed
-            at each point.
-        minimize: Lower scores are better.
-        maximize: Higher scores are better.
-        holdout: The share of the examples that does not choose where a barrier is measured.
         key: Where the weights are inside the files, as in ema.state_dict.
-        cache: The folder of known scores; by default .scores in the record, or beside the first output.
-        timeout: Seconds for one evaluation.
         output: Write the scores (.json, .csv) or a picture (.png, .svg, .pdf); may be repeated.
         overwrite: Replace the outputs if they exist.
 
     """
 
     trajectory: Path | None = None
-    validation: str | None = None
-    evaluate: str | None = None
-    command: str | None = None
-    model: str | None = None
-    data: str | None = None
-    minimize: Annotated[bool, _Flag] = False
-    maximize: Annotated[bool, _Flag] = False
-    holdout: float = 0.5
     key: str | None = None
-    cache: Path | None = None
-    timeout: float | None = None
     output: Annotated[
         list[Path], Parameter(name=["--output", "-o"], consume_multiple=False, negative="")
     ] = field(default_factory=list)
     overwrite: Annotated[bool, _Flag] = False
 
-    def scorer(self) -> Scorer:
-        """The part that `polyak search` has too."""
-        return Scorer(**{one.name: getattr(self, one.name) for one in fields(Scorer)})
-
-    def options(self) -> dict[str, Any]:
+    def options(self, scorer: Scorer) -> dict[str, Any]:
         """Of the library."""
-        found = self.scorer().judging()
+        found = scorer.judging() | {"key": self.key}
         if found["cache"] is None and self.trajectory is not None:
             found["cache"] = self.trajectory / ".scores"
         elif found["cache"] is None and self.output:
             found["cache"] = self.output[0].absolute().parent / ".scores"
-        return found | {"key": self.key}
+        return found
 
 
-_JUDGED = Judged()
+_SCORER, _PLACED = Scorer(), Placed()
 
 
 @landscape.command
@@ -88,7 +61,8 @@ def line(
     curve: Path | None = None,
     points: int = 21,
     beyond: float = 0.0,
-    judged: Judged = _JUDGED,
+    scorer: Scorer = _SCORER,
+    placed: Placed = _PLACED,
 ) -> None:
     """The way through checkpoints, and the barrier between each and the next.
 
@@ -97,40 +71,49 @@ def line(
         curve: A file with the control point of a Bezier curve between two checkpoints, to follow instead.
         points: On each segment, its two ends included.
         beyond: How far to go on beyond the ends, as a fraction of a segment.
-        judged: How points are judged.
+        scorer: How points are judged.
+        placed: Where points come from, and where the answer goes.
 
     """
     from polyak.study.scanning import scan_line
 
     options = {"curve": curve, "points": points, "beyond": beyond}
-    _scan(scan_line, inputs, ("last", "mean"), judged, options)
+    _scan(scan_line, inputs, ("last", "mean"), scorer, placed, options)
 
 
 @landscape.command
-def plane(*inputs: str, points: int = 11, margin: float = 0.2, judged: Judged = _JUDGED) -> None:
+def plane(
+    *inputs: str,
+    points: int = 11,
+    margin: float = 0.2,
+    scorer: Scorer = _SCORER,
+    placed: Placed = _PLACED,
+) -> None:
     """The plane through three checkpoints, or a trajectory's own: its two leading principal directions.
 
     Args:
         inputs: Three checkpoints; further ones are shown at the foot of their perpendicular.
         points: On each side of the square.
         margin: Beyond the outermost checkpoint, as a fraction of the extent.
-        judged: How points are judged.
+        scorer: How points are judged.
+        placed: Where points come from, and where the answer goes.
 
     """
     from polyak.study.scanning import scan_plane
 
-    _scan(scan_plane, inputs, (), judged, {"points": points, "margin": margin})
+    _scan(scan_plane, inputs, (), scorer, placed, {"points": points, "margin": margin})
 
 
 @landscape.command
-def rays(
+def rays(  # noqa: PLR0913 - each one is an option
     *inputs: str,
     rays: int = 10,
     points: int = 6,
     reach: float | None = None,
     normalize: Literal["filter"] | None = None,
     seed: int = 0,
-    judged: Judged = _JUDGED,
+    scorer: Scorer = _SCORER,
+    placed: Placed = _PLACED,
 ) -> None:
     """Random rays from each checkpoint, in the same directions from each.
 
@@ -141,7 +124,8 @@ def rays(
         reach: The longest distance; by default 0.6 of the length of the weights, with --normalize filter 1.
         normalize: filter: directions as long as the weights, filter by filter (Li et al. 2018).
         seed: Of the directions.
-        judged: How points are judged.
+        scorer: How points are judged.
+        placed: Where points come from, and where the answer goes.
 
     """
     from polyak.study.scanning import scan_rays
@@ -153,7 +137,7 @@ def rays(
         "normalize": normalize,
         "seed": seed,
     }
-    _scan(scan_rays, inputs, ("last", "mean"), judged, options)
+    _scan(scan_rays, inputs, ("last", "mean"), scorer, placed, options)
 
 
 @landscape.command
@@ -200,6 +184,44 @@ def connect(  # noqa: PLR0913 - each one is an option
     )  # fmt: skip
 
 
+@landscape.command
+def curvature(  # noqa: PLR0913 - each one is an option
+    *inputs: str,
+    model: str,
+    loss: str,
+    data: str,
+    k: int = 1,
+    which: Literal["largest", "smallest", "magnitude"] = "largest",
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+    key: str | None = None,
+) -> None:
+    """The Hessian's extreme eigenvalues at each checkpoint, by Lanczos.
+
+    Args:
+        inputs: One checkpoint or more. BatchNorm uses the statistics in them: polyak update-bn first.
+        model: package.module:function that builds the model; called without arguments.
+        loss: package.module:function of the model and a batch; it returns the mean, or one value for each example.
+        data: package.module:function that returns batches.
+        k: How many eigenvalues.
+        which: The largest or smallest ones, or those of the largest magnitude.
+        iterations: At most so many products with the Hessian.
+        tolerance: Of the largest eigenvalue.
+        key: Where the weights are inside the files, as in ema.state_dict.
+
+    """
+    from rich.console import Console
+
+    from polyak.objects import call_object, load_object
+    from polyak.study.curvature import curvatures
+
+    built, taken = call_object(model), load_object(loss)
+    options = {"k": k, "which": which, "iterations": iterations, "tolerance": tolerance}
+    found = curvatures(inputs, built, taken, call_object(data), key=key, **options)
+    for name, one in found:
+        Console(highlight=False).print(f"{name}: {one}", soft_wrap=True, markup=False)
+
+
 def _refuse_inputs(outputs: Iterable[Path], inputs: Iterable[str], key: str | None) -> None:
     """Refuse outputs that would take the place of a checkpoint, also with --overwrite."""
     from polyak.checkpoints.merging.prepare import refuse_replacing
@@ -214,32 +236,33 @@ def _scan(
     scan: Callable[..., Scan],
     inputs: tuple[str, ...],
     default: tuple[str, ...],
-    judged: Judged,
+    scorer: Scorer,
+    placed: Placed,
     options: Mapping[str, Any],
 ) -> None:
     from rich.console import Console
 
     from polyak.report.scans import check_scan_targets, save_scan
 
-    check_scan_targets(judged.output, overwrite=judged.overwrite)
-    if judged.trajectory is None:
-        _refuse_inputs(judged.output, inputs, judged.key)
-    evaluate = judged.scorer().evaluation()
-    found = scan(_points(inputs, default, judged), evaluate, **options, **judged.options())
+    check_scan_targets(placed.output, overwrite=placed.overwrite)
+    if placed.trajectory is None:
+        _refuse_inputs(placed.output, inputs, placed.key)
+    evaluate = scorer.evaluation()
+    found = scan(_points(inputs, default, placed), evaluate, **options, **placed.options(scorer))
     console = Console(highlight=False)
     console.print(str(found), soft_wrap=True, markup=False)
     name = str(getattr(evaluate, "__name__", "score"))
-    for path in judged.output:
-        save_scan(found, path, ylabel=name, overwrite=judged.overwrite)
+    for path in placed.output:
+        save_scan(found, path, ylabel=name, overwrite=placed.overwrite)
         console.print(f"{path}", soft_wrap=True, markup=False)
 
 
-def _points(inputs: tuple[str, ...], default: tuple[str, ...], judged: Judged) -> Points:
+def _points(inputs: tuple[str, ...], default: tuple[str, ...], placed: Placed) -> Points:
     from polyak.study.principal import named_points
     from polyak.study.trajectory import Trajectory
 
-    if judged.trajectory is not None:
-        record = Trajectory(judged.trajectory)
+    if placed.trajectory is not None:
+        record = Trajectory(placed.trajectory)
         names = inputs or default
         return named_points(record, names) if names else record
     if not inputs:

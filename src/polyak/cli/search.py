@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from polyak.cli.converters import Whole
 from polyak.cli.scorer import Scorer
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, PolyakError
 
 if TYPE_CHECKING:
     from polyak.study.found import Found
@@ -52,6 +52,8 @@ class Searched:
         swa: The recipe's SWA, to compare with, like swa:start=3000; by default the last quarter.
         ema: The recipe's EMA, to compare with, like ema:half_life=500.
         last: A file with the last iterate, to compare with; by default the last interval.
+        rule: Instead of searching: swad, the window that SWAD would have averaged, or two-tailed, what two-tailed
+            averaging would have ended with. The other options of a search do not count then.
 
     """
 
@@ -64,6 +66,7 @@ class Searched:
     swa: str | None = None
     ema: str | None = None
     last: Path | None = None
+    rule: Literal["swad", "two-tailed"] | None = None
 
 
 _SCORER, _ASKED, _SEARCHED = Scorer(), Asked(), Searched()
@@ -84,6 +87,9 @@ def search(
         searched: What is searched.
 
     """
+    if searched.rule is not None:
+        _answer(searched.rule.replace("-", "_"), trajectory, scorer, asked, {})
+        return
     options = {
         "evaluations": searched.evaluations,
         "quick": searched.quick,
@@ -196,14 +202,19 @@ def _write(record: Trajectory, found: Found, scorer: Scorer, asked: Asked, path:
 
 
 def _opened(inputs: tuple[str, ...]) -> Trajectory:
-    from polyak.checkpoints.intervals import is_record
+    from polyak.checkpoints.intervals import is_record, records_in
     from polyak.study.trajectory import Trajectory
 
     if not inputs:
         raise ArgumentError("There is no input; name the record of a run, or its checkpoints.")
     if len(inputs) == 1 and (is_record(inputs[0]) or not _may_be_checkpoints(inputs[0])):
         return Trajectory(inputs[0])
-    return Trajectory.from_checkpoints(inputs)
+    try:
+        return Trajectory.from_checkpoints(inputs)
+    except PolyakError:
+        if len(inputs) == 1 and Path(inputs[0]).is_dir() and records_in(Path(inputs[0])):
+            return Trajectory(inputs[0])  # the folder of a run, without weights of its own
+        raise
 
 
 def _may_be_checkpoints(text: str) -> bool:

@@ -13,18 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, ORANGE, PINK, PURPLE
+from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL
 from polyak.study.paired import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import BoundaryNorm
 
-COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN}
-ARM_COLOURS = {"sgd": PURPLE, "half": PINK, "swa": BLUE, "cyclic": BROWN}
+COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "power": TEAL, "wsm": RED}
+ARM_COLOURS = {
+    "sgd": PURPLE, "cosine": PURPLE, "half": PINK, "quarter": OLIVE,
+    "swa": BLUE, "constant": BLUE, "cyclic": BROWN,
+}  # fmt: skip
 """Of an arm's last weights: the annealed runs, and the iterates that averages are made of."""
+FAMILY_COLOURS = {
+    "windows": COLOURS["swa"], "half-lives": COLOURS["ema"], "power": COLOURS["power"],
+    "annealed": COLOURS["wsm"],
+}  # fmt: skip
+"""Of averages made afterwards: an equal mean is an SWA, a half-life an EMA's."""
 LABELS = {
-    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "half": "half", "cyclic": "cyclic",
+    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "power": "power EMA", "wsm": "WSM",
+    "sgd": "SGD", "half": "half", "quarter": "quarter", "cyclic": "cyclic", "cosine": "cosine",
+    "constant": "constant",
 }  # fmt: skip
 
 
@@ -78,22 +88,23 @@ def plot_rates(
     ax.legend()
 
 
-def plot_history(
+def plot_history(  # noqa: PLR0913 - keyword-only
     ax: Axes,
     curves: Mapping[str, Curve],
     *,
     ylabel: str,
     reference: float | None = None,
+    reference_label: str = "SGD at the end",
     ylim: tuple[float, float] | None = None,
     title: str = "",
 ) -> None:
-    """Values over epochs; `reference`, the final value of SGD, is drawn across."""
+    """Values over epochs; `reference`, the final value of the annealed run, is drawn across."""
     from matplotlib.ticker import MaxNLocator
 
     for label, curve in curves.items():
         ax.plot(curve.x, curve.y, curve.style, color=curve.colour, label=label, lw=1.5)
     if reference is not None:
-        ax.axhline(reference, color=PURPLE, ls=":", lw=1.2, label="SGD at the end")
+        ax.axhline(reference, color=PURPLE, ls=":", lw=1.2, label=reference_label)
     ax.set(xlabel="epochs completed", ylabel=ylabel, title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ylim is not None:

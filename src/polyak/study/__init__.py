@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from polyak.objects import lazy_names
 
 _HOME_OF = {
+    "OverfitWindow": "polyak.maths.overfit_window",
+    "two_tailed": "polyak.study.steered",
+    "swad": "polyak.study.steered",
     "Curve": "polyak.study.curves",
     "connect": "polyak.study.curves",
     "Curvature": "polyak.study.curvature",
@@ -42,6 +45,7 @@ _HOME_OF = {
 }
 
 if TYPE_CHECKING:
+    from polyak.maths.overfit_window import OverfitWindow as OverfitWindow
     from polyak.study.bootstrap import paired_bootstrap as paired_bootstrap
     from polyak.study.classify import ScaledNLL as ScaledNLL
     from polyak.study.command import Command as Command
@@ -72,6 +76,8 @@ if TYPE_CHECKING:
     from polyak.study.soup import make_soup as make_soup
     from polyak.study.soup_found import Portion as Portion
     from polyak.study.soup_found import Soup as Soup
+    from polyak.study.steered import swad as swad
+    from polyak.study.steered import two_tailed as two_tailed
     from polyak.study.surface import Surface as Surface
     from polyak.study.trajectory import Trajectory as Trajectory
 

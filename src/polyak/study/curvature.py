@@ -15,9 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polyak.batchnorm.update import restored_rng, uncompiled
 from polyak.errors import ArgumentError, NonFiniteError, PolyakError, UsageError, require
 from polyak.maths.arguments import at_least_one, number
+from polyak.study.filling import Weights, fill, own_weights
+from polyak.study.frame import Frame, anchors_of
 from polyak.study.losses import Loss, check_loss, loss_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import require_module
+
+_ROUNDING = 10
 
 Which = Literal["largest", "smallest", "magnitude"]
 
@@ -26,8 +30,8 @@ Which = Literal["largest", "smallest", "magnitude"]
 class Curvature:
     r"""Extreme eigenvalues of a symmetric matrix, the wanted ones first.
 
-    values: (k,). errors: (k,) bounds, $|\lambda - \theta_i| \le |H v_i - \theta_i v_i|$: each value is within
-    its error of some eigenvalue. vectors: (k, P), of length 1, in the order of the trainable parameters of
+    values: (k,). errors: (k,) bounds, $|\lambda - \theta_i| \le |H v_i - \theta_i v_i|$, and ten roundings of the
+    dtype of the products: each value is within its error of some eigenvalue. vectors: (k, P), of length 1, in the order of the trainable parameters of
     `named_parameters()`. products: how many products with the matrix it took. converged: whether all errors
     are within the tolerance.
     """
@@ -107,6 +111,29 @@ def hessian_eigenvalues(  # noqa: PLR0913 - keyword-only arguments do not count
         )
 
 
+def curvatures(
+    inputs: Sequence[Weights],
+    model: Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    *,
+    key: str | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, Curvature]]:
+    """`hessian_eigenvalues` at each of several checkpoints of the model, by name; it gets its own weights back.
+
+    Raises MismatchError, naming every difference, where one does not fit.
+    """
+    anchors = anchors_of(inputs, key=key, model=model)
+    require(bool(anchors), "There is no input; name one checkpoint or more.")
+    require_module(model, "hessian_eigenvalues")
+    frames = [Frame([anchor], model) for anchor in anchors]  # all of them are checked first
+    with own_weights(model):
+        for anchor, frame in zip(anchors, frames, strict=True):
+            fill(model, frame.subject(anchor.name, [1.0]).tensors)
+            yield anchor.name, hessian_eigenvalues(model, loss, batches, **options)
+
+
 def lanczos(
     product: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -154,8 +181,11 @@ def lanczos(
         rest = _orthogonal(_fresh(len(diagonal), rest), basis) if closed else rest
         beside.append(0.0 if closed else length)
         vector = rest / _length(rest)
+    rounding = (
+        _ROUNDING * torch.finfo(start.dtype).eps * scale
+    )  # of a product, which no residual shows
     return Curvature(
-        tuple(values), tuple(errors), inside.to(start) @ torch.stack(basis), len(diagonal),
+        tuple(values), tuple(error + rounding for error in errors), inside.to(start) @ torch.stack(basis), len(diagonal),
         max(errors) <= tolerance * scale,
     )  # fmt: skip
 

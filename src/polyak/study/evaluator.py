@@ -36,7 +36,7 @@ from polyak.study.evaluations import (
     place_of,
     time_limit,
 )
-from polyak.study.filling import fill, own_weights
+from polyak.study.filling import Source, fill, own_weights
 from polyak.study.scores import KeptScores, key_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import require_module
@@ -86,13 +86,13 @@ class Subject:
     """Weights to evaluate.
 
     what: as messages call them. content: what they are made of, in a text that changes whenever they do.
-    tensors: by their names. file: a context with the path of a file of them. refresh: whether their BatchNorm
+    tensors: by their names, in the memory of those that it is given by name if it makes them. file: a context with the path of a file of them. refresh: whether their BatchNorm
     statistics are not their own, and are set by the data if there is any.
     """
 
     what: str
     content: str
-    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+    tensors: Source
     file: Callable[[], AbstractContextManager[Path]]
     refresh: bool = True
 
@@ -192,9 +192,9 @@ class Evaluator:
                 return self._run(subject.what, path)
         with self._stale_noticed(subject):
             if model is None:
-                weights: Any = dict(subject.tensors())
+                weights: Any = dict(subject.tensors({}))
                 return self._run(subject.what, weights)
-            fill(model, subject.tensors())
+            fill(model, subject.tensors)
         if refresh and norm_layers(model):
             update_bn(model, data)  # type: ignore[arg-type]
         with restored_modes(model), restored_rng(model):

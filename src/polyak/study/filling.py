@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -42,8 +43,10 @@ def check_shapes(model: Module, have: Mapping[str, list[int]], what: str) -> Non
 
 
 def parameters_of(model: Module) -> frozenset[str]:
-    """The names of the model's parameters, as files have them."""
-    return frozenset(n for n, slot in named_tensors(model).slots.items() if slot.is_parameter)
+    """The names of the model's parameters; a tied one has several."""
+    named = named_tensors(model)
+    first = {name for name, slot in named.slots.items() if slot.is_parameter}
+    return frozenset(first | {alias for alias, name in named.ties.items() if name in first})
 
 
 def first_names_in(model: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,12 +72,18 @@ def has_statistics(names: Iterable[str]) -> bool:
     return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in names)
 
 
+Source = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
+"""Gives (name, tensor); it may make the tensors in the memory of those that it is given by name."""
+
+
 @torch.no_grad()
-def fill(model: Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy the tensors into the model's own, one at a time."""
+def fill(model: Module, source: Source) -> None:
+    """Copy the tensors into the model's own, one at a time, unless they were made there."""
     slots, ties = _places(model)
-    for name, tensor in tensors:
-        slots[ties.get(name, name)].copy_(tensor)
+    own = slots | {alias: slots[name] for alias, name in ties.items() if name in slots}
+    for name, tensor in source(own):
+        if tensor is not own[name]:
+            own[name].copy_(tensor)
     recompute_derived(model)
 
 
@@ -88,16 +97,18 @@ def own_weights(model: Module | None) -> Iterator[None]:
     try:
         yield
     finally:
-        fill(model, kept.items())
+        fill(model, lambda own: kept.items())
 
 
-def tensors_of(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(
+    weights: Weights, into: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file or of a state dict, (name, tensor)."""
     if isinstance(weights, Mapping):
         yield from weights.items()
         return
     with open_checkpoint(weights) as opened:
-        yield from iter_averaged_tensors([opened], "swa")
+        yield from iter_averaged_tensors([opened], "swa", into=into)
 
 
 def weights_identity(weights: Weights) -> str:

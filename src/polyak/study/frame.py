@@ -147,7 +147,7 @@ class Frame:
         return Subject(
             what,
             "\n".join(["point", *(line for line in lines if not line.startswith("0.0 "))]),
-            lambda: self.tensors(shares, push),
+            lambda into: self.tensors(shares, push),
             lambda: _written(dict(self.tensors(shares, push))),
         )
 

@@ -57,7 +57,7 @@ class Judge(Evaluator):
         subject = Subject(
             "the last iterate",
             content,
-            lambda: tensors_of(last),
+            lambda into: tensors_of(last, into),
             lambda: _written(tensors_of(last)),
         )
         return self._scored(
@@ -83,7 +83,7 @@ class Judge(Evaluator):
         subject = Subject(
             f"{text} at {until:g}",
             content_of(plan),
-            lambda: self.trajectory.tensors(plan),
+            lambda into: self.trajectory.tensors(plan, into=into),
             lambda: self._saved(plan),
         )
         return self._scored(subject, text, family, start, until, plan.error)

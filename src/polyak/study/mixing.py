@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,12 +128,14 @@ class Mixing:
     def subject(self, mix: Mix, what: str) -> Subject:
         """The mix, to be evaluated; made when it is needed."""
         content = f"{mix.content}\n{self._told}"
-        return Subject(what, content, lambda: _tensors(self.made(mix)), lambda: self._file(mix))
+        return Subject(
+            what, content, lambda into: _tensors(self.made(mix)), lambda: self._file(mix)
+        )
 
     def single(self, one: Ingredient) -> Subject:
         """An ingredient as it is."""
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
+        def tensors(into: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             self.count([one])
             return _named(one.checkpoint)
 

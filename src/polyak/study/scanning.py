@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from polyak.study.frame import Anchor, Floats, Frame, anchors_of, counted
 from polyak.study.principal import named_points, principal_points
 from polyak.study.scans import Barrier, LineScan, PlaneScan, RayScan
 from polyak.study.scores import FOLDER
+from polyak.study.search import check_options
 from polyak.study.trajectory import Trajectory
 
 Points = Mapping[str, Weights] | Sequence[Weights] | Trajectory
@@ -68,7 +70,7 @@ def scan_line(
 
     """
     at_least_three("points", points)
-    require(number("beyond", beyond) >= 0, f"beyond is {beyond:g}; expected 0 or more.")
+    require(0 <= number("beyond", beyond) < math.inf, f"beyond is {beyond:g}; expected 0 or more.")
     curved = isinstance(inputs, Curve) or curve is not None
     anchors = _line_anchors(inputs, curve, key, judging.get("model"))
     measuring = _Measuring(anchors, evaluate, judging, inputs)
@@ -119,7 +121,7 @@ def scan_plane(
     Raises what `scan_line` raises, and ArgumentError for fewer than three checkpoints, or three on one line.
 
     """
-    require(number("margin", margin) >= 0, f"margin is {margin:g}; expected 0 or more.")
+    require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
     at_least_three("points", points)
     principal, model = None, judging.get("model")
     if isinstance(inputs, Trajectory):
@@ -132,11 +134,17 @@ def scan_plane(
     axes = _Axes(frame)
     feet, distance = axes.feet() if principal is None else (principal.feet, principal.distance)
     x, y = _square(np.vstack(list(feet.values())), points, margin)
-    own = [] if principal else [frame.subject(a.name, frame.at(i)) for i, a in enumerate(anchors)]
+    given = anchors[:1] if principal else anchors  # of a trajectory its mean
+    own = [frame.subject(a.name, frame.at(i)) for i, a in enumerate(given)]
     places = [(a, b) for b in y.tolist() for a in x.tolist()]
     grid = [frame.subject(f"the point ({a:.4g}, {b:.4g})", axes.shares(a, b)) for a, b in places]
     scores = measuring.at([*own, *grid], own=[True] * len(own) + [False] * len(grid))[len(own) :]
     values = _means(scores).reshape(len(y), len(x))
+    if not np.isfinite(values).any():
+        raise NonFiniteError(
+            f"None of the {values.size} points on the plane has a finite score, so there is nothing to draw. Pass "
+            "a smaller margin=, or more points=."
+        )
     return PlaneScan(
         x=x, y=y, values=values, points=feet, distance=distance,
         explained=principal.explained if principal else None, **measuring.about(scores),
@@ -183,8 +191,10 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     directions = Directions(measuring.frame, normalize, seed)
     if reach is None:
         reach = 1.0 if normalize else 0.6 * measuring.frame.norm(0)
-    require(number("reach", reach) > 0, f"reach is {reach:g}; expected a positive distance.")
-    distances = np.linspace(0, reach, points)
+    require(
+        0 < number("reach", reach) < math.inf, f"reach is {reach:g}; expected a positive distance."
+    )
+    distances = _evenly(0, reach, points)
     values, everything = {}, []
     for index, anchor in enumerate(anchors):
         scores = _along(measuring, directions, index, rays, distances)
@@ -205,6 +215,7 @@ class _Measuring:
         judging: dict[str, Any],
         inputs: Points | Curve,
     ) -> None:
+        check_options(judging)
         how = Judging(**judging)
         self.frame = Frame(anchors, how.model)
         kept = (
@@ -248,13 +259,15 @@ class _Measuring:
             else [math.isfinite(h) for h in over_all].index(False)
         )
         height = max(0.0, over_all[top]) if finite else math.inf
+        found = Barrier(start, end, height, inside[1 + top][0])
         if self.evaluator.split(first)[1] is None or not finite:
-            return Barrier(start, end, height, inside[1 + top][0], None, None, None)
+            return found
         top = int(np.argmax(heights(lambda s: self.evaluator.split(s)[0])))
-        at, path = inside[1 + top]
+        chosen, path = inside[1 + top]
         held = [self._held(s) for s in (path, first, last)]
-        chord = (1 - at) * held[1] + at * held[2]
-        return Barrier(start, end, height, at, *paired_bootstrap(held[0], chord))
+        chord = (1 - chosen) * held[1] + chosen * held[2]
+        difference, low, high = paired_bootstrap(held[0], chord)
+        return replace(found, chosen=chosen, difference=difference, low=low, high=high)
 
     def about(self, scores: Sequence[Tensor]) -> dict[str, Any]:
         """What every scan says."""
@@ -388,9 +401,9 @@ def _polyline(size: int) -> Callable[[float], list[float]]:
 
 def _positions(segments: int, points: int, beyond: float) -> Floats:
     """Every segment's, the ends that two share once, and as closely spaced beyond both ends."""
-    inside = np.concatenate([i + np.linspace(0, 1, points)[i > 0 :] for i in range(segments)])
+    inside = np.concatenate([i + _evenly(0, 1, points)[i > 0 :] for i in range(segments)])
     extra = math.ceil(beyond * (points - 1))
-    outside = np.linspace(0, beyond, extra + 1)[1:] if extra else np.empty(0)
+    outside = _evenly(0, beyond, extra + 1)[1:] if extra else np.empty(0)
     return np.concatenate([-outside[::-1], inside, segments + outside])
 
 
@@ -412,8 +425,13 @@ def _square(feet: Floats, points: int, margin: float) -> tuple[Floats, Floats]:
     """One scale for both axes."""
     low, high = feet.min(axis=0), feet.max(axis=0)
     half = (0.5 + margin) * float((high - low).max())
-    x, y = (np.linspace(m - half, m + half, points) for m in (low + high) / 2)
+    x, y = (_evenly(m - half, m + half, points) for m in (low + high) / 2)
     return x, y
+
+
+def _evenly(start: float, end: float, points: int) -> Floats:
+    """Rounded to 12 digits, so that a finer scan meets the points of this one and knows their scores."""
+    return np.array([float(f"{value:.12g}") for value in np.linspace(start, end, points)])
 
 
 def _means(scores: Sequence[Tensor]) -> Floats:

@@ -22,18 +22,19 @@ class Barrier:
 
     with $f$ the loss at position $t$ of the path (of a score of which more is better, its negative). height:
     that maximum over all examples, 0 where the path never rises. at: the position of the highest inner point.
-    difference, low, high: the height there, on examples that did not choose the position, with its paired 95%
-    bootstrap interval; it may be below 0. None where the evaluation returned one number. Source: Frankle et
-    al. 2020, arXiv 1912.05671.
+    chosen: the position that is highest on one half of the examples; difference, low, high: its height on
+    the other half, with its paired 95% bootstrap interval, which may be below 0. None where the evaluation
+    returned one number. Source: Frankle et al. 2020, arXiv 1912.05671.
     """
 
     start: str
     end: str
     height: float
     at: float
-    difference: float | None
-    low: float | None
-    high: float | None
+    chosen: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
         text = f"Barrier from {self.start} to {self.end}: {self.height:.4g}"
@@ -43,8 +44,8 @@ class Barrier:
             return text
         noise = ", within noise" if self.low <= 0 <= self.high else ""
         return (
-            f"{text}; at {self.at:.3g} on the examples that did not choose it {self.difference:+.4g}, "
-            f"95% interval {self.low:+.4g} to {self.high:+.4g}{noise}"
+            f"{text}; at {self.chosen:.3g}, on the examples that did not choose that position, "
+            f"{self.difference:+.4g}, 95% interval {self.low:+.4g} to {self.high:+.4g}{noise}"
         )
 
 

@@ -17,7 +17,7 @@ from polyak.errors import (
     UsageError,
 )
 from polyak.maths.profiles import EMA, Window
-from polyak.reference_run.arm import logits_of
+from polyak.reference_run.evaluation import logits_of
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.loop import plan, train
 from polyak.reference_run.models import Net

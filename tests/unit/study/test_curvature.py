@@ -190,6 +190,8 @@ def test_inside_no_grad_and_from_float32():
     with torch.no_grad():
         found = hessian_eigenvalues(tied().float(), loss, [(x.float(), y)], k=2, tolerance=1e-5)
     assert found.values == pytest.approx(tuple(wanted(values, "largest", 2).tolist()), rel=1e-4)
+    for value, error in zip(found.values, found.errors, strict=True):
+        assert float((values - value).abs().min()) <= error
 
 
 class Attention(nn.Module):

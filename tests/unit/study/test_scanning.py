@@ -126,7 +126,8 @@ def test_a_barrier_is_chosen_on_one_half_and_measured_on_the_other(three):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     held, choosing = order[:20], order[20:]
     top = 1 + int(above[1:-1, choosing].mean(1).argmax())
-    assert barrier.at == t[top]
+    assert barrier.chosen == t[top]
+    assert barrier.at == t[1 + int(above[1:-1].mean(1).argmax())]
     expected = paired_bootstrap(rows[top, held], chord[top, held])
     np.testing.assert_allclose(
         (barrier.difference, barrier.low, barrier.high), expected, atol=1e-12
@@ -494,6 +495,69 @@ def test_a_path_through_infinity_is_an_infinite_barrier(three):
     assert (barrier.height, barrier.at, barrier.low) == (float("inf"), 0.5, None)
 
 
+@pytest.mark.parametrize("points", [(11, 21), (4, 7), (6, 16)])
+def test_a_finer_scan_evaluates_only_what_is_new(three, tmp_path, points):
+    coarse, fine = points
+    for scan, inputs, options in (
+        (scan_line, two(three), {}),
+        (scan_line, three, {"beyond": 0.2}),
+        (scan_rays, two(three), {"rays": 2}),
+    ):
+        how = {"minimize": True, "cache": tmp_path / str(len(options)), "name": "bowl", **options}
+        first = scan(inputs, bowl, points=coarse, **how)
+        again = scan(inputs, bowl, points=fine, **how)
+        known = first.positions.size if scan is scan_line else first.evaluations
+        assert again.cached >= known - (2 if "beyond" in options else 0)
+
+
+def test_a_plane_without_any_score_is_not_drawn(three):
+    inside = {flat(w)[0].item() for w in three.values()}
+    with pytest.raises(NonFiniteError, match="None of the 9 points"):
+        scan_plane(
+            three, lambda w: 1.0 if flat(w)[0].item() in inside else float("nan"), minimize=True, points=3
+        )  # fmt: skip
+
+
+def test_tied_weights_count_once_and_move_together():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    ends = {}
+    for name in "ab":
+        nn.init.normal_(model[0].weight)
+        ends[name] = {
+            n: t.clone() if n == "0.weight" else None for n, t in model.state_dict().items()
+        }
+        ends[name]["1.weight"] = ends[name]["0.weight"]
+    apart = {name: {"1.weight": w["1.weight"]} for name, w in ends.items()}  # under the other name
+
+    def size(m):
+        assert m[0].weight is m[1].weight
+        return m[1].weight.square().sum()
+
+    for inputs in (ends, apart):
+        found = scan_line(inputs, size, model=model, minimize=True, points=3)
+        length = float((ends["b"]["0.weight"] - ends["a"]["0.weight"]).norm())
+        assert found.distances[-1] == pytest.approx(length, rel=1e-6)
+        rays = scan_rays(inputs, size, model=model, minimize=True, points=2, rays=1)
+        assert rays.values["a"][0, 0] != rays.values["a"][0, 1]
+
+
+def test_checkpoints_of_other_dtypes_line_up():
+    torch.manual_seed(0)
+    ends = [
+        {"w": torch.randn(4, dtype=d), "c": torch.randn(2, dtype=torch.complex64)}
+        for d in (torch.float32, torch.bfloat16)
+    ]
+    found = scan_line(
+        ends, lambda w: w["w"].square().sum() + w["c"].abs().square().sum(), minimize=True, points=3
+    )
+    middle = (ends[0]["w"].double() + ends[1]["w"].double()) / 2
+    also = (ends[0]["c"] + ends[1]["c"]) / 2
+    assert found.values[1] == pytest.approx(
+        float(middle.square().sum() + also.abs().square().sum()), rel=1e-5
+    )
+
+
 def other(**changes):
     return {**state(1, 2, 3, 4), **changes}
 
@@ -523,6 +587,9 @@ def other(**changes):
         (scan_line, {1: state(1, 2, 3, 4), "1": state(2, 3, 4, 5)}, {}, ArgumentError, "read alike"),
         (scan_rays, [state(1, 2, 3, 4)], {"seed": 1.5}, ArgumentError, "seed is 1.5"),
         (scan_rays, [state(1, 2, 3, 4)], {"seed": 2**63}, ArgumentError, "seed is too large"),
+        (scan_line, [state(1, 2, 3, 4), state(2, 3, 4, 5)], {"beyond": float("inf")}, ArgumentError, "beyond is inf"),
+        (scan_line, [state(1, 2, 3, 4), state(2, 3, 4, 5)], {"colour": 1}, ArgumentError, "There is no option colour"),
+        (scan_line, [state(1, 2, 3, 4), state(2, 3, 4, 5)], {"holdout": 2}, ArgumentError, "holdout is 2"),
         (scan_rays, [], {}, ArgumentError, "There is no checkpoint"),
         (scan_rays, [state(1, 2, 3, 4)], {"reach": 0}, ArgumentError, "reach is 0"),
         (scan_rays, [state(1, 2, 3, 4)], {"rays": 0}, ArgumentError, "rays is 0"),
@@ -589,3 +656,25 @@ def test_a_flat_plane_is_drawn(three, value):
     for more in ({"minimize": True}, {"maximize": True}):
         flat_plane = scan_plane(three, lambda w: value, points=3, **more)
         plot_scan(flat_plane, Figure().add_subplot())
+
+
+class OnFile:
+    """An evaluation that reads a file, as `Command` does."""
+
+    takes_file = True
+    minimize = True
+
+    def __call__(self, path):
+        with polyak.open_checkpoint(path) as opened:
+            return opened.tensors["1.running_var"].load().sum()
+
+
+def test_a_file_has_statistics_of_its_own_too():
+    ends = {"a": trained(1), "b": trained(2)}
+    found = scan_line(ends, OnFile(), model=normed(), data=BATCHES, points=3)
+
+    def variance(model):
+        return model[1].running_var.sum()
+
+    inside = scan_line(ends, variance, model=normed(), data=BATCHES, minimize=True, points=3)
+    np.testing.assert_allclose(found.values, inside.values, rtol=1e-6)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from polyak.checkpoints.merging.align import MergedTensor
 from polyak.checkpoints.merging.measure import Inputs, gram_matrix, kth_largest_changes
-from polyak.checkpoints.merging.rules import Rule, SumOfDeltas, SumPerTensor
+from polyak.checkpoints.merging.rules import ElectedDeltas, Rule, SumOfDeltas, SumPerTensor
+from polyak.checkpoints.reading.stored import accumulator
 from polyak.errors import ArgumentError, require
 from polyak.maths import text
 from polyak.maths.arguments import count, number
 from polyak.maths.profile import Profile
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMPY: Mapping[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Combination(ABC):
@@ -84,18 +85,21 @@ class Ties(Combination):
     def rule(self, inputs: Inputs) -> Rule:
         """The rule, with what it has to know of the inputs."""
 
+        # `hardshrink` keeps what is larger than its bound; what is as large as ours is to stay.
         def find(tensor: MergedTensor) -> list[float]:
-            return kth_largest_changes(tensor, self.density)
+            dtype = _NUMPY[accumulator(tensor.numbers[0] if tensor.numbers else tensor.dtype)]
+            least = kth_largest_changes(tensor, self.density)
+            return [
+                np.nextafter(dtype(bound), dtype(0)).item() if bound else 0.0 for bound in least
+            ]
 
-        least = inputs.each(find)
+        below = inputs.each(find)
 
         def trim(delta: Tensor, name: str, index: int, begin: int) -> None:
-            # `hardshrink` keeps what is larger than its bound; what is as large as ours is to stay.
-            if bound := least[name][index]:
-                below = np.nextafter(np.array(bound, _NUMPY[delta.dtype]), 0).item()
-                torch.ops.aten.hardshrink.out(delta, below, out=delta)
+            if bound := below[name][index]:
+                torch.hardshrink(delta, bound, out=delta)
 
-        return SumOfDeltas(inputs.weights, self.scale, trim, elect=True)
+        return ElectedDeltas(inputs.weights, self.scale, trim)
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,10 @@ class Dare(Combination):
 
         def drop(delta: Tensor, name: str, index: int, begin: int) -> None:
             kept = kept_at_random(self.seed, name, index, begin, len(delta), self.density)
-            delta.mul_(kept.to(delta.dtype)).div_(self.density)
+            delta.mul_(kept.to(delta.dtype))
 
-        return SumOfDeltas(inputs.weights, self.scale, drop, elect=self.elect)
+        rule = ElectedDeltas if self.elect else SumOfDeltas
+        return rule(inputs.weights, self.scale / self.density, drop)
 
 
 @dataclass(frozen=True)
