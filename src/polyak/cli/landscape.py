@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -172,6 +173,7 @@ def connect(  # noqa: PLR0913 - each one is an option
     from polyak.study.curves import connect as train
 
     check_target(output, overwrite=overwrite)
+    _refuse_inputs([output], inputs, key)
     built, taken = call_object(model), load_object(loss)
     curve = train(inputs, built, taken, call_object(data), epochs=epochs, rate=rate, key=key)
     curve.save(output, overwrite=overwrite)
@@ -220,6 +222,16 @@ def curvature(  # noqa: PLR0913 - each one is an option
         Console(highlight=False).print(f"{name}: {one}", soft_wrap=True, markup=False)
 
 
+def _refuse_inputs(outputs: Iterable[Path], inputs: Iterable[str], key: str | None) -> None:
+    """Refuse outputs that would take the place of a checkpoint, also with --overwrite."""
+    from polyak.checkpoints.merging.prepare import refuse_replacing
+    from polyak.checkpoints.reading.opening import open_checkpoint
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path, key=key)) for path in inputs]
+        refuse_replacing(outputs, opened)
+
+
 def _scan(
     scan: Callable[..., Scan],
     inputs: tuple[str, ...],
@@ -233,6 +245,8 @@ def _scan(
     from polyak.report.scans import check_scan_targets, save_scan
 
     check_scan_targets(placed.output, overwrite=placed.overwrite)
+    if placed.trajectory is None:
+        _refuse_inputs(placed.output, inputs, placed.key)
     evaluate = scorer.evaluation()
     found = scan(_points(inputs, default, placed), evaluate, **options, **placed.options(scorer))
     console = Console(highlight=False)

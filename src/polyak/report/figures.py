@@ -5,6 +5,7 @@ They are independent of runs, files and pages, so that you can call them as well
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -229,23 +230,27 @@ def plot_plane(  # noqa: PLR0913 - keyword-only arguments do not count
     better. What is not finite stays blank.
     """
     known = np.ma.masked_invalid(values)
+    if known.count():
+        _contours(ax, x, y, known, minimize=minimize)
+    for (name, at), mark in zip(points.items(), itertools.cycle("os*D^"), strict=False):
+        line = "-" if len(at) > 2 else ""
+        ax.plot(
+            at[:, 0], at[:, 1], line + mark, color="white", mfc=_mark_colour(name), mec="white",
+            ms=11 if mark == "*" else 6, lw=0.8, mew=0.8, label=name,
+        )  # fmt: skip
+    ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
+    if points:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def _contours(ax: Axes, x: ArrayLike, y: ArrayLike, known: Any, *, minimize: bool) -> None:
     low, high = float(known.min()), float(known.max())
     span = max(high - low, 1e-9 * max(1.0, abs(low)))
     steps = span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
     levels = low + steps if minimize else (low + span - steps)[::-1]
     colours = "viridis" if minimize else "viridis_r"
     shape = ax.contourf(x, y, known, levels=levels, cmap=colours, norm=_even(levels))
-    marks = ("o", "s", "*", "D", "^")
-    for (name, at), mark in zip(points.items(), marks, strict=False):
-        line = "-" if len(at) > 2 else ""
-        ax.plot(
-            at[:, 0], at[:, 1], line + mark, color="white", mfc=_mark_colour(name), mec="white",
-            ms=11 if mark == "*" else 6, lw=0.8, mew=0.8, label=name,
-        )  # fmt: skip
     ax.figure.colorbar(shape, ax=ax, format="%.3g", fraction=0.046, pad=0.04)
-    ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
-    if points:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def _even(levels: NDArray[Any]) -> BoundaryNorm:

@@ -124,7 +124,7 @@ def curvatures(
 
     Raises MismatchError, naming every difference, where one does not fit.
     """
-    anchors = anchors_of(inputs, key=key)
+    anchors = anchors_of(inputs, key=key, model=model)
     require(bool(anchors), "There is no input; name one checkpoint or more.")
     require_module(model, "hessian_eigenvalues")
     frames = [Frame([anchor], model) for anchor in anchors]  # all of them are checked first

@@ -18,7 +18,7 @@ from polyak.batchnorm.update import restored_rng
 from polyak.errors import ArgumentError, NonFiniteError, require
 from polyak.maths.arguments import at_least_one, number
 from polyak.study.filling import Weights, own_weights
-from polyak.study.frame import Anchor, Frame, anchors_of, content_of
+from polyak.study.frame import Anchor, Frame, anchors_of, content_of, counted
 from polyak.study.losses import Loss, check_loss, loss_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import named_tensors, require_module
@@ -109,6 +109,7 @@ def connect(  # noqa: PLR0913 - keyword-only arguments do not count
         ArgumentError: Not two checkpoints, the same one twice, an option outside its domain.
         MismatchError: Tensors that do not line up, or are not those of `model`.
         NonFiniteError: The loss became NaN or infinite.
+        UsageError: The loss failed.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> ends = [{"weight": torch.tensor([[x, 0.0]])} for x in (-1.0, 1.0)]
@@ -124,9 +125,9 @@ def connect(  # noqa: PLR0913 - keyword-only arguments do not count
     check_loss(loss, batches)
     at_least_one("epochs", epochs)
     require(number("rate", rate) > 0, f"rate is {rate:g}; expected a positive learning rate.")
-    ends = anchors_of(inputs, key=key)
+    ends = anchors_of(inputs, key=key, model=model)
     if len(ends) != 2:
-        raise ArgumentError(f"There are {len(ends)} checkpoints; a curve connects two.")
+        raise ArgumentError(f"{counted(ends)}; a curve connects two.")
     frame = Frame(ends, model)
     if frame.gram()[1, 1] == 0:
         raise ArgumentError(f"{ends[0].name} and {ends[1].name} are the same weights.")
@@ -246,7 +247,7 @@ def _sgd(tensors: list[Tensor], rate: float) -> Optimizer:
     return torch.optim.SGD(tensors, lr=rate, momentum=0.9)
 
 
-def control_point(curve: Weights, ends: Sequence[Anchor], key: str | None) -> Anchor:
+def control_point(curve: Weights, ends: Sequence[Anchor], key: str | None, model: object) -> Anchor:
     """The control point of a curve between these ends.
 
     Raises ArgumentError for a file of `Curve.save` that belongs to other ends.
@@ -261,4 +262,4 @@ def control_point(curve: Weights, ends: Sequence[Anchor], key: str | None) -> An
                 f"{curve} is of a curve between other checkpoints than {ends[0].name} and {ends[1].name}. Name "
                 "the two that it was trained between."
             )
-    return anchors_of({"the control point": curve}, key=key)[0]
+    return anchors_of({"the control point": curve}, key=key, model=model)[0]

@@ -45,7 +45,7 @@ class Directions:
     def direction(self, ray: int, centre: int) -> Mapping[str, Tensor]:
         """In float64, by the names of tensors."""
         weights = self._frame.anchors[centre].tensors
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + ray)
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + ray) % 2**63)
         drawn = {
             name: torch.randn(
                 weights[name].shape, generator=generator, dtype=wide_dtype(weights[name])

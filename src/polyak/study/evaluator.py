@@ -27,7 +27,15 @@ from polyak.errors import (
     warn,
 )
 from polyak.maths.arguments import number
-from polyak.study.evaluations import TimedOut, as_scores, data_identity, identity_of, time_limit
+from polyak.study.evaluations import (
+    TimedOut,
+    as_scores,
+    data_identity,
+    identity_of,
+    model_identity,
+    place_of,
+    time_limit,
+)
 from polyak.study.filling import Source, fill, own_weights
 from polyak.study.scores import KeptScores, key_of
 from polyak.tensors.modes import restored_modes
@@ -207,7 +215,7 @@ class Evaluator:
             raise type(error)(f"{error}\nThis was {what}. {self._continued()}") from error
         except Exception as error:
             raise UsageError(
-                f"The evaluation failed on {what}: {type(error).__name__}: {error} ({_place_of(error)}). "
+                f"The evaluation failed on {what}: {type(error).__name__}: {error} ({place_of(error)}). "
                 f"{self._continued()}"
             ) from error
 
@@ -246,7 +254,7 @@ class Evaluator:
         if known is None:
             return ()
         model = judging.model
-        built = f"{type(model).__qualname__} {model}" if model is not None else ""
+        built = model_identity(model) if model is not None else ""
         data = data_identity(judging.data) if judging.data is not None else ""
         return known, built, data
 
@@ -292,11 +300,3 @@ def _held_out(examples: int, share: float) -> int:
 
 def _counted(shape: torch.Size) -> str:
     return f"{shape[0]} scores" if len(shape) else "one number"
-
-
-def _place_of(error: BaseException) -> str:
-    """Where it was raised: file and line."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "unknown place"

@@ -15,7 +15,7 @@ from torch.nn import Module
 from polyak.checkpoints.intervals import Interval
 from polyak.checkpoints.merging.average import iter_averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.errors import ArgumentError, check_match
+from polyak.errors import ArgumentError, MismatchError, check_match
 from polyak.study.evaluations import digest_of
 from polyak.tensors.names import named_tensors
 from polyak.tensors.policy import RUNNING_STATISTICS
@@ -47,6 +47,24 @@ def parameters_of(model: Module) -> frozenset[str]:
     named = named_tensors(model)
     first = {name for name, slot in named.slots.items() if slot.is_parameter}
     return frozenset(first | {alias for alias, name in named.ties.items() if name in first})
+
+
+def first_names_in(model: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that are one in the model under its first name, whichever names the file has; others as they are.
+
+    Raises MismatchError where such tensors are of different values.
+    """
+    ties = named_tensors(model).ties if isinstance(model, Module) else {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        first = ties.get(name, name)
+        kept = found.setdefault(first, tensor)
+        if kept is not tensor and not torch.equal(kept, tensor):
+            raise MismatchError(
+                f"{first} is one tensor in the model, also called {name}, and two of other values in the file. Build "
+                "the model in the way in which it was trained."
+            )
+    return found
 
 
 def has_statistics(names: Iterable[str]) -> bool:

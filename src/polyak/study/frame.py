@@ -20,7 +20,13 @@ from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, NonFiniteError, check_match, require, some
 from polyak.study.evaluations import digest_of
 from polyak.study.evaluator import Subject
-from polyak.study.filling import Weights, check_shapes, has_statistics, parameters_of
+from polyak.study.filling import (
+    Weights,
+    check_shapes,
+    first_names_in,
+    has_statistics,
+    parameters_of,
+)
 from polyak.tensors.policy import RUNNING_STATISTICS
 
 Floats = NDArray[np.float64]
@@ -152,24 +158,36 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def anchors_of(
-    points: Mapping[str, Weights] | Sequence[Weights], *, key: str | None = None
+    points: Mapping[str, Weights] | Sequence[Weights],
+    *,
+    key: str | None = None,
+    model: object = None,
 ) -> list[Anchor]:
     """Checkpoints by name: paths under their own, state dicts under those of a mapping or 1, 2, 3.
 
-    key: as for `open_checkpoint`. Raises what that raises, and ArgumentError for anything else.
+    key: as for `open_checkpoint`. model: what is tied in it has one name. Raises what that raises, and ArgumentError for anything else.
     """
     if isinstance(points, Mapping):
         named = [(str(name), weights) for name, weights in points.items()]
+        require(
+            len(dict(named)) == len(named), f"Two names of {list(points)} read alike. Change one."
+        )
     elif isinstance(points, list | tuple):
         named = list(zip(_names(points), points, strict=True))
     else:
         raise ArgumentError(
             f"inputs is a {type(points).__name__}; expected checkpoints: a list, or a mapping from names."
         )
-    return [_anchor(name, weights, key) for name, weights in named]
+    return [_anchor(name, weights, key, model) for name, weights in named]
 
 
-def _anchor(name: str, weights: Any, key: str | None) -> Anchor:
+def counted(anchors: Sequence[Anchor]) -> str:
+    """How many there are, as a sentence begins."""
+    one = len(anchors) == 1
+    return f"There {'is' if one else 'are'} {len(anchors) or 'no'} checkpoint{'' if one else 's'}"
+
+
+def _anchor(name: str, weights: Any, key: str | None, model: object) -> Anchor:
     if isinstance(weights, str | Path):
         with open_checkpoint(weights, key=key) as opened:
             tensors = {one: stored.load() for one, stored in opened.tensors.items()}
@@ -179,6 +197,7 @@ def _anchor(name: str, weights: Any, key: str | None) -> Anchor:
         raise ArgumentError(
             f"{name} is a {type(weights).__name__}; expected the path of a checkpoint, or a state dict of tensors."
         )
+    tensors = first_names_in(model, tensors)
     return Anchor(name, tensors, content_of(tensors))
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from polyak.batchnorm.batches import moved
-from polyak.errors import ArgumentError, NonFiniteError, require
+from polyak.errors import ArgumentError, NonFiniteError, PolyakError, UsageError, require
+from polyak.study.evaluations import place_of
 
 Loss = Callable[[Module, Any], Tensor]
 
@@ -32,9 +33,16 @@ def loss_of(loss: Loss, model: Module, batch: Any, device: torch.device) -> tupl
     """The sum of a batch's losses, and how many examples it has.
 
     Raises ArgumentError unless the loss is a scalar (the mean of the batch) or one value for each example, and
-    NonFiniteError if it is not finite.
+    NonFiniteError if it is not finite, UsageError where it fails.
     """
-    found: Any = loss(model, moved(batch, device))
+    try:
+        found: Any = loss(model, moved(batch, device))
+    except PolyakError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"The loss failed: {type(error).__name__}: {error} ({place_of(error)}). Expected loss(model, batch)."
+        ) from error
     if not isinstance(found, Tensor) or found.ndim > 1 or not found.numel():
         said = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ArgumentError(

@@ -97,8 +97,9 @@ def told_by(checkpoint: Checkpoint) -> str:
 class Mixing:
     """Makes mixes beside the output, in its form, in float32 at least; a context, after which they are gone."""
 
-    def __init__(self, output: Path, options: MergeOptions) -> None:
-        self._output, self._options = output, options
+    def __init__(self, output: Path, options: MergeOptions, told: str) -> None:
+        """told: changes with all that makes a mix another one, beside its ingredients and their shares."""
+        self._output, self._options, self._told = output, options, told
         self._folder = output.absolute().parent / f".{output.name}.soup"
         self._read: dict[str, int] = {}
 
@@ -126,10 +127,10 @@ class Mixing:
 
     def subject(self, mix: Mix, what: str) -> Subject:
         """The mix, to be evaluated; made when it is needed."""
-        filters = f"{self._options.include} {self._options.exclude}"
+        content = f"{mix.content}\n{self._told}"
         return Subject(
-            what, f"{mix.content}\n{filters}", lambda into: _tensors(self.made(mix)), lambda: self._file(mix)
-        )  # fmt: skip
+            what, content, lambda into: _tensors(self.made(mix)), lambda: self._file(mix)
+        )
 
     def single(self, one: Ingredient) -> Subject:
         """An ingredient as it is."""
@@ -251,7 +252,7 @@ class Mixing:
         _remove(converted)
 
     def _path(self, mix: Mix) -> Path:
-        name = hashlib.sha256(mix.content.encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{mix.content}\n{self._told}".encode()).hexdigest()[:16]
         return self._folder / f"mix-{name}{self._output.suffix}"
 
     def count(self, ingredients: Sequence[Ingredient]) -> None:

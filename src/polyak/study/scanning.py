@@ -19,7 +19,7 @@ from polyak.study.curves import Curve, bezier, control_point
 from polyak.study.directions import Directions, Normalize
 from polyak.study.evaluator import Evaluator, Judging, Subject
 from polyak.study.filling import Weights
-from polyak.study.frame import Anchor, Floats, Frame, anchors_of
+from polyak.study.frame import Anchor, Floats, Frame, anchors_of, counted
 from polyak.study.principal import named_points, principal_points
 from polyak.study.scans import Barrier, LineScan, PlaneScan, RayScan
 from polyak.study.scores import FOLDER
@@ -72,7 +72,7 @@ def scan_line(
     at_least_three("points", points)
     require(0 <= number("beyond", beyond) < math.inf, f"beyond is {beyond:g}; expected 0 or more.")
     curved = isinstance(inputs, Curve) or curve is not None
-    anchors = _line_anchors(inputs, curve, key)
+    anchors = _line_anchors(inputs, curve, key, judging.get("model"))
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     gram = measuring.frame.gram()
     _refuse_same(anchors, gram)
@@ -123,10 +123,12 @@ def scan_plane(
     """
     require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
     at_least_three("points", points)
-    principal = principal_points(inputs) if isinstance(inputs, Trajectory) else None
-    anchors = principal.anchors if principal else anchors_of(inputs, key=key)  # type: ignore[arg-type]
+    principal, model = None, judging.get("model")
+    if isinstance(inputs, Trajectory):
+        principal = principal_points(inputs)
+    anchors = principal.anchors if principal else anchors_of(inputs, key=key, model=model)  # type: ignore[arg-type]
     if len(anchors) < 3:
-        raise ArgumentError(f"There are {len(anchors)} checkpoints; a plane needs three.")
+        raise ArgumentError(f"{counted(anchors)}; a plane needs three.")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     frame = measuring.frame
     axes = _Axes(frame)
@@ -182,7 +184,8 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     """
     at_least_one("rays", rays)
     require(count("points", points) >= 2, f"points is {points}; expected 2 or more.")
-    anchors = _anchors(inputs, key, ("last", "mean"))
+    count("seed", seed)
+    anchors = _anchors(inputs, key, ("last", "mean"), judging.get("model"))
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     directions = Directions(measuring.frame, normalize, seed)
@@ -349,25 +352,29 @@ def _along(
     return found
 
 
-def _anchors(inputs: Points, key: str | None, of_a_record: Sequence[str]) -> list[Anchor]:
+def _anchors(
+    inputs: Points, key: str | None, of_a_record: Sequence[str], model: object
+) -> list[Anchor]:
     if isinstance(inputs, Trajectory):
         return anchors_of(named_points(inputs, of_a_record))
-    return anchors_of(inputs, key=key)
+    return anchors_of(inputs, key=key, model=model)
 
 
-def _line_anchors(inputs: Points | Curve, curve: Weights | None, key: str | None) -> list[Anchor]:
+def _line_anchors(
+    inputs: Points | Curve, curve: Weights | None, key: str | None, model: object
+) -> list[Anchor]:
     if isinstance(inputs, Curve):
         require(
             curve is None, "inputs is a curve with a control point of its own; leave out curve=."
         )
         return inputs.anchors
-    anchors = _anchors(inputs, key, ("last", "mean"))
+    anchors = _anchors(inputs, key, ("last", "mean"), model)
     if len(anchors) < 2:
-        raise ArgumentError(f"There is {len(anchors)} checkpoint; a line needs two or more.")
+        raise ArgumentError(f"{counted(anchors)}; a line needs two or more.")
     if curve is None:
         return anchors
     require(len(anchors) == 2, f"A curve goes between two checkpoints; there are {len(anchors)}.")
-    return [anchors[0], control_point(curve, anchors, key), anchors[1]]
+    return [anchors[0], control_point(curve, anchors, key, model), anchors[1]]
 
 
 def _refuse_same(anchors: Sequence[Anchor], gram: Floats) -> None:

@@ -121,18 +121,10 @@ class PlaneScan(_Scan):
         return found
 
     def __str__(self) -> str:
-        finite = self.values[np.isfinite(self.values)]
         lines = [
             f"{len(self.x)} by {len(self.y)} points, x from {self.x[0]:.4g} to {self.x[-1]:.4g}, y from "
-            f"{self.y[0]:.4g} to {self.y[-1]:.4g}; scores from {finite.min():.6g} to {finite.max():.6g}"
+            f"{self.y[0]:.4g} to {self.y[-1]:.4g}{self._range()}"
         ]
-        pick = np.nanargmin if self.minimize else np.nanargmax
-        i, j = np.unravel_index(
-            int(pick(np.where(np.isfinite(self.values), self.values, np.nan))), self.values.shape
-        )
-        lines.append(
-            f"Best on the grid: {self.values[i, j]:.6g} at ({self.x[j]:.4g}, {self.y[i]:.4g})"
-        )
         for name, at in self.points.items():
             if len(at) == 1:
                 off = (
@@ -144,6 +136,18 @@ class PlaneScan(_Scan):
         if self.explained is not None:
             lines.append(f"The plane holds {self.explained:.1%} of the variance of the intervals.")
         return "\n".join([*lines, *self._counted()])
+
+    def _range(self) -> str:
+        """The least and the greatest score, and where the best one is; nothing where there is none."""
+        finite = self.values[np.isfinite(self.values)]
+        if not len(finite):
+            return ""
+        best = finite.min() if self.minimize else finite.max()
+        i, j = np.argwhere(self.values == best)[0]
+        return (
+            f"; scores from {finite.min():.6g} to {finite.max():.6g}\n"
+            f"Best on the grid: {best:.6g} at ({self.x[j]:.4g}, {self.y[i]:.4g})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

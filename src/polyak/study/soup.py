@@ -14,7 +14,7 @@ from polyak.study.cooking import Cook
 from polyak.study.evaluator import Judging, PathLike
 from polyak.study.mixing import Mixing
 from polyak.study.soup_found import Portion, Soup
-from polyak.study.soup_plan import Planned, as_planned, planned
+from polyak.study.soup_plan import Planned, as_planned, planned, told_beside
 
 
 def make_soup(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -139,7 +139,7 @@ def run_soup(  # noqa: PLR0913 - as above
     target = as_path(output)
     with planned(inputs, target, options, method, scored=evaluate is not None) as plan:
         announce(plan)
-        mixing = Mixing(target, options)
+        mixing = Mixing(target, options, told_beside(plan, options, judging.data))
         if evaluate is None:
             return _unscored(plan, mixing)
         cook = Cook(plan, mixing, evaluate, judging, progress)

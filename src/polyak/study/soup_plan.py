@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from polyak.checkpoints.merging.deltas import ModelStock
 from polyak.checkpoints.merging.execute import check_outputs
@@ -20,6 +21,7 @@ from polyak.checkpoints.merging.prepare import (
 from polyak.checkpoints.merging.spread import Spread, spread_of, warn_of_no_basin
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, accumulator, itemsize
 from polyak.errors import require
+from polyak.study.evaluations import data_identity
 from polyak.study.mixing import Ingredient, Mix, mean_of, told_by
 from polyak.study.soup_found import METHODS, SoupPlan
 
@@ -42,6 +44,13 @@ class Planned:
 def as_planned(planned: Planned) -> Mix:
     """The mix of a method that does not choose."""
     return mean_of(planned.ingredients, "model-stock" if planned.method == "model-stock" else "sum")
+
+
+def told_beside(planned: Planned, options: MergeOptions, data: Any) -> str:
+    """What makes a mix of the same ingredients another one: filters, the base, and the data that refresh it."""
+    base = planned.merge.base
+    parts = [options.include, options.exclude, base and told_by(base)]
+    return "\n".join(map(str, [*parts, data if data is None else data_identity(data)]))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +197,11 @@ def test_a_curve_is_trained_and_followed(folder, capsys):
     line = ["landscape", "line", "--curve", "bend.safetensors", *JUDGED, "--points", "5"]
     assert run([*line, "a.pt", "b.pt"]) == 0
     assert "Barrier from a.pt to b.pt" in capsys.readouterr().out
+    for taken in ("a.pt", "./b.pt"):
+        before = Path(taken).read_bytes()
+        assert run([*connect[:-1], taken, "--overwrite"]) == 2
+        assert "is an input" in words(capsys)
+        assert Path(taken).read_bytes() == before
     assert run([*line, "a.pt", "c.pt"]) == 2
     assert "between other checkpoints than a.pt and c.pt" in words(capsys)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import polyak
-from polyak.errors import ArgumentError, MismatchError, NonFiniteError, OutputError
+from polyak.errors import ArgumentError, MismatchError, NonFiniteError, OutputError, UsageError
 from polyak.study import ScaledNLL, connect, scan_line
 
 
@@ -185,11 +185,13 @@ def diverging(model, batch):
 @pytest.mark.parametrize(
     ("inputs", "how", "options", "error", "message"),
     [
-        (ends_of([1.0, 0.0]), ring, {}, ArgumentError, "There are 1 checkpoints; a curve connects two"),
+        (ends_of([1.0, 0.0]), ring, {}, ArgumentError, "There is 1 checkpoint; a curve connects two"),
         (ends_of([1.0, 0.0], [1.0, 0.0]), ring, {}, ArgumentError, "are the same weights"),
         ({"a": ENDS["w1"], "b": {"weight": torch.ones(1, 3)}}, ring, {}, MismatchError, "not weights of one model"),
         ({"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}, ring, {}, MismatchError, "no weights of this model"),
         (ENDS, diverging, {}, NonFiniteError, r"epoch 1, at 0\.\d+ of the curve"),
+        (ENDS, lambda model: 0.0, {}, UsageError, r"The loss failed: TypeError.* Expected loss\(model, batch\)"),
+        (ENDS, lambda model, batch: model.nothing, {}, UsageError, "The loss failed: AttributeError"),
         (ENDS, ring, {"epochs": 0}, ArgumentError, "epochs is 0"),
         (ENDS, ring, {"rate": -1.0}, ArgumentError, "rate is -1"),
         (ENDS, ring, {"batches": []}, ArgumentError, "no batches"),

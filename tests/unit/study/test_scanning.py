@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import polyak
@@ -23,7 +24,7 @@ from polyak.errors import (
     UsageError,
 )
 from polyak.report import plot_scan, save_scan
-from polyak.study import named_points, paired_bootstrap, scan_line, scan_plane, scan_rays
+from polyak.study import connect, named_points, paired_bootstrap, scan_line, scan_plane, scan_rays
 from polyak.study.directions import Directions
 from polyak.study.frame import Frame, anchors_of
 from polyak.study.landscape import Plane
@@ -414,6 +415,75 @@ def test_points_without_a_score_are_said_and_left_blank(three, tmp_path):
     save_scan(found, tmp_path / "plane.svg")
 
 
+@pytest.mark.parametrize("lost", ["nan", "inf"])
+@pytest.mark.parametrize("scan", [scan_line, scan_plane, scan_rays])
+def test_a_scan_that_has_scores_at_its_checkpoints_only_is_told_and_saved(
+    three, tmp_path, scan, lost
+):
+    known = [flat(weights) for weights in three.values()]
+
+    def nowhere_else(weights):
+        return 1.0 if any(torch.equal(flat(weights), one) for one in known) else float(lost)
+
+    found = scan(three, nowhere_else, minimize=True, points=3)
+    assert "points have no finite score" in str(found)
+    for kind in (".json", ".csv", ".svg"):
+        save_scan(found, tmp_path / f"scan{kind}")
+
+
+@pytest.mark.parametrize("count", [6, 11])
+def test_every_checkpoint_is_in_the_picture(three, count):
+    more = {f"more {n}": state(*(flat(three["a"]) * n).tolist()) for n in range(count - 3)}
+    from matplotlib.figure import Figure
+
+    plot_scan(scan_plane(three | more, bowl, minimize=True, points=3), ax := Figure().add_subplot())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*three, *more]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_tied_tensor_is_one_under_all_the_names_that_files_give_it(tmp_path, suffix):
+    """A torch archive says what is tied; in other files it is there twice, or under either name."""
+    models = [Tied() for _ in range(3)]
+    torch.save(models[0].state_dict(), tmp_path / "tied.pt")
+    twice = {name: tensor.clone() for name, tensor in models[1].state_dict().items()}
+    second = {
+        name: t.clone() for name, t in models[2].state_dict().items() if name != "first.weight"
+    }
+    for name, weights in (("twice", twice), ("second", second)):
+        write = save_file if suffix == ".safetensors" else torch.save
+        write(weights, tmp_path / f"{name}{suffix}")
+    paths = [tmp_path / "tied.pt", tmp_path / f"twice{suffix}", tmp_path / f"second{suffix}"]
+
+    def value(model):
+        return model(torch.ones(1, 3)).sum().item()
+
+    found = scan_line(paths, value, minimize=True, model=Tied(), points=3)
+    assert found.values[::2].tolist() == [value(model) for model in models]
+    curve = connect(
+        paths[:2], Tied(), lambda model, _: model(torch.ones(1, 3)).square().sum(), [0], epochs=1
+    )
+    curve.save(tmp_path / "bend.pt")
+    scan_line(paths[:2], value, minimize=True, model=Tied(), points=3, curve=tmp_path / "bend.pt")
+    write({**twice, "first.weight": twice["first.weight"] + 1}, tmp_path / f"apart{suffix}")
+    with pytest.raises(MismatchError, match="is one tensor in the model"):
+        scan_line([paths[0], tmp_path / f"apart{suffix}"], value, minimize=True, model=Tied())
+
+
+def test_a_large_seed_is_one_too(three):
+    found = [scan_rays([three["a"]], bowl, minimize=True, rays=2, seed=n) for n in (0, 2**63 - 1)]
+    assert not np.array_equal(*(one.values["point 1"] for one in found))
+
+
 def test_a_path_through_infinity_is_an_infinite_barrier(three):
     a, b = flat(three["a"]), flat(three["b"])
     middle = (a + b) / 2
@@ -496,7 +566,7 @@ def other(**changes):
     ("scan", "points", "options", "error", "message"),
     [
         (scan_line, [state(1, 2, 3, 4)], {}, ArgumentError, "There is 1 checkpoint; a line needs two"),
-        (scan_line, [], {}, ArgumentError, "There is 0 checkpoint"),
+        (scan_line, [], {}, ArgumentError, "There are no checkpoints; a line"),
         (scan_line, [state(1, 2, 3, 4), state(1, 2, 3, 4)], {}, ArgumentError, "are the same weights"),
         (scan_line, "a.pt", {}, ArgumentError, "inputs is a str; expected checkpoints"),
         (scan_line, [state(1, 2, 3, 4), 3], {}, ArgumentError, "point 2 is a int; expected the path"),
@@ -514,6 +584,9 @@ def other(**changes):
         (scan_plane, [state(1, 2, 3, 4), state(1, 2, 3, 4), state(0, 1, 0, 0)], {}, ArgumentError, "point 1 and point 2 are the same"),
         (scan_plane, [state(1, 2, 3, 4), state(0, 1, 0, 0), state(1, 2, 3, 4)], {}, ArgumentError, "on one line"),
         (scan_plane, [state(1, 2, 3, 4), state(0, 1, 0, 0), state(1, 0, 1, 0)], {"margin": float("nan")}, ArgumentError, "margin"),
+        (scan_line, {1: state(1, 2, 3, 4), "1": state(2, 3, 4, 5)}, {}, ArgumentError, "read alike"),
+        (scan_rays, [state(1, 2, 3, 4)], {"seed": 1.5}, ArgumentError, "seed is 1.5"),
+        (scan_rays, [state(1, 2, 3, 4)], {"seed": 2**63}, ArgumentError, "seed is too large"),
         (scan_line, [state(1, 2, 3, 4), state(2, 3, 4, 5)], {"beyond": float("inf")}, ArgumentError, "beyond is inf"),
         (scan_line, [state(1, 2, 3, 4), state(2, 3, 4, 5)], {"colour": 1}, ArgumentError, "There is no option colour"),
         (scan_line, [state(1, 2, 3, 4), state(2, 3, 4, 5)], {"holdout": 2}, ArgumentError, "holdout is 2"),

@@ -6,6 +6,7 @@ import collections
 import fcntl
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,30 @@ def test_scores_of_part_of_the_tensors_are_others(tmp_path):
     assert (soup.cached, soup.evaluations) == (3, 1)
     newest = load_file(paths[-1])
     assert torch.equal(torch.load(tmp_path / "part.pt")["layer.weight"], newest["layer.weight"])
+
+
+@pytest.mark.parametrize("change", ["exclude", "base"])
+def test_what_another_soup_left_behind_is_not_taken_for_this_one(tmp_path, change):
+    """What a killed process leaves, its mixes and its scores, counts for the same soup only."""
+    *paths, base, other = written(tmp_path, vectors(5, 1))
+    options = {
+        "exclude": [{}, {"exclude": ["*.bias"]}],
+        "base": [{"method": "model-stock", "base": one} for one in (base, other)],
+    }[change]
+
+    class Killed(Distance):
+        def __call__(self, state):
+            if self.asked == 3:  # the folder of mixes is as a killed process leaves it
+                shutil.copytree(tmp_path / ".soup.pt.soup", tmp_path / "left")
+            return super().__call__(state)
+
+    make_soup(paths, tmp_path / "soup.pt", Killed(0.0), cache=False, **options[0])
+    (tmp_path / "left").rename(tmp_path / ".soup.pt.soup")
+    make_soup(paths, tmp_path / "first.pt", Distance(0.0), **options[0])
+    found = make_soup(paths, tmp_path / "soup.pt", Distance(0.0), overwrite=True, **options[1])
+    fresh = make_soup(paths, tmp_path / "fresh.pt", Distance(0.0), cache=False, **options[1])
+    assert (tmp_path / "soup.pt").read_bytes() == (tmp_path / "fresh.pt").read_bytes()
+    assert (found.score, found.cached) == (fresh.score, len(paths))
 
 
 def test_an_evaluation_that_fails_leaves_its_scores_and_no_more(tmp_path):
