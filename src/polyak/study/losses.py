@@ -51,6 +51,11 @@ def loss_of(loss: Loss, model: Module, batch: Any, device: torch.device) -> tupl
         )
     if not bool(torch.isfinite(found).all()):
         raise NonFiniteError("The loss of a batch is not finite. Check the data and the weights.")
+    if not found.requires_grad:
+        raise UsageError(
+            "The loss does not depend on the model's weights: it was detached, or computed under no_grad or "
+            "inference_mode. Return it as backward() would take it."
+        )
     size = len(found) if found.ndim else _size(batch)
     return (found.sum() if found.ndim else found * size), size
 

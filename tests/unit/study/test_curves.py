@@ -191,6 +191,8 @@ def diverging(model, batch):
         ({"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}, ring, {}, MismatchError, "no weights of this model"),
         (ENDS, diverging, {}, NonFiniteError, r"epoch 1, at 0\.\d+ of the curve"),
         (ENDS, lambda model: 0.0, {}, UsageError, r"The loss failed: TypeError.* Expected loss\(model, batch\)"),
+        (ENDS, lambda model, batch: ring(model, batch).detach(), {}, UsageError, "does not depend on the model's weights"),
+        (ENDS, torch.no_grad()(ring), {}, UsageError, "does not depend on the model's weights"),
         (ENDS, lambda model, batch: model.nothing, {}, UsageError, "The loss failed: AttributeError"),
         (ENDS, ring, {"epochs": 0}, ArgumentError, "epochs is 0"),
         (ENDS, ring, {"rate": -1.0}, ArgumentError, "rate is -1"),

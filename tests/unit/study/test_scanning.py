@@ -416,7 +416,7 @@ def test_points_without_a_score_are_said_and_left_blank(three, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["nan", "inf"])
-@pytest.mark.parametrize("scan", [scan_line, scan_plane, scan_rays])
+@pytest.mark.parametrize("scan", [scan_line, scan_rays])
 def test_a_scan_that_has_scores_at_its_checkpoints_only_is_told_and_saved(
     three, tmp_path, scan, lost
 ):
