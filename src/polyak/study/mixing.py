@@ -238,9 +238,9 @@ class Mixing:
 
     @contextmanager
     def _own_file(self, one: Ingredient) -> Iterator[Path]:
-        """The input's own path, where it has the form that mixes have."""
-        path = Path(one.path)
-        if path.suffix.lower() == self._output.suffix.lower() and self._options.key is None:
+        """The input's own path, where it has the form that mixes have: torch files may hold more than weights."""
+        path, form = Path(one.path), self._output.suffix.lower()
+        if path.suffix.lower() == form in (".safetensors", "") and self._options.key is None:
             self.count([one])
             yield path
             return

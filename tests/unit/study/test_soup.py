@@ -353,6 +353,26 @@ def test_a_program_gets_files_of_the_form_of_the_output(tmp_path, monkeypatch):
     assert soup.reads == 2
 
 
+@pytest.mark.parametrize(
+    ("suffix", "wrapped"),
+    [(".ckpt", lambda state: {"state_dict": state, "epoch": 3}), (".pt", lambda state: {"model": state})],
+)  # fmt: skip
+def test_a_program_that_reads_torch_files_can_read_all_of_them(tmp_path, suffix, wrapped):
+    class Reads:
+        takes_file = True
+
+        def __call__(self, path):
+            assert path.suffix == suffix
+            return float(torch.load(path)["layer.bias"].double().square().sum())
+
+    paths = written(tmp_path, vectors(3, 1), suffix)
+    for path in paths:
+        torch.save(wrapped(torch.load(path)), path)
+    soup = make_soup(paths, tmp_path / f"soup{suffix}", Reads(), minimize=True)
+    assert torch.load(tmp_path / f"soup{suffix}")["layer.bias"].shape == (200,)
+    assert soup.reads <= 2
+
+
 def test_the_output_says_what_it_is_made_of(tmp_path):
     paths = written(tmp_path, vectors(4, 1))
     make_soup(paths, tmp_path / "soup.safetensors", Distance(np.mean(vectors(4, 1), axis=0)))
