@@ -287,7 +287,7 @@ class _AnyStep:
 
     def remove(self) -> None:
         self._attachments.discard(self._attachment)
-        if not self._attachments:
+        if not self._attachments and _AnyStep._handle is not None:  # a copy has registered nothing
             _AnyStep._handle.remove()
             _AnyStep._handle = None
 
@@ -480,9 +480,10 @@ class _CopyWatch:
             optimizer.__reduce_ex__ = partial(_warn_and_reduce, optimizer)  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        self._watched[self._optimizer] -= 1
-        if self._watched[self._optimizer] == 0:
-            del self._watched[self._optimizer]
+        left = self._watched.pop(self._optimizer, 1) - 1  # a copy has registered nothing
+        if left:
+            self._watched[self._optimizer] = left
+        else:
             self._optimizer.__dict__.pop("__reduce_ex__", None)
 
 

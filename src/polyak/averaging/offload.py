@@ -104,6 +104,8 @@ class Background:
         self._note_writes()
         for job in self._jobs:
             job.reading.wait()
+            if job.done:
+                continue  # and a graph that is being captured refuses such events
             for device, event in zip(self._devices, job.weights_read, strict=False):
                 torch.cuda.current_stream(device).wait_event(event)
 
@@ -166,6 +168,10 @@ class Background:
             job.ended.set()
 
     def _work(self, job: _Job) -> None:
+        for device in self._devices[
+            :1
+        ]:  # a thread begins on device 0, which may be another process's
+            torch.cuda.set_device(device)
         with ExitStack() as streams, torch.no_grad():
             for stream, made in zip(self._streams, job.weights_made, strict=True):
                 streams.enter_context(torch.cuda.stream(stream))

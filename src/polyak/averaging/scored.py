@@ -292,6 +292,7 @@ class TwoTailed:
 
 def _together(states: Sequence[State]) -> State:
     """The state of the mean of all weights that these are means of."""
+    states = [_closed(one) for one in states]
     newest, total = states[-1], sum(one["time"] for one in states)
     shares = [one["time"] / total for one in states]
     joined = {**newest, "unit": None, "pending": [0, 0.0, ()]}
@@ -303,6 +304,20 @@ def _together(states: Sequence[State]) -> State:
         name: _mean([one["tensors"][name] for one in states], shares) for name in newest["tensors"]
     }
     return joined
+
+
+def _closed(state: State) -> State:
+    r"""The same without its open block: of equal shares the mean is $(A + S) T / t$ (see `RunningAverage`)."""
+
+    def folded(name: str, tensor: Tensor) -> Tensor:
+        for block in state["block"]:
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            total = tensor.to(wide) + block["tensors"][name].to(wide)
+            tensor = (total * (block["start"] / state["time"])).to(tensor.dtype)
+        return tensor
+
+    tensors = {name: folded(name, tensor) for name, tensor in state["tensors"].items()}
+    return {**state, "block": (), "tensors": tensors}
 
 
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

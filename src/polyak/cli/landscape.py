@@ -46,7 +46,9 @@ class Placed:
         """Of the library."""
         found = scorer.judging() | {"key": self.key}
         if found["cache"] is None and self.trajectory is not None:
-            found["cache"] = self.trajectory / ".scores"
+            from polyak.checkpoints.intervals import the_record
+
+            found["cache"] = the_record(self.trajectory) / ".scores"
         elif found["cache"] is None and self.output:
             found["cache"] = self.output[0].absolute().parent / ".scores"
         return found

@@ -28,6 +28,7 @@ from polyak.maths.schedules import (
     Warmup,
     chain,
 )
+from polyak.maths.text import profile_text
 from polyak.reference_run.data import Augmentation, Data, permutation
 from polyak.reference_run.evaluation import BATCH, CURVE_EXAMPLES, loss_of
 from polyak.reference_run.hardware import Hardware
@@ -162,8 +163,9 @@ class Arm:
         shard_momenta(self.optimizer)
         self.lr.load_state_dict(state["lr"])
         for kind, average in state["averages"].items():
-            if kind in self.averages:
-                self.averages[kind].load_state_dict(average)
+            own = self.averages.get(kind)  # the SWA of an annealed arm is another one
+            if own is not None and average["profile"] == profile_text(own.profile):
+                own.load_state_dict(average)
         if self.recorder is not None:
             self.recorder.load_state_dict(state["record"])
         self.hardware.set_random_state(state["random"])

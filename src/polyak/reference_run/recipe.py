@@ -292,7 +292,8 @@ def _check_times(recipe: Recipe) -> None:
     _check_warmup(recipe)
     _check_lengths(recipe)
     require(
-        not set(recipe.arms) & set(CONSTANT_ARMS) or recipe.swa_epoch < recipe.epochs,
+        not ({*CONSTANT_ARMS} & {*recipe.arms} or {"swa", "wsm"} & {*recipe.averages})
+        or recipe.swa_epoch < recipe.epochs,
         f"swa_from is {recipe.swa_from}: averaging would begin after the last of {recipe.epochs} epochs. "
         "Lower it, or raise epochs.",
     )
@@ -383,6 +384,10 @@ def _check_names(recipe: Recipe) -> None:
     require(
         "wsm" not in recipe.averages or recipe.record_intervals > 0,
         "averages has wsm, which is made from the record, and record_intervals is 0. Record, or leave wsm out.",
+    )
+    require(
+        "wsm" not in recipe.averages or recipe.strategy == "ddp",
+        "averages has wsm, which is made in a whole copy of the model, and strategy is 'fsdp'. Leave one out.",
     )
 
 

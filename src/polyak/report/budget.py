@@ -110,11 +110,12 @@ def budget_of(run: Run, metric: str = "error") -> Budget | None:
             beside[record["arm"]].setdefault(seed, {})[epoch] = values[metric]
     if not averaged:
         return None
-    is_constant = (
-        arm in CONSTANT_ARMS
-        and recipe.swa_rate == recipe.rate
+    is_own_run = recipe.branch_epoch == 0
+    leaves_at_its_rate = (
+        recipe.swa_rate == recipe.rate
         and recipe.branch_epoch <= recipe.constant_until * recipe.epochs
     )
+    is_constant = arm in CONSTANT_ARMS and (is_own_run or leaves_at_its_rate)
     # The whole annealed arm was one with the averaged run up to the branch.
     whole = {
         seed: {e: v for e, v in by.items() if e > recipe.branch_epoch}

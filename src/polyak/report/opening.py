@@ -187,9 +187,10 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
         ylabel="validation loss (nats per byte)" if is_text else "validation error (%)",
         ylim=_limits(averaged, annealed),
     )
+    shown = ", ".join(band.label for band in (*averaged.values(), *annealed.values()))
     alt = (
-        f"Validation {'loss' if is_text else 'error'} over the budget of the iterate, its EMA and its SWA, beside "
-        f"annealed runs of the whole and of half the length, means over {count(finals.n_seeds, 'seed')}"
+        f"Validation {'loss' if is_text else 'error'} over the budget: {shown}; means over "
+        f"{count(finals.n_seeds, 'seed')}"
     )
     return [
         Picture("budget", alt, plot, (8.2, 3.7)),

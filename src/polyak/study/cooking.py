@@ -78,7 +78,12 @@ class Cook:
 
     def _fixed(self) -> Mix:
         mix = as_planned(self.planned)
-        self._score(mix, f"the {self.planned.method} soup")
+        what = f"the {self.planned.method} soup"
+        score = self._score(mix, what)
+        if not math.isfinite(score):
+            raise NonFiniteError(
+                f"The score of {what} is {score}; expected a finite number. Nothing was written."
+            )
         return mix
 
     def _greedy(self) -> Mix:
@@ -95,7 +100,6 @@ class Cook:
     def _learned(self) -> Mix:
         losses = [self._loss(self.own[one.path]) for one in self.planned.ingredients]
         distances = self._distances()
-        tried: dict[float, Mix] = {}
         known = {mean_of(self.ranked[:1]): min(losses)}
 
         def value(mix: Mix, what: str) -> float:
@@ -110,8 +114,8 @@ class Cook:
         curvature = curvature_of(losses, distances, mean.coefficients, loss)
 
         def by_curvature(times: float) -> float:
-            tried[times] = self._mix(best_mix(losses, distances, times * curvature))
-            return value(tried[times], f"the soup for {times:g} times the curvature")
+            mix = self._mix(best_mix(losses, distances, times * curvature))
+            return value(mix, f"the soup for {times:g} times the curvature")
 
         if curvature > 0:
             search_values(by_curvature, _CURVATURES, TRIED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,7 +161,11 @@ def lanczos(
     basis: list[Tensor] = []
     diagonal: list[float] = []
     beside: list[float] = []
-    vector = start / _length(start)
+    length = _length(start)
+    require(
+        0 < length < math.inf, "start is zero or not finite; expected a vector with a direction."
+    )
+    vector = start / length
     while True:
         basis.append(vector)
         image = product(vector)
@@ -169,11 +174,8 @@ def lanczos(
         diagonal.append(float(vector.double() @ image.double()))
         rest = _orthogonal(image, basis)
         length = _length(rest)
-        values, inside, errors = _ritz(diagonal, beside, length, k, which)
-        scale = max(map(abs, values))
-        closed = length <= 10 * torch.finfo(start.dtype).eps * max(
-            scale, *map(abs, diagonal), 1e-300
-        )
+        values, inside, errors, scale = _ritz(diagonal, beside, length, k, which)
+        closed = length <= 10 * torch.finfo(start.dtype).eps * max(scale, 1e-300)
         done = len(diagonal) >= k and not closed and max(errors) <= tolerance * scale
         if done or len(diagonal) == most:
             break
@@ -181,9 +183,7 @@ def lanczos(
         rest = _orthogonal(_fresh(len(diagonal), rest), basis) if closed else rest
         beside.append(0.0 if closed else length)
         vector = rest / _length(rest)
-    rounding = (
-        _ROUNDING * torch.finfo(start.dtype).eps * scale
-    )  # of a product, which no residual shows
+    rounding = _ROUNDING * torch.finfo(start.dtype).eps * scale  # of products: no residual shows it
     return Curvature(
         tuple(values), tuple(error + rounding for error in errors), inside.to(start) @ torch.stack(basis), len(diagonal),
         max(errors) <= tolerance * scale,
@@ -192,8 +192,8 @@ def lanczos(
 
 def _ritz(
     diagonal: Sequence[float], beside: Sequence[float], length: float, k: int, which: Which
-) -> tuple[list[float], Tensor, list[float]]:
-    """The wanted eigenvalues of the tridiagonal matrix, their vectors (k, m), and their residuals."""
+) -> tuple[list[float], Tensor, list[float], float]:
+    """Of the tridiagonal matrix: what is wanted, vectors (k, m), residuals; the largest magnitude of all."""
     small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     off = torch.tensor(beside, dtype=torch.float64)
     small = small + torch.diag(off, 1) + torch.diag(off, -1)
@@ -201,7 +201,8 @@ def _ritz(
     key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
     picked = key.argsort(stable=True)[:k]
     chosen = vectors[:, picked].T
-    return values[picked].tolist(), chosen, (length * chosen[:, -1].abs()).tolist()
+    errors = (length * chosen[:, -1].abs()).tolist()
+    return values[picked].tolist(), chosen, errors, float(values.abs().max())
 
 
 def _orthogonal(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:

@@ -184,7 +184,9 @@ class Evaluator:
 
     def _called(self, subject: Subject) -> Any:
         model, data = self._judging.model, self._judging.data
-        refresh = subject.refresh and model is not None and data is not None
+        refresh = bool(
+            subject.refresh and model is not None and data is not None and norm_layers(model)
+        )
         if self.takes_file:
             with self._stale_noticed(subject), subject.file() as path:
                 if refresh:
@@ -195,7 +197,7 @@ class Evaluator:
                 weights: Any = dict(subject.tensors({}))
                 return self._run(subject.what, weights)
             fill(model, subject.tensors)
-        if refresh and norm_layers(model):
+        if refresh:
             update_bn(model, data)  # type: ignore[arg-type]
         with restored_modes(model), restored_rng(model):
             model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,11 +62,12 @@ def loss_of(loss: Loss, model: Module, batch: Any, device: torch.device) -> tupl
 
 def _size(batch: Any) -> int:
     """The first dimension of the first tensor in it; 1 where there is none."""
+    return next((len(one) if one.ndim else 1 for one in _tensors_in(batch)), 1)
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts: Sequence[Any] = ()
-    if isinstance(batch, Mapping):
-        parts = list(batch.values())
-    elif isinstance(batch, list | tuple):
-        parts = batch
-    return next((_size(p) for p in parts if isinstance(p, Tensor | Mapping | list | tuple)), 1)
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_in(part)

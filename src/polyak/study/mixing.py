@@ -205,7 +205,7 @@ class Mixing:
                     weights = [number / (number + 1), 1 / (number + 1)]
                 self.count([ingredients[number]])
                 self._average(inputs, self._path(made[number]), _unnamed(weights))
-            if 1 < number < len(made) - 1:
+            if 0 < number < len(made) - 1:
                 _remove(self._path(made[number - 1]))
 
     def _write_stock(self, mix: Mix, path: Path, dtype: Any, **more: Any) -> None:
@@ -240,7 +240,8 @@ class Mixing:
     def _own_file(self, one: Ingredient) -> Iterator[Path]:
         """The input's own path, where it has the form that mixes have: torch files may hold more than weights."""
         path, form = Path(one.path), self._output.suffix.lower()
-        if path.suffix.lower() == form in (".safetensors", "") and self._options.key is None:
+        is_same = path.suffix.lower() == form in (".safetensors", "") and "://" not in one.path
+        if is_same and self._options.key is None:
             self.count([one])
             yield path
             return

@@ -58,9 +58,8 @@ def _named(trajectory: Trajectory, name: str) -> dict[str, Tensor]:
         interval = trajectory.intervals[0 if name == "first" else -1]
         with interval.open() as opened:
             return {one: stored.load() for one, stored in opened.tensors.items()}
-    profile, at, moment = ("swa" if name.startswith("mean") else name).partition("@")
-    if name.startswith("mean@"):
-        at, moment = "@", name.removeprefix("mean@")
+    profile, at, moment = name.partition("@")
+    profile = "swa" if profile == "mean" else profile
     if at:
         try:
             until = float(moment)

@@ -299,7 +299,7 @@ class _Axes:
             raise ArgumentError(
                 f"{first} and {second} are the same weights. Pass three that differ."
             )
-        self._along = gram[1, 2] / gram[1, 1]
+        self._along = float(gram[1, 2] / gram[1, 1])
         self._height = math.sqrt(max(0.0, gram[2, 2] - self._along * gram[1, 2]))
         if self._height <= max(_ROUNDING * math.sqrt(gram[2, 2]), rounding):
             raise ArgumentError(

@@ -52,7 +52,8 @@ def make_soup(  # noqa: PLR0913 - keyword-only arguments do not count
     - `"model-stock"`: see `polyak.checkpoints.ModelStock`; needs `base`.
 
     Sums run in float32 at least, and the weights are streamed: what is evaluated is in float32, the output in the
-    dtypes of the inputs. Integers, booleans and BatchNorm statistics are the last ingredient's.
+    dtypes of the inputs. Integers, booleans and BatchNorm statistics are those of the last
+    ingredient in the mix; greedy has the best one first.
 
     Args:
         inputs: Two checkpoints or more, as `average_checkpoints` takes them.
@@ -73,7 +74,7 @@ def make_soup(  # noqa: PLR0913 - keyword-only arguments do not count
         key: Where the tensors are within the files.
         dtype: Of the floating tensors as written; by default that of the inputs.
         include: Name patterns: mix only these tensors.
-        exclude: Name patterns: take these tensors from the last ingredient.
+        exclude: Name patterns: take these tensors from the last ingredient in the mix.
         shard_size: The size of a shard, where the output is a folder.
         max_memory: What all buffers together may take.
         threads: By default one per core, at most 16.

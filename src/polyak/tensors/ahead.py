@@ -44,7 +44,7 @@ class ReadAhead:
 
     def _make_room(self, groups: Sequence[Sequence[Tensor]]) -> None:
         pinned = any(tensor.is_cuda for group in groups for tensor in group)
-        width = -(-max(map(_nbytes, groups), default=1) // 16) * 16
+        width = -(-max([1, *map(_nbytes, groups)]) // 16) * 16
         n_slots = min(len(groups), max(2, _NBYTES // width))
         if self._room.shape != (n_slots, width) or self._room.is_pinned() is not pinned:
             shape = (n_slots, width)

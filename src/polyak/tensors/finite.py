@@ -42,7 +42,7 @@ def _suspects(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     # On the host torch makes a copy of half precision before it sums. One piece serves all: of one each, the
     # allocator gives a part to the sum, and the next no longer fits where the last one was.
     is_copied = named[0][1].device.type == "cpu" and any(t.itemsize < 4 for _, t in named)
-    piece = torch.empty(_PIECE if is_copied else 0)
+    piece = torch.empty(_PIECE if is_copied else 0, dtype=torch.float32, device="cpu")
     sums = torch.stack([_sum(tensor, piece) for _, tensor in named])
     finite = torch.isfinite(sums).tolist()
     return [pair for pair, is_finite in zip(named, finite, strict=True) if not is_finite]

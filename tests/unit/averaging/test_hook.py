@@ -722,3 +722,15 @@ def test_what_was_never_detached_keeps_no_model_alive(attached, tmp_path):
     gc.collect()
     assert [one() for one in left] == [None] * len(left)
     assert len(_global_optimizer_pre_hooks) <= 1
+
+
+def test_a_copy_of_an_attached_average_detaches_too():
+    model, optimizer = problem()
+    average = Average(model, SWA())
+    average.attach(optimizer)
+    with pytest.warns(PolyakWarning, match="hooks are not"):
+        twin = copy.deepcopy(average)
+    average.detach()
+    twin.detach()
+    step(model, optimizer)
+    assert average.empty

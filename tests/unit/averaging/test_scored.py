@@ -81,6 +81,18 @@ def test_swad_is_the_mean_of_its_window_after_every_loss(rule, seed):
     assert len(swad._newer) <= max(n_start, n_end)
 
 
+def test_segments_of_many_updates_are_joined_with_their_open_blocks():
+    model = nn.Linear(1, 1, bias=False)
+    swad = polyak.SWAD(model, n_start=1, n_end=1, tolerance=9.0)
+    for score in range(3):
+        for step in range(1500):
+            model.weight.data.fill_(1500 * score + step)
+            swad.update()
+        swad.score(1.0)
+        found = swad.average.averaged_tensors()["weight"].item()
+        assert found == pytest.approx((1500 * (score + 1) - 1) / 2, rel=1e-5)
+
+
 class Scorer:
     def __init__(self, target):
         self.target = target

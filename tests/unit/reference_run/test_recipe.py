@@ -137,3 +137,21 @@ def test_a_recipe_that_cannot_be_read_is_one_error(tmp_path):
     with pytest.raises(FormatError, match="not a TOML file") as caught:
         load_recipe(str(tmp_path / "bad.toml"))
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": ("cosine",), "swa_from": 0.99}, "averaging would begin after the last"),
+        ({"averages": ("ema", "wsm"), "arms": ("cosine",), "swa_from": 0.99}, "averaging would begin"),
+        ({"strategy": "fsdp"}, "."),
+    ],
+)  # fmt: skip
+def test_runs_of_words_that_could_not_end_are_refused(fields, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_recipe("words", fields)
+
+
+def test_a_sharded_model_is_not_copied_for_an_average():
+    with pytest.raises(ArgumentError, match="wsm, which is made in a whole copy"):
+        Recipe(averages=("ema", "wsm"), strategy="fsdp")

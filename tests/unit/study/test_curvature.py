@@ -245,6 +245,37 @@ def test_directions_of_many_parameters_have_length_1():
     assert found.values[0] == pytest.approx(2, rel=1e-6)
 
 
+@pytest.mark.parametrize("spectrum", [[1e-3, *range(1, 61)], [0.0] * 8 + [1.0, 5.0, 1e3]])
+def test_small_eigenvalues_of_a_large_matrix_are_within_their_bounds(spectrum):
+    values = torch.tensor(spectrum, dtype=torch.float32)
+    turn = torch.linalg.qr(symmetric(len(values)))[0].float()
+    matrix = turn @ torch.diag(values) @ turn.T
+    found = lanczos(lambda v: matrix @ v, begin(len(values)).float(), which="smallest", k=1)
+    assert found.converged
+    assert abs(found.values[0] - min(spectrum)) <= found.errors[0] < 1e-3 * max(spectrum)
+
+
+def test_a_first_vector_without_a_direction_is_refused():
+    for start in (torch.zeros(3), torch.tensor([1.0, math.inf, 0.0])):
+        with pytest.raises(ArgumentError, match="start is zero or not finite"):
+            lanczos(lambda v: v, start)
+
+
+def test_a_batch_counts_by_its_first_tensor():
+    def mean_loss(model, batch):
+        return model(batch["x"]).square().mean()
+
+    def counted(x):
+        return {"id": ["a", "b"], "x": x}
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 1), torch.randn(10, 3)
+    unequal = hessian_eigenvalues(model, mean_loss, [counted(x[:8]), counted(x[8:])])
+    assert unequal.values == pytest.approx(
+        hessian_eigenvalues(model, mean_loss, [counted(x)]).values, rel=1e-5
+    )
+
+
 def frozen():
     return nn.Linear(3, 3).requires_grad_(False)
 

@@ -328,6 +328,12 @@ def test_points_of_a_record_by_name(record):
         torch.testing.assert_close(found[name]["weight"], expected)
 
 
+@pytest.mark.parametrize("name", ["means", "mean20"])
+def test_names_that_only_begin_like_the_mean_are_refused(record, name):
+    with pytest.raises(ArgumentError, match=name):
+        named_points(record, ["last", name])
+
+
 def test_the_plane_of_a_record_is_that_of_its_leading_directions(record):
     found = scan_plane(record, size, minimize=True, points=3)
     states = [named_points(record, [f"swa:start={s}@{s + 10}"]) for s in range(0, 80, 10)]

@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import polyak
@@ -579,3 +580,21 @@ def test_what_is_no_evaluation(record, evaluate):
 def test_decays_that_cannot_be(record, options):
     with pytest.raises(ArgumentError):
         record.decay(Calls(), cache=False, **options)
+
+
+def test_files_of_a_model_without_batchnorm_need_no_refreshing(tmp_path):
+    class Reads:
+        takes_file = True
+
+        def __call__(self, path):
+            return float(load_file(path)["weight"].square().sum())
+
+    model = nn.Linear(2, 1)
+    recorder = polyak.Recorder(model, tmp_path / "record", interval=1, captures=1)
+    for _ in range(3):
+        recorder.update()
+    recorder.close()
+    found = polyak.Trajectory(tmp_path / "record").search(
+        Reads(), model=model, data=[torch.ones(4, 2)], minimize=True, quick=True
+    )
+    assert found.best.score == pytest.approx(float(model.weight.detach().square().sum()))

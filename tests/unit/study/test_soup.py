@@ -409,11 +409,23 @@ def two(folder):
     return written(folder, vectors(2))
 
 
+def written_thrice(folder):
+    return written(folder, vectors(3))
+
+
+def own_only(state):
+    """NaN for what is the mean of several: the newest's count of steps, and other weights."""
+    first = next(iter(vectors(3)))
+    known = any(np.allclose(flat(state), v, atol=1e-5) for v in vectors(3))
+    return float(np.square(flat(state) - first).sum()) if known else float("nan")
+
+
 REFUSED = {
     "unlike shapes": (unlike, Distance(0.0), {}, MismatchError, r"layer.weight \(in .*F32 \[20, 2"),
     "weights that are not finite": (not_finite, lambda s: 1.0, {"minimize": True}, NonFiniteError, "run-b"),
     "a score that is NaN": (two, lambda s: float("nan"), {"minimize": True}, NonFiniteError, r"score of .*run-a.safetensors is nan"),
     "an infinite score": (two, lambda s: float("inf"), {"minimize": True}, NonFiniteError, "is inf"),
+    "a mean that is NaN": (written_thrice, own_only, {"minimize": True, "method": "uniform"}, NonFiniteError, "the uniform soup is nan"),
     "one input": (lambda f: written(f, vectors(1)), Distance(0.0), {}, ArgumentError, "there is one"),
     "no input": (lambda f: [], Distance(0.0), {}, ArgumentError, "there are none"),
     "one twice": (lambda f: two(f)[:1] * 2, Distance(0.0), {}, ArgumentError, "Given twice"),

@@ -214,8 +214,7 @@ class Merge:
 
     @property
     def _rows(self) -> int:
-        given = [one.combination for one in self.weights]
-        return sum(1 if one is None else one.buffers for one in given)
+        return sum((one.combination or self._sum_of(one)).buffers for one in self.weights)
 
     @property
     def threads(self) -> int:

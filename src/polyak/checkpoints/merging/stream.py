@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,8 @@ def _new_memory(size: int) -> memoryview:
     if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(bytearray(size))
     made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    made.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        made.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(made)
 
 
