@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from polyak.checkpoints.merging import plan as planning
 from polyak.checkpoints.merging import prepare
 from polyak.checkpoints.merging.average import average_checkpoints
-from polyak.checkpoints.merging.rules import WeightedSum
+from polyak.checkpoints.merging.rules import Part, WeightedSum
 from polyak.errors import FormatError, NonFiniteError
 
 ANY = torch.Generator().manual_seed(1)
@@ -162,11 +162,11 @@ def test_the_mean_of_many_is_as_close_as_that_of_two(count):
     assert rule.buffers <= 1 + ((count - 1) // 8).bit_length()
     rows = list(torch.full((rule.buffers, 20_000), float("nan")))
     for index, one in enumerate(values, start=1):
-        rule.add(rows, one, index, (), first=index == 1)
+        rule.add(rows, Part(one, index, index == 1))
     rule.finish(rows)
     exact = values.double().mean(0)
     assert (rows[0] - exact).norm() <= 6e-8 * exact.norm()
     for index, one in enumerate([values[0]] * count, start=1):
-        rule.add(rows, one, index, (), first=index == 1)
+        rule.add(rows, Part(one, index, index == 1))
     rule.finish(rows)
     assert torch.equal(rows[0], values[0])
