@@ -45,8 +45,7 @@ class Average:
         include: name patterns of the only parameters to average, frozen or not: `"*lora_*"`.
         exclude: name patterns of tensors to leave out.
         dtype: torch.float64 for more exact accumulators.
-        device: where to keep the average; "cpu" beside a GPU keeps it off that and, where it is attached,
-            works beside training: the next step waits only until the weights have been read.
+        device: where to keep the average; "cpu" beside a GPU works in the background where it is attached.
         nonfinite: "skip" leaves out weights with NaN or infinity, "raise" refuses them; either
             reads every weight once more at each update.
         average_buffers: name patterns of floating buffers to average like weights.

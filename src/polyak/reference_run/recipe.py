@@ -346,6 +346,10 @@ def _check_choices(recipe: Recipe) -> None:
     _check_names(recipe)
     _check_words(recipe)
     require(
+        "wsm" not in recipe.averages or recipe.strategy == "ddp",
+        "averages has wsm, which is made in a whole copy of the model, and strategy is 'fsdp'. Leave one out.",
+    )
+    require(
         bool(recipe.name) and "/" not in recipe.name and not recipe.name.startswith("."),
         f"name is {recipe.name!r}; expected a plain folder name.",
     )
@@ -384,10 +388,6 @@ def _check_names(recipe: Recipe) -> None:
     require(
         "wsm" not in recipe.averages or recipe.record_intervals > 0,
         "averages has wsm, which is made from the record, and record_intervals is 0. Record, or leave wsm out.",
-    )
-    require(
-        "wsm" not in recipe.averages or recipe.strategy == "ddp",
-        "averages has wsm, which is made in a whole copy of the model, and strategy is 'fsdp'. Leave one out.",
     )
 
 
