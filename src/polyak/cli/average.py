@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Whole
+from polyak.cli.converters import Flag, Many, Whole
 from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.weights import Method
 
 _WIDE = 10_000
-_Flag = Parameter(negative="")
-_Many = Parameter(negative="", consume_multiple=False)
 
 
 @Parameter(name="*")
@@ -98,9 +96,9 @@ class Outputs:
     output: Annotated[
         list[Path], Parameter(name=["--output", "-o"], negative="", consume_multiple=False)
     ]
-    method: Annotated[list[str], _Many] | None = None
-    weights: Annotated[list[str], _Many] | None = None
-    normalize: Annotated[bool, _Flag] = False
+    method: Annotated[list[str], Many] | None = None
+    weights: Annotated[list[str], Many] | None = None
+    normalize: Annotated[bool, Flag] = False
 
     def methods(self) -> dict[PathLike, Method]:
         """Output -> method; ArgumentError where their numbers differ."""
@@ -137,15 +135,15 @@ class Tensors:
     """
 
     dtype: str | None = None
-    include: Annotated[list[str], _Many] | None = None
-    exclude: Annotated[list[str], _Many] | None = None
+    include: Annotated[list[str], Many] | None = None
+    exclude: Annotated[list[str], Many] | None = None
     base: str | None = None
     key: str | None = None
     shard_size: str | None = None
     format: str | None = None
     dcp_files: Whole = None
     dcp_key: str | None = None
-    keep_state: Annotated[bool, _Flag] = False
+    keep_state: Annotated[bool, Flag] = False
 
 
 @Parameter(name="*")
@@ -168,10 +166,10 @@ class Work:
     max_memory: str = "128MiB"
     threads: Whole = None
     part: str | None = None
-    resume: Annotated[bool, _Flag] = False
-    verify: Annotated[bool, _Flag] = False
-    overwrite: Annotated[bool, _Flag] = False
-    dry_run: Annotated[bool, _Flag] = False
+    resume: Annotated[bool, Flag] = False
+    verify: Annotated[bool, Flag] = False
+    overwrite: Annotated[bool, Flag] = False
+    dry_run: Annotated[bool, Flag] = False
 
 
 def comma_separated(text: str) -> list[float]:

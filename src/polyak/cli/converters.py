@@ -29,3 +29,7 @@ def seed_range(type_: Any, tokens: Sequence[Token]) -> dict[str, int]:
 
 
 Whole = Annotated[int | None, Parameter(converter=whole_number)]
+Flag = Parameter(negative="")
+"""Of a switch without a --no-...."""
+Many = Parameter(negative="", consume_multiple=False)
+"""Of an option that is repeated, with one value each."""

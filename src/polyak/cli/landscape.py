@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from polyak.cli.converters import Flag
 from polyak.cli.scorer import Scorer
 from polyak.errors import ArgumentError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from polyak.study.scanning import Points
 
 landscape = App(name="landscape", help="Scores between and around checkpoints.")
-_Flag = Parameter(negative="")
 
 
 @Parameter(name="*")
@@ -40,7 +40,7 @@ class Placed:
     output: Annotated[
         list[Path], Parameter(name=["--output", "-o"], consume_multiple=False, negative="")
     ] = field(default_factory=list)
-    overwrite: Annotated[bool, _Flag] = False
+    overwrite: Annotated[bool, Flag] = False
 
     def options(self, scorer: Scorer) -> dict[str, Any]:
         """Of the library."""
@@ -152,7 +152,7 @@ def connect(  # noqa: PLR0913 - each one is an option
     epochs: int = 10,
     rate: float = 0.05,
     key: str | None = None,
-    overwrite: Annotated[bool, _Flag] = False,
+    overwrite: Annotated[bool, Flag] = False,
 ) -> None:
     """Train a curve of low loss between two checkpoints; line --curve then follows it.
 

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import Flag
 from polyak.errors import ArgumentError
-
-_Flag = Parameter(negative="")
 
 
 @Parameter(name="*")
@@ -41,8 +40,8 @@ class Scorer:
     command: str | None = None
     model: str | None = None
     data: str | None = None
-    minimize: Annotated[bool, _Flag] = False
-    maximize: Annotated[bool, _Flag] = False
+    minimize: Annotated[bool, Flag] = False
+    maximize: Annotated[bool, Flag] = False
     holdout: float = 0.5
     cache: Path | None = None
     timeout: float | None = None

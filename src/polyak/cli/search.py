@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Whole
+from polyak.cli.converters import Flag, Whole
 from polyak.cli.scorer import Scorer
 from polyak.errors import ArgumentError, PolyakError
 
 if TYPE_CHECKING:
     from polyak.study.found import Found
     from polyak.study.trajectory import Trajectory
-
-_Flag = Parameter(negative="")
 
 
 @Parameter(name="*")
@@ -37,7 +35,7 @@ class Asked:
     until: float | None = None
     report: Path | None = None
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
-    overwrite: Annotated[bool, _Flag] = False
+    overwrite: Annotated[bool, Flag] = False
 
 
 @Parameter(name="*")
@@ -58,7 +56,7 @@ class Searched:
     """
 
     evaluations: Whole = None
-    quick: Annotated[bool, _Flag] = False
+    quick: Annotated[bool, Flag] = False
     family: Annotated[
         list[Literal["windows", "half-lives", "power", "annealed"]] | None,
         Parameter(negative="", consume_multiple=False),

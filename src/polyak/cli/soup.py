@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polyak.cli.average import notices
-from polyak.cli.converters import Whole
+from polyak.cli.converters import Flag, Many, Whole
 from polyak.cli.inspect import size
 from polyak.cli.scorer import Scorer
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from polyak.study.soup_plan import Planned
-
-_Flag = Parameter(negative="")
-_Many = Parameter(negative="", consume_multiple=False)
 
 
 @Parameter(name="*")
@@ -52,13 +49,13 @@ class Made:
     base: str | None = None
     key: str | None = None
     dtype: str | None = None
-    include: Annotated[list[str], _Many] | None = None
-    exclude: Annotated[list[str], _Many] | None = None
+    include: Annotated[list[str], Many] | None = None
+    exclude: Annotated[list[str], Many] | None = None
     shard_size: str = "5GB"
     max_memory: str = "128MiB"
     threads: Whole = None
-    overwrite: Annotated[bool, _Flag] = False
-    dry_run: Annotated[bool, _Flag] = False
+    overwrite: Annotated[bool, Flag] = False
+    dry_run: Annotated[bool, Flag] = False
 
     def options(self) -> dict[str, Any]:
         """Those of the library that say how weights are merged."""
