@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from polyak.batchnorm.layers import norm_layers
 from polyak.batchnorm.update_file import update_bn_file
 from polyak.checkpoints.merging.measure import Inputs
 from polyak.checkpoints.merging.prepare import warn_of_stale
@@ -48,7 +47,7 @@ class Cook:
             check_shapes(judging.model, shapes, f"{newest.path} is not a checkpoint of this model")
         target = planned.target
         require(
-            not (self._refreshes and not target.suffix),
+            not (self._judging.refreshes and not target.suffix),
             f"output is {target}, a folder, and BatchNorm statistics are set in files. Name a .safetensors "
             "file or a torch archive.",
         )
@@ -69,7 +68,7 @@ class Cook:
         mix = {"greedy": self._greedy, "learned": self._learned}.get(
             self.planned.method, self._fixed
         )()
-        if len(mix.ingredients) > 1 and self._refreshes:
+        if len(mix.ingredients) > 1 and self._judging.refreshes:
             update_bn_file(self.mixing.made(mix), self._judging.model, self._judging.data)  # type: ignore[arg-type]
         elif len(mix.ingredients) > 1:
             warn_of_stale(self.planned.merge)
@@ -161,11 +160,6 @@ class Cook:
 
     def _loss(self, score: float) -> float:
         return self.evaluator.loss(score)
-
-    @property
-    def _refreshes(self) -> bool:
-        data, model = self._judging.data, self._judging.model
-        return data is not None and model is not None and bool(norm_layers(model))
 
     def _found(self, mix: Mix, best: Ingredient) -> Soup:
         """What was made, against the best ingredient on the examples that chose neither."""

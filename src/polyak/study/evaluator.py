@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -80,14 +81,20 @@ class Judging:
                 f"timeout is {self.timeout:g}; expected a positive number of seconds.",
             )
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether BatchNorm statistics are set by the data: there are data, and a model that has any."""
+        return self.data is not None and self.model is not None and bool(norm_layers(self.model))
+
 
 @dataclass(frozen=True)
 class Subject:
     """Weights to evaluate.
 
     what: as messages call them. content: what they are made of, in a text that changes whenever they do.
-    tensors: by their names, in the memory of those that it is given by name if it makes them. file: a context with the path of a file of them. refresh: whether their BatchNorm
-    statistics are not their own, and are set by the data if there is any.
+    tensors: by their names, in the memory of those that it is given by name if it makes them. file: a context
+    with the path of a file of them. refresh: whether their BatchNorm statistics are not their own, and are set
+    by the data if there is any.
     """
 
     what: str
@@ -95,6 +102,17 @@ class Subject:
     tensors: Source
     file: Callable[[], AbstractContextManager[Path]]
     refresh: bool = True
+
+
+@contextmanager
+def in_file(tensors: Iterable[tuple[str, Tensor]], name: str) -> Iterator[Path]:
+    """A file of the tensors, for the block."""
+    from polyak.checkpoints.writing.save import write_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
+        path = Path(folder) / name
+        write_checkpoint(path, dict(tensors))
+        yield path
 
 
 class Evaluator:
@@ -184,9 +202,7 @@ class Evaluator:
 
     def _called(self, subject: Subject) -> Any:
         model, data = self._judging.model, self._judging.data
-        refresh = bool(
-            subject.refresh and model is not None and data is not None and norm_layers(model)
-        )
+        refresh = subject.refresh and self._judging.refreshes
         if self.takes_file:
             with self._stale_noticed(subject), subject.file() as path:
                 if refresh:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch.nn import Module
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import ArgumentError, NonFiniteError, check_match, require, some
 from polyak.study.evaluations import digest_of
-from polyak.study.evaluator import Subject
+from polyak.study.evaluator import Subject, in_file
 from polyak.study.filling import (
     Weights,
     check_shapes,
@@ -148,7 +146,7 @@ class Frame:
             what,
             "\n".join(["point", *(line for line in lines if not line.startswith("0.0 "))]),
             lambda into: self.tensors(shares, push),
-            lambda: _written(dict(self.tensors(shares, push))),
+            lambda: in_file(self.tensors(shares, push), "point.safetensors"),
         )
 
 
@@ -250,13 +248,3 @@ def _refuse_nonfinite(anchors: Sequence[Anchor]) -> None:
                 f"{anchor.name} holds NaN or infinity in {some(bad)}: no point between it and others has a "
                 "value. Leave it out."
             )
-
-
-@contextmanager
-def _written(tensors: dict[str, Tensor]) -> Iterator[Path]:
-    from polyak.checkpoints.writing.save import write_checkpoint
-
-    with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
-        path = Path(folder) / "point.safetensors"
-        write_checkpoint(path, tensors)
-        yield path

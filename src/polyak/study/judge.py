@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor
 from polyak.errors import PolyakError
 from polyak.maths.profiles import Profile
 from polyak.maths.text import as_profile, profile_text
-from polyak.study.evaluator import Evaluator, Judging, PathLike, Subject
+from polyak.study.evaluator import Evaluator, Judging, PathLike, Subject, in_file
 from polyak.study.filling import check_fits, has_statistics, tensors_of, weights_identity
 from polyak.study.found import Scored
 from polyak.study.plan import Plan
 from polyak.study.scores import FOLDER
 from polyak.study.trajectory import Trajectory
+
+_FILE = "average.safetensors"
 
 
 class Judge(Evaluator):
@@ -58,7 +60,7 @@ class Judge(Evaluator):
             "the last iterate",
             content,
             lambda into: tensors_of(last, into),
-            lambda: _written(tensors_of(last)),
+            lambda: in_file(tensors_of(last), _FILE),
         )
         return self._scored(
             subject, "the last iterate", "reference", None, self.trajectory.end, 0.0
@@ -90,7 +92,8 @@ class Judge(Evaluator):
 
     @contextmanager
     def _saved(self, plan: Plan) -> Iterator[Path]:
-        with _scratch() as path:
+        with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
+            path = Path(folder) / _FILE
             self.trajectory.save(path, plan.profile, plan.until)
             yield path
 
@@ -116,21 +119,6 @@ class Judge(Evaluator):
         )
         self._scores[found] = scores
         return found
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
-        yield Path(folder) / "average.safetensors"
-
-
-@contextmanager
-def _written(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
-    from polyak.checkpoints.writing.save import write_checkpoint
-
-    with _scratch() as path:
-        write_checkpoint(path, dict(tensors))
-        yield path
 
 
 def content_of(plan: Plan) -> str:
