@@ -359,23 +359,17 @@ def test_a_record_s_scores_are_kept_beside_it(record):
     assert (again.evaluations, again.cached) == (4, 5)
 
 
-def test_two_intervals_have_no_plane(tmp_path):
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [(20, "has 2 intervals; a plane of its own needs 3"), (50, "on one line")],
+)
+def test_a_record_that_is_short_or_goes_straight_has_no_plane(tmp_path, steps, message):
     model = nn.Linear(1, 1)
     with polyak.Recorder(model, tmp_path / "record", interval=10) as recorder:
-        for value in range(20):
+        for value in range(steps):
             nn.init.constant_(model.weight, value)
             recorder.update()
-    with pytest.raises(ArgumentError, match="has 2 intervals; a plane of its own needs 3"):
-        scan_plane(polyak.Trajectory(tmp_path / "record"), size, minimize=True)
-
-
-def test_a_record_that_goes_straight_has_no_plane(tmp_path):
-    model = nn.Linear(1, 1)
-    with polyak.Recorder(model, tmp_path / "record", interval=10) as recorder:
-        for value in range(50):
-            nn.init.constant_(model.weight, value)
-            recorder.update()
-    with pytest.raises(ArgumentError, match="on one line"):
+    with pytest.raises(ArgumentError, match=message):
         scan_plane(polyak.Trajectory(tmp_path / "record"), size, minimize=True)
 
 
