@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from torch.nn import Module
@@ -276,7 +276,7 @@ class _AnyStep:
     be collected while torch walks through them.
     """
 
-    _attachments: ClassVar[weakref.WeakSet[Attachment]] = weakref.WeakSet()
+    _attachments: ClassVar[WeakSet[Attachment]] = WeakSet()
     _handle: ClassVar[Any] = None
 
     def __init__(self, attachment: Attachment) -> None:
@@ -467,9 +467,7 @@ def _check_unit(known: str | None, unit: str, members: Sequence[Member]) -> None
 class _CopyWatch:
     """Warns when an optimizer is copied or pickled: torch silently drops hooks."""
 
-    _watched: ClassVar[weakref.WeakKeyDictionary[Optimizer, int]] = (
-        weakref.WeakKeyDictionary()
-    )  # how many watch it
+    _watched: ClassVar[WeakKeyDictionary[Optimizer, int]] = WeakKeyDictionary()  # how many watch it
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
