@@ -19,8 +19,9 @@ from torch import nn
 
 import polyak
 from polyak.maths.text import parse_profile
-from polyak.reference_run.arm import Arm, final_record
+from polyak.reference_run.arm import Arm
 from polyak.reference_run.data import load_data
+from polyak.reference_run.evaluation import final_record
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe
 from polyak.study import ScaledNLL

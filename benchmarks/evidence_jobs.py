@@ -16,8 +16,9 @@ from evidence_afterwards import afterwards
 
 from polyak import SWA, Average
 from polyak.errors import StaleStatistics
-from polyak.reference_run.arm import Arm, final_record, validation_record
+from polyak.reference_run.arm import Arm
 from polyak.reference_run.data import load_data
+from polyak.reference_run.evaluation import final_record, validation_record
 from polyak.reference_run.flatness import LOSS, N_RAYS, REACH, image_surface
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe, load_recipe

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import io
 import logging
@@ -31,6 +32,7 @@ import polyak
 
 WARM = 5  # steps before time is taken
 DECAY = 0.999
+NEVER = 10**6  # a step that no run comes to
 
 
 class Watch:
@@ -107,6 +109,10 @@ def lightning() -> dict[str, Run]:
         "none": run(list),
         "polyak": run(lambda: [WeightAveraging(polyak.EMA(decay=DECAY))]),
         "own": run(lambda: [EMAWeightAveraging(decay=DECAY)]),
+        "polyak_not_begun": run(lambda: [WeightAveraging(polyak.EMA(decay=DECAY), start=NEVER)]),
+        "own_not_begun": run(
+            lambda: [EMAWeightAveraging(decay=DECAY, update_starting_at_step=NEVER)]
+        ),
     }
 
 
@@ -214,6 +220,15 @@ def accelerate() -> dict[str, Run]:
     }
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: gradients are freed and made again at each step, and whether that goes
+    back to the system, to be faulted in again, depends on what else is alive: more than an average costs."""
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_mmap_max, 0)
+
+
 def alive() -> int:
     """Bytes of the storages of all tensors that are alive."""
     gc.collect()
@@ -246,6 +261,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    keep_freed_memory()
     for framework in options.only or ARMS:
         watches = measured(ARMS[framework](), options.rounds, options.steps, options.width)
         plain = watches.pop("none")

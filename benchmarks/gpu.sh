@@ -24,6 +24,7 @@ check() {
 check 120 "-m gpu tests/unit/averaging tests/unit/batchnorm tests/unit/reference_run" gpu-tests
 check 60 "tests/unit/tensors/test_kernels.py" kernels
 check 120 "-p reference.on_gpu tests/laws/test_averages.py" laws
+check 120 "-p reference.on_gpu -p reference.on_host tests/laws/test_averages.py" laws-on-the-host
 
 echo "== figures"
 timeout 270 python3 benchmarks/update.py --device cuda --peers --rounds 20 >"$out/figures.jsonl" || status=1

@@ -60,6 +60,9 @@ def main() -> None:
         f"{name} {step[key]:+.1%}" for key in step if (name := key.removesuffix(", added")) != key
     ]
     row("added to a training step", "host: 23 ms of 28", "host: 3%", "; ".join(added) or "-")
+    if step:
+        alone = f"{step['copy_to_host_ms']:.3g} of {step['no average, ms']:.3g}"
+        row("copying the weights to the host, ms of a step", "", "less than a step", alone)
     lent = others.get("applied(), bfloat16", {})
     memory = f"{lent['memory_MB']:.0f} MB, {lent['of_one_copy']:.2g} of a copy" if lent else "-"
     row("applied() of a bfloat16 model: memory", "one copy", "64 MB", memory)

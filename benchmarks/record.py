@@ -9,7 +9,9 @@ The reference network (53,866 weights) and one of 4.6 million on its images, SGD
 the recorder takes the weights 20 times and writes one interval. Memory is what is held beside the model.
 `run` is an arm of `polyak train` with and without its record, an epoch and interval of 94 steps a round.
 `processor_percent` counts the time of all threads on the processors, the writer's too: it hardly depends on
-what else the machine does.
+what else the machine does. `own_percent` is what the recorder itself took of the recorded run's time on the
+processors: that in `update`, and that of the thread that writes. No other run is compared, so nothing but a
+slower memory moves it; `steps_for_one_percent` is how long an interval has to be for 1%.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,15 +62,43 @@ def training(model: nn.Module, after: Callable[[], object], steps: int) -> Calla
     return run
 
 
+class OwnTime:
+    """Seconds on the processors: of a recorder's own work, and of the whole of the runs around it."""
+
+    def __init__(self, recorder: polyak.Recorder) -> None:
+        self._recorder = recorder
+        self.seconds = self.whole = 0.0
+
+    def update(self) -> None:
+        begun = time.thread_time()
+        self._recorder.update()
+        self.seconds += time.thread_time() - begun
+
+    def around(self, run: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            before = self.seconds, self.whole
+            all_threads, this_one = time.process_time(), time.thread_time()
+            run()
+            self._recorder.state_dict()  # waits until all is written
+            whole = time.process_time() - all_threads
+            self.seconds += whole - (time.thread_time() - this_one)  # what writes is another thread
+            self.whole += whole
+            if not before[1]:  # the first round, which is not counted, imports what writes
+                self.seconds, self.whole = 0.0, 1e-9
+
+        return timed
+
+
 def measure(name: str, rounds: int, interval: int, folder: Path) -> None:
     """Train the three side by side."""
     bare, recorded, followed = (MODELS[name]() for _ in range(3))
     recorder = polyak.Recorder(recorded, folder / name, interval=interval)
     ema = EMA(followed, beta=0.999, update_after_step=0, update_every=1)
+    own = OwnTime(recorder)
     times = interleaved(
         {
             "bare": training(bare, lambda: None, interval),
-            "record": training(recorded, recorder.update, interval),
+            "record": own.around(training(recorded, own.update, interval)),
             "ema-pytorch": training(followed, ema.update, interval),
         },
         rounds=rounds,
@@ -79,7 +110,9 @@ def measure(name: str, rounds: int, interval: int, folder: Path) -> None:
     weights = sum(p.numel() * 4 for p in bare.parameters())
     held = sum(t.nbytes for ts in recorder._member.accumulator.tensors_held() for t in ts)
     others = sum(t.nbytes for t in ema.ema_model.state_dict().values())
-    for other, memory in (("record", held), ("ema-pytorch", others)):
+    share = own.seconds / own.whole
+    steps = {"own_percent": 100 * share, "steps_for_one_percent": round(100 * interval * share)}
+    for other, memory, rest in (("record", held, steps), ("ema-pytorch", others, {})):
         figure(
             "recording",
             model=name,
@@ -89,6 +122,7 @@ def measure(name: str, rounds: int, interval: int, folder: Path) -> None:
             processor_percent=100 * (times.ratio(other, "bare", processor=True) - 1),
             sets_of_weights=memory / weights,
             milliseconds_a_step=1000 * times.median("bare") / interval,
+            **rest,
         )
 
 

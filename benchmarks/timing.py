@@ -40,15 +40,23 @@ class Times:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20, device: str = "cpu"
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    device: str = "cpu",
+    before: Callable[[], object] = lambda: None,
 ) -> Times:
-    """Run every candidate once a round, in rotating order, after one round that is not counted."""
+    """Run every candidate once a round, in rotating order, after one round that is not counted.
+
+    before: called before each, outside of its time.
+    """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     processor: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds + 1):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
+            before()
             elapsed, computed = _timed(candidates[name], device)
             if index:
                 seconds[name].append(elapsed)

@@ -57,6 +57,14 @@ def host_ms(call) -> float:
     return statistics.median(seconds) * 1e3
 
 
+def timed(call) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
 def copying(device: str):
     source = torch.zeros(COPIED, device=device)
     target = torch.empty_like(source)
@@ -170,7 +178,10 @@ class Step:
 
 
 def measure_steps(options: argparse.Namespace) -> None:
-    """What an average adds to a training step, on the GPU and on the host."""
+    """What an average adds to a training step, on the GPU and on the host.
+
+    Nothing that is under way ends in another arm's time: averages are read before the clock is started.
+    """
     arms = {
         "no average": None,
         "on the GPU": {},
@@ -185,10 +196,21 @@ def measure_steps(options: argparse.Namespace) -> None:
             averages.append(polyak.Average(step.model, polyak.EMA(decay=0.999), **settings))
             averages[-1].attach(step.optimizer, every=every)
         steps[name] = lambda step=step: [step() for _ in range(10)]
-    times = interleaved(steps, rounds=max(3, options.rounds // 3), device=options.device)
+
+    def settle():
+        for average in averages:
+            average._tracker.finish()
+
+    rounds = max(3, options.rounds // 3)
+    times = interleaved(steps, rounds=rounds, device=options.device, before=settle)
     found = {f"{name}, ms": times.median(name) * 100 for name in arms}
     added = {f"{name}, added": times.ratio(name, "no average") - 1 for name in list(arms)[1:]}
-    figure("training step", **found, **added)
+    source = [p.detach() for p in step.model.parameters()]
+    target = [torch.empty_like(t, device="cpu", pin_memory=True) for t in source]
+    copying_ms = statistics.median(
+        timed(lambda: torch._foreach_copy_(target, source, non_blocking=True)) for _ in range(5)
+    )
+    figure("training step", **found, **added, copy_to_host_ms=copying_ms)
 
 
 def run(options: argparse.Namespace) -> None:

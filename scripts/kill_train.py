@@ -1,6 +1,6 @@
 """Kill training runs at random times, resume them, and compare every bit with an uninterrupted run.
 
-    python scripts/kill_train.py --kills 50
+    python scripts/kill_train.py --kills 50 [--task words]
 
 Each run is killed with SIGKILL or SIGINT shortly after a random line of its output, resumed and
 killed again until it is done; then its metrics and weights are compared byte by byte with those of
@@ -15,10 +15,40 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from polyak.reference_run.recipe import Recipe
 
 
-def child(folder: Path) -> None:
-    """A short run with BatchNorm, shifts and all arms, on a few of the images that ship."""
+def child(folder: Path, task: str) -> None:
+    """A short run of a task, which prints a line for each record."""
+    from polyak.reference_run import loop
+
+    recipe = few_words(folder) if task == "words" else few_images()
+    print("ready", flush=True)
+    loop.train(
+        recipe,
+        folder,
+        resume=True,
+        watch=lambda record, done: print(f"{done:.3f}", flush=True),
+    )
+
+
+def few_words(folder: Path) -> "Recipe":
+    """All arms and averages on the beginning of the text that ships."""
+    from polyak.reference_run.recipe import load_recipe
+    from polyak.reference_run.text import embedded_text
+
+    text = folder.parent / "text.txt"
+    if not text.exists():
+        text.write_bytes(embedded_text()[:4000])
+    small = {"epochs": 8, "epoch_size": 16, "batch_size": 4, "context": 8, "record_intervals": 6}
+    return load_recipe("words", small | {"seeds": 1, "device": "cpu", "data": str(text)})
+
+
+def few_images() -> "Recipe":
+    """BatchNorm, shifts and all arms, on a few of the images that ship."""
     from polyak.reference_run import loop
     from polyak.reference_run.data import Data, Split, embedded_data
     from polyak.reference_run.recipe import Recipe
@@ -35,31 +65,24 @@ def child(folder: Path) -> None:
     )
     arms = ("sgd", "half", "swa", "cyclic")
     fields = {"shift": 1, "cycle_epochs": 1, "record_intervals": 6}
-    recipe = Recipe(epochs=4, seeds=2, arms=arms, device="cpu", **fields)
-    print("ready", flush=True)
-    loop.train(
-        recipe,
-        folder,
-        resume=True,
-        watch=lambda record, done: print(f"{done:.3f}", flush=True),
-    )
+    return Recipe(epochs=4, seeds=2, arms=arms, device="cpu", **fields)
 
 
-def start(folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, "--child", str(folder)]
+def start(folder: Path, task: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, __file__, "--child", str(folder), "--task", task]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(folder: Path) -> None:
-    process = start(folder)
+def finish(folder: Path, task: str) -> None:
+    process = start(folder, task)
     _, errors = process.communicate()
     if process.returncode:
         sys.exit(f"a run failed:\n{errors}")
 
 
-def kill(folder: Path, chance: random.Random) -> bool:
+def kill(folder: Path, task: str, chance: random.Random) -> bool:
     """Start or resume the run and kill it; False if it ended first."""
-    process = start(folder)
+    process = start(folder, task)
     lines = chance.randrange(1, 9)
     for _, _line in zip(range(lines), process.stdout, strict=False):
         pass
@@ -78,16 +101,16 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-def main(kills: int, seed: int) -> None:
+def main(kills: int, seed: int, task: str) -> None:
     chance, done, runs = random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as scratch:
-        finish(Path(scratch) / "alone")
+        finish(Path(scratch) / "alone", task)
         expected = results(Path(scratch) / "alone")
         while done < kills:
             folder = Path(scratch) / f"run-{runs}"
-            while done < kills and kill(folder, chance):
+            while done < kills and kill(folder, task, chance):
                 done += 1
-            finish(folder)
+            finish(folder, task)
             runs += 1
             found = results(folder)
             if found != expected:
@@ -100,9 +123,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", choices=("images", "words"), default="images")
     parser.add_argument("--child", type=Path)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child)
+        child(arguments.child, arguments.task)
     else:
-        main(arguments.kills, arguments.seed)
+        main(arguments.kills, arguments.seed, arguments.task)

@@ -24,7 +24,9 @@ _HOME_OF = {
     "Recorder": "polyak.averaging.recorder",
     "SWA": "polyak.maths.profiles",
     "SWAG": "polyak.uncertainty.swag",
+    "SWAD": "polyak.averaging.scored",
     "Trajectory": "polyak.study.trajectory",
+    "TwoTailed": "polyak.averaging.scored",
     "Window": "polyak.maths.profiles",
     "evaluate_averages": "polyak.averaging.evaluate",
     "average_checkpoints": "polyak.checkpoints.merging.average",
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from polyak.averaging.evaluate import evaluate_averages as evaluate_averages
     from polyak.averaging.lr_schedule import LRSchedule as LRSchedule
     from polyak.averaging.recorder import Recorder as Recorder
+    from polyak.averaging.scored import SWAD as SWAD
+    from polyak.averaging.scored import TwoTailed as TwoTailed
     from polyak.batchnorm.update import update_bn as update_bn
     from polyak.checkpoints.merging.average import average_checkpoints as average_checkpoints
     from polyak.checkpoints.merging.average import iter_averaged_tensors as iter_averaged_tensors

@@ -145,3 +145,13 @@ def test_a_job_trains_every_kind_of_average(evidence, monkeypatch):
         for kind in ("swa-newest-statistics", "swa")
     )
     assert stale != fresh
+
+
+def test_the_page_of_words_says_what_its_records_say(evidence):
+    import evidence_words
+
+    lines = evidence_words.RESULTS.read_text().splitlines()
+    told = evidence_words.summary([json.loads(line) for line in lines])
+    page = evidence_words.DOCS.read_text()
+    assert page.split(evidence_words.BEGIN)[1].split(evidence_words.END)[0].strip() == told
+    assert "| constant | **1.865** |" in told

@@ -8,11 +8,13 @@ import io
 import pytest
 import torch
 from reference import averages as reference
+from reference.models import MODELS
 from torch import nn
 
 import polyak
 from polyak import EMA, SWA, After, Average, Averages, PolynomialEMA, PowerEMA, Window
 from polyak.errors import PolyakError
+from polyak.tensors.rounding import rounded_for
 
 PROFILES = {
     "swa": SWA(),
@@ -27,31 +29,6 @@ PROFILES = {
     "window after": After(4, Window(length=6)),
 }
 
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.embedding.weight
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.spectrum = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
-
-
-MODELS = {
-    "plain": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)),
-    "batchnorm": lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)),
-    "channels last": lambda: nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last),
-    "tied": Tied,
-    "bfloat16": lambda: nn.Linear(3, 4).bfloat16(),
-    "float16": lambda: nn.Linear(3, 4).half(),
-    "float64": lambda: nn.Linear(3, 4).double(),
-    "complex": Complex,
-}
 
 cases = pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES.keys())
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -290,3 +267,32 @@ def test_agrees_with_torchs_own_where_both_exist():
     for name, average in theirs.items():
         for key, value in average.module.state_dict().items():
             torch.testing.assert_close(ours[name].averaged_tensors()[key], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "profile", [EMA(decay=0.9999, keep_initial=True), Window(3), SWA()], ids=str
+)
+def test_large_tensors_are_computed_in_pieces_to_the_same_bits(profile, dtype):
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shapes = [(600, 700), (1, 3, 500, 300), (2, 200_000), (300_001,)]
+            self.p = nn.ParameterList(torch.randn(*shape, dtype=dtype) for shape in shapes)
+            last = torch.randn(64, 64, 10, 10, dtype=dtype)
+            self.p.append(last.to(memory_format=torch.channels_last))
+
+    model = Large()
+    average = Average(model, profile)
+    for seed in range(4):
+        shake(model, seed)
+        average.update()
+    member = average._member
+    found = average.averaged_tensors()
+    for index, name in enumerate(member.tracker.tensors.names):
+        whole = member.accumulator.value(index, member.clock)
+        expected = rounded_for(member.tracker.tensors.live[index], whole).to(dtype)
+        assert torch.equal(found[name], expected), name
+        assert found[name].stride() == member.tracker.tensors.live[index].stride()
+    with average.applied():
+        assert all(torch.equal(p, found[n]) for n, p in model.named_parameters())

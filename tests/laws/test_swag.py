@@ -7,36 +7,12 @@ import io
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from reference.models import MODELS
 from reference.swag import Twin, covariance, wide
 from torch import nn
 
 import polyak
 
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.embedding.weight
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.spectrum = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
-        self.counts = nn.Parameter(torch.arange(3), requires_grad=False)  # not floating
-
-
-MODELS = {
-    "plain": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)),
-    "batchnorm": lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)),
-    "channels last": lambda: nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last),
-    "tied": Tied,
-    "bfloat16": lambda: nn.Linear(3, 4).bfloat16(),
-    "float64": lambda: nn.Linear(3, 4).double(),
-    "complex": Complex,
-}
 # What draws are worth without statistics of their own, or of fewer captures than asked for, is not asked.
 pytestmark = pytest.mark.filterwarnings("ignore::polyak.errors.PolyakWarning")
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -103,7 +79,7 @@ def test_a_draw_is_the_formula(make, rank, scale):
     expected = twin.draw(list(averaged(model)), seeded(), scale, dtype)
     with swag.sample(generator=seeded(), scale=scale):
         for name, parameter in averaged(model).items():
-            tolerance = 2**-8 if parameter.dtype is torch.bfloat16 else 1e-5
+            tolerance = max(torch.finfo(parameter.dtype).eps, 1e-5)
             assert close(parameter, expected[name], tolerance), name
         if make is MODELS["tied"]:
             assert model.head.weight is model.embedding.weight

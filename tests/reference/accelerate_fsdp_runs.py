@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from reference.ranks import run_checks, whole
+from reference.ranks import become_rank, run_checks, whole
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -234,10 +233,7 @@ CHECKS = {name.removeprefix("check_"): f for name, f in globals().items() if nam
 
 def run(rank: int, n_ranks: int, folder: str, port: int) -> None:
     """One rank: run the checks, and write what each has said."""
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    become_rank(rank, n_ranks, port, ACCELERATE_USE_CPU="true")
     accelerator_of("FULL_STATE_DICT")
     run_checks(CHECKS, Path(folder, f"{rank}.json"), Path(folder))
     torch.distributed.destroy_process_group()

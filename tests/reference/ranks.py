@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,33 @@ def launch(target: Callable[..., None], n_ranks: int, *args: object) -> None:
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def become_rank(rank: int, n_ranks: int, port: int, **more: str) -> None:
+    """What `torchrun` says to a process of one machine."""
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), **more)
+
+
+def check_said(texts: Sequence[Mapping[str, str]], name: str) -> None:
+    """Every rank has said "ok" of a check. Those that follow a failure have not been run."""
+    for rank, said in enumerate(texts):
+        text = said.get(name, "was not run: an earlier one has failed, or hangs")
+        assert text == "ok", f"rank {rank} of {len(texts)}: {text}"
+
+
+def said_in(folder: Path, n_ranks: int) -> list[dict[str, str]]:
+    """What the ranks have written by `run_checks`."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n_ranks)]
 
 
 def run_checks(checks: Mapping[str, Callable[[Path], None]], file: Path, folder: Path) -> None:

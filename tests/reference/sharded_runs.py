@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from reference.ranks import run_checks
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -719,24 +720,12 @@ ON_FOUR = (
 def run(rank, n_ranks, folder, names):
     """One rank: run the checks, and write what each has said."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("error", category=polyak.errors.PolyakWarning)
+    place = Path(folder, str(n_ranks))
+    place.mkdir(exist_ok=True)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous-{n_ranks}", rank=rank, world_size=n_ranks
+        "gloo", init_method=f"file://{place}/rendezvous", rank=rank, world_size=n_ranks
     )
-    said = {}
-    for name in names:
-        place = Path(folder, f"{name}-{n_ranks}")
-        place.mkdir(exist_ok=True)
-        try:
-            dist.barrier()
-            CHECKS[name](place)
-            said[name] = "ok"
-        except BaseException:
-            said[name] = traceback.format_exc()
-            break  # the ranks may have parted ways
-        finally:
-            Path(folder, f"{n_ranks}-{rank}.json").write_text(json.dumps(said))
+    run_checks({name: CHECKS[name] for name in names}, place / f"{rank}.json", place)
     dist.destroy_process_group()
 
 

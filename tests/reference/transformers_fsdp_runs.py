@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from accelerate.state import GradientState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference.ranks import run_checks, whole
+from reference.ranks import become_rank, run_checks, whole
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import polyak
@@ -253,10 +252,7 @@ CHECKS = {name.removeprefix("check_"): f for name, f in globals().items() if nam
 
 def run(rank: int, n_ranks: int, folder: str, port: int) -> None:
     """One rank: run the checks, and write what each has said."""
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_ranks}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    become_rank(rank, n_ranks, port)
     dist.init_process_group("gloo")
     run_checks(CHECKS, Path(folder, f"{rank}.json"), Path(folder))
     dist.destroy_process_group()

@@ -109,6 +109,7 @@ WRITERS_OF_THEIR_OWN = {
     ): "a part of the checkpoint that the Trainer writes",
     ("reference_run/run.py", "open"): "the lock of a run's folder",
     ("reference_run/leg_checkpoint.py", "torch.save"): "into memory, to be hashed",
+    ("report/scans.py", "figure.savefig"): "into memory, to be written whole",
     ("report/drawing.py", "figure.savefig"): "into memory, to be put into the page",
 }
 

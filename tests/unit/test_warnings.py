@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from reference.in_background import background
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -104,6 +105,18 @@ def draws_with_the_statistics_of_other_weights(folder):
     swag.update()
     with swag.sample():  # the line that is to be named
         pass
+
+
+@case(PolyakWarning)
+def clipping_what_an_average_on_the_host_may_be_reading(folder):
+    with background():
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        polyak.Average(model, polyak.SWA(), device="cpu").attach(optimizer)
+        optimizer.step()
+        with torch.no_grad():
+            model.weight.clamp_(-0.1, 0.1)
+        optimizer.step()  # the line that is to be named
 
 
 @case(PolyakWarning)

@@ -305,7 +305,8 @@ class RunningAverage(Accumulator):
         return [
             f"keeps {megabytes(nbytes)}; twice that once a share falls below {SMALLEST_SHARE:.1e}, "
             f"when weights are gathered in blocks of {BLOCK_UPDATES} updates",
-            f"resolution: accumulators of float32 weights hold {digits:.1e} of a value, at any share",
+            f"resolution: accumulators of float32 weights hold {digits:.1e} of a value in blocks, and "
+            f"{13 * digits:.0e} before, while no share is below {SMALLEST_SHARE:.1e}",
         ]
 
     def _unpacked(self) -> list[Tensor]:
@@ -383,11 +384,13 @@ class WindowAverage(Accumulator):
         newest = narrowed(self.kept[-1][2][index], part)
         dtype = accumulator_dtype(newest.dtype, self._options.dtype)
         result = torch.zeros_like(newest, dtype=dtype)
+        copy = None if newest.dtype == dtype else torch.empty_like(result)
         so_far = 0.0
         for share, (_, _, tensors) in zip(self._shares(now), self.kept, strict=True):
             so_far += share
             # A running mean, not a sum: equal weights stay what they are, to the last bit.
-            result.lerp_(narrowed(tensors[index], part).to(result.dtype), share / so_far)
+            held = narrowed(tensors[index], part)
+            result.lerp_(held if copy is None else copy.copy_(held), share / so_far)
         return result
 
     def effective_samples(self, now: Clock) -> float:

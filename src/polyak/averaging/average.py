@@ -45,7 +45,7 @@ class Average:
         include: name patterns of the only parameters to average, frozen or not: `"*lora_*"`.
         exclude: name patterns of tensors to leave out.
         dtype: torch.float64 for more exact accumulators.
-        device: where to keep the average; "cpu" beside a GPU costs no memory there.
+        device: where to keep the average; "cpu" beside a GPU works in the background where it is attached.
         nonfinite: "skip" leaves out weights with NaN or infinity, "raise" refuses them; either
             reads every weight once more at each update.
         average_buffers: name patterns of floating buffers to average like weights.
@@ -443,7 +443,7 @@ class Average:
     def metrics(self) -> dict[str, float]:
         """Figures to log: distance to the weights, effective samples, age, next share, skipped updates.
 
-        It reads every weight: call it now and then, not every step. The figures of a sharded model are
+        It reads every weight: call it now and then, in `applied()` as well. The figures of a sharded model are
         those of the whole, on every rank, and every rank must call this. Before the first update all but
         `skipped` are NaN.
 

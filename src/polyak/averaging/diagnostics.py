@@ -12,6 +12,7 @@ from torch import Tensor
 from polyak.averaging.tracker import Member
 from polyak.averaging.values import model_value
 from polyak.tensors.memory import shape_of
+from polyak.tensors.packed import Packed
 from polyak.tensors.policy import Kind
 
 
@@ -55,6 +56,7 @@ class TensorPlan:
 
 def plan(member: Member) -> TensorPlan:
     """The plan of one average for its model as it is now."""
+    member.tracker.finish()
     named, kinds = member.tracker.tensors.inspect()
     rows = [
         TensorPlanRow(
@@ -93,7 +95,9 @@ def metrics(member: Member) -> dict[str, float]:
     Before the first update all but `skipped` are NaN.
     """
     tracker = member.tracker
-    tracker.refuse_during_loan("metrics()")
+    own = tracker.own_weights
+    if own is None:
+        tracker.refuse_during_loan("metrics()")
     tracker.ready_to_read()
     skipped = float(tracker.skipped)
     if member.accumulator is None or member.is_empty():
@@ -102,7 +106,7 @@ def metrics(member: Member) -> dict[str, float]:
     tensors = tracker.tensors
     pairs = [
         (_squares(model_value(member, i).to(w.device) - w), _squares(w))
-        for i, w in enumerate(tensors.live)
+        for i, w in enumerate(map(_unpacked, tensors.live if own is None else own))
     ]
     distance, norm = map(math.sqrt, tensors.ranks.total(tensors.whole, pairs))
     clock = member.clock.on_host()
@@ -125,6 +129,10 @@ def _bytes_held(row: TensorPlanRow, member: Member) -> int:
     if row.kind != Kind.AVERAGED.value:
         return 0
     return values * member.held_by.dtype_held(row.dtype, member.tracker.options).itemsize
+
+
+def _unpacked(weight: Tensor | Packed) -> Tensor:
+    return weight.own() if isinstance(weight, Packed) else weight
 
 
 def _squares(tensor: Tensor) -> float:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from torch.nn import Module
@@ -46,6 +46,9 @@ class Customer(ABC):
 
     def before_step(self) -> None:  # noqa: B027 - optional
         """An attached optimizer is about to overwrite the weights."""
+
+    def before_writing(self) -> None:  # noqa: B027 - optional
+        """The same, and weights that were due before the step have been taken."""
 
     def before_foreign_step(self) -> None:  # noqa: B027 - optional
         """Another optimizer is about to step, this model or another one."""
@@ -170,15 +173,16 @@ class Attachment:
 
     def _register(self) -> list[StepWatch]:
         watches: list[StepWatch] = []
+        customer = self._customer
         for index, optimizer in enumerate(self._optimizers):
             watch = StepWatch(optimizer, self._before_step, partial(self._after_step, index))
             watches.append(watch)
             self._handles.append(watch)
             for layer in watch.layers:
-                self._handles.extend(guard_modes(layer, self._customer.is_lent))
+                self._handles.extend(guard_modes(layer, customer.before_writing, customer.is_lent))
             if hooked := next(filter(fires_hooks, watch.layers), None):
                 self._handles.append(_CopyWatch(hooked))
-        self._handles.append(register_optimizer_step_pre_hook(self._before_any_step))
+        self._handles.append(_AnyStep(self))
         if self._at is not None:
             self._handles.append(self._at.register_step_post_hook(self._after_schedule))
         return watches
@@ -193,8 +197,10 @@ class Attachment:
         self.take_due()
         if self._takes_entering_weights:
             self._take_entering_weights()
+        self._customer.before_writing()
 
-    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_foreign_step(self, optimizer: Optimizer) -> None:
+        """Any optimizer is about to step; those that it is attached to are none of its business here."""
         if not any(optimizer is layer for watch in self._watches for layer in watch.layers):
             self._customer.before_foreign_step()
 
@@ -262,6 +268,35 @@ class Attachment:
             )
 
 
+class _AnyStep:
+    """torch's hook of all optimizers, one for all attachments.
+
+    torch keeps such hooks for good, so it must not keep an attachment alive, whose model and average would stay
+    in memory where nobody calls `detach`. One that is gone must not take a hook away either: the garbage may
+    be collected while torch walks through them.
+    """
+
+    _attachments: ClassVar[WeakSet[Attachment]] = WeakSet()
+    _handle: ClassVar[Any] = None
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._attachments.add(attachment)
+        if _AnyStep._handle is None:
+            _AnyStep._handle = register_optimizer_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        self._attachments.discard(self._attachment)
+        if not self._attachments and _AnyStep._handle is not None:  # a copy has registered nothing
+            _AnyStep._handle.remove()
+            _AnyStep._handle = None
+
+    @classmethod
+    def _before_step(cls, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for attachment in list(cls._attachments):
+            attachment.before_foreign_step(optimizer)
+
+
 class Members(Customer):
     """The members of a tracker that one attachment updates: one, or all without one of their own."""
 
@@ -300,12 +335,16 @@ class Members(Customer):
             member.unit = unit
 
     def before_step(self) -> None:
-        """Wait for what is still being read; average what is about to train for the first time."""
+        """Average what is about to train for the first time."""
         self._tracker.refuse_during_loan("step()")
-        self.before_foreign_step()
+        self._tracker.add_unfrozen()
+
+    def before_writing(self) -> None:
+        """Wait for what is still being read."""
+        self._tracker.wait_before_step()
 
     def before_foreign_step(self) -> None:
-        """The same: what is unfrozen may be stepped by an optimizer of its own first."""
+        """Both: what is unfrozen may be stepped by an optimizer of its own first."""
         if not self.is_lent():
             self._tracker.wait_before_step()
             self._tracker.add_unfrozen()
@@ -329,7 +368,8 @@ class Members(Customer):
         return pending
 
     def detached(self, attachment: Attachment) -> None:
-        """Forget it."""
+        """Forget it; no hook orders what comes next."""
+        self._tracker.wait_before_step()
         for member in self._members():
             member.pending = attachment.pending()
         self._owner.attachment = None
@@ -438,9 +478,10 @@ class _CopyWatch:
             optimizer.__reduce_ex__ = partial(_warn_and_reduce, optimizer)  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        self._watched[self._optimizer] -= 1
-        if self._watched[self._optimizer] == 0:
-            del self._watched[self._optimizer]
+        left = self._watched.pop(self._optimizer, 1) - 1  # a copy has registered nothing
+        if left:
+            self._watched[self._optimizer] = left
+        else:
             self._optimizer.__dict__.pop("__reduce_ex__", None)
 
 

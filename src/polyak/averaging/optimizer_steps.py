@@ -192,15 +192,17 @@ def has_own_step(optimizer: Any) -> bool:
     return step is not inspect.unwrap(Optimizer.step)
 
 
-def guard_modes(layer: Any, is_lent: Callable[[], bool]) -> Iterator[Replaced]:
+def guard_modes(
+    layer: Any, before: Callable[[], None], is_lent: Callable[[], bool]
+) -> Iterator[Replaced]:
     """Refuse `eval()` and `train()` of schedule-free optimizers, which convert the weights in place.
 
-    Only where they do: wrappers have these methods for others, and on most they change nothing.
+    `before` is called before they do. Only where they do: wrappers have these methods for others, and on most they change nothing.
     """
     if _has_modes(layer):
         both = {"eval": layer.train, "train": layer.eval}  # each with what undoes it
         for name, undo in both.items():
-            yield Replaced(layer, name, partial(_refuse_mode, layer, name, undo, is_lent))
+            yield Replaced(layer, name, partial(_refuse_mode, layer, name, undo, before, is_lent))
 
 
 def in_evaluation_mode(layer: Any) -> bool:
@@ -295,12 +297,14 @@ def _refuse_mode(
     layer: Any,
     name: str,
     undo: Callable[[], Any],
+    before: Callable[[], None],
     is_lent: Callable[[], bool],
     call: Callable[[], Any],
 ) -> Any:
-    before = _flags(layer)
+    before()
+    flags = _flags(layer)
     result = call()
-    if is_lent() and _flags(layer) != before:
+    if is_lent() and _flags(layer) != flags:
         undo()
         raise UsageError(
             f"{type(layer).__name__}.{name}() inside applied(): it converts the weights in place, and "

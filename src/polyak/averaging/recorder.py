@@ -119,6 +119,7 @@ class Recorder:
         self._time = 0.0
         self._unread: Tensor | float = 0.0  # time that the device knows, as steps may be skipped
         self._latest = 0.0  # the time if none was
+        self._quiet_until = 0.0  # a time before which nothing can be due
         self._start = 0.0  # of the present interval,
         self._covered = 0.0  # up to where captures stand for it,
         self._captures = 0  # and how many
@@ -242,7 +243,7 @@ class Recorder:
         slots = named_tensors(self.model).slots
         self._captures = found["captures"]
         self._carry = {n: part_of(t, slots[n].tensor) for n, t in dict(found["carry"]).items()}
-        self._unread, self._latest = 0.0, self._time
+        self._unread, self._latest, self._quiet_until = 0.0, self._time, 0.0
         self._state_start = self._start
         self._closed = False
 
@@ -278,6 +279,10 @@ class Recorder:
         return rank() == 0
 
     def _advance(self, dt: float, real: bool | Tensor = True) -> None:
+        if real is True and type(dt) in (int, float) and 0 < dt < self._quiet_until - self._latest:
+            self._time += dt
+            self._latest += dt
+            return
         dt = float(number("dt", dt))
         require(0 < dt < math.inf, f"dt is {dt}; expected the positive time since the last update.")
         if real is False:
@@ -292,6 +297,7 @@ class Recorder:
             self._read_time()
             if self._is_due(self._time, dt):
                 self._take(dt)
+        self._quiet_until = self._next_middle_or_edge()
 
     def _read_time(self) -> None:
         self._time += float(self._unread)
@@ -303,6 +309,11 @@ class Recorder:
     def _ends(self, time: float) -> bool:
         """Whether the present interval ends at this time or before."""
         return self._place(time) > self._place(max(self._start, self._tried))
+
+    def _next_middle_or_edge(self) -> float:
+        middle = (self._covered_cells + (1 if self._per_interval == 1 else 0.5)) * self._cell
+        edge = (self._place(max(self._start, self._tried)) + 1) * self._interval
+        return min(middle, edge) - 2 * TINY * self._interval
 
     def _cells(self, time: float, dt: float) -> int:
         """How many of the cells that captures stand for have their middle behind them.

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from polyak.averaging.accumulators import Accumulator, Options, accumulator_class
 from polyak.averaging.clock import Clock
-from polyak.averaging.offload import Staging, stages
+from polyak.averaging.offload import Background, in_background
 from polyak.batchnorm.layers import norm_layers, trained_layers, unsupported_norm_layers
-from polyak.errors import ArgumentError, UsageError, require
+from polyak.errors import ArgumentError, UsageError, require, some, warn
 from polyak.maths.arguments import number
 from polyak.maths.profile import Profile
 from polyak.maths.text import as_profile
@@ -24,6 +24,7 @@ from polyak.tensors.blend import GroupedTensors
 from polyak.tensors.finite import nonfinite, refuse_nonfinite
 from polyak.tensors.gathering import Gathered, Taken
 from polyak.tensors.names import require_module
+from polyak.tensors.packed import Packed
 from polyak.tensors.policy import Policy, patterns
 from polyak.tensors.sharding import local
 from polyak.tensors.swap import current_owner
@@ -116,11 +117,19 @@ class Tracker:
         self.members: list[Member] = []
         self.skipped = 0  # updates skipped because of non-finite weights
         self.attachment: Any = None  # updates the members without an attachment of their own
+        # While an average of these is lent: the weights that train, in the order of the live ones.
+        self.own_weights: list[Tensor | Packed] | None = None
         self.layer_modes: dict[str, bool] | None = None  # at the last capture, if the model trained
-        self._grouped = self._grouped_statistics = GroupedTensors((), ())
+        self._grouped = GroupedTensors((), ())
         self._grouped_at = -1
-        self._staging: Staging | None = None
+        self._background: Background | None = None  # what updates averages on the host
+        self._warned_of_writes = False
         self._gathered: Gathered | None = None  # the statistics of the model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with: what is complete, and a thread of its own when it needs one."""
+        self.finish()
+        return self.__dict__ | {"_background": None, "_grouped_at": -1}
 
     def join(self, profile: Profile | str, held_by: type[Accumulator] | None = None) -> Member:
         """One more average of these weights. Raises ArgumentError for a profile that does not fit.
@@ -142,7 +151,8 @@ class Tracker:
         if real is False:
             return
         self.refuse_during_loan("update()")
-        self.finish()
+        if self._background is not None:
+            self._background.check()
         self.tensors.refresh() if self.tensors.bound else self._bind()
         members = self.members if members is None else members
         capturing = self._is_capturing(members)
@@ -162,8 +172,7 @@ class Tracker:
             if member.fed and (now.on_device or now.share):
                 for one in member.fed:
                     one.after_update(before)
-        if not self.is_attached():
-            # No hook will order the next step after what is still being read.
+        if not self._is_ordered():
             self.wait_before_step()
 
     def prepare(self) -> None:
@@ -201,6 +210,12 @@ class Tracker:
         """Whether an attachment updates any of the members."""
         return bool(self._attachments())
 
+    def _is_ordered(self) -> bool:
+        """Whether a hook is called before anything, as far as is known, writes to the weights."""
+        attachments = self._attachments()
+        late = any(attachment.is_late for attachment in attachments)
+        return bool(attachments) and not late and not self._warned_of_writes
+
     def notes(self) -> list[str]:
         """How the updates are carried out, in words."""
         return self._grouped.notes()
@@ -213,14 +228,16 @@ class Tracker:
         return current_owner(local(one) for one in (*model.parameters(), *model.buffers()))
 
     def finish(self) -> None:
-        """Complete an update whose weights were still on their way to another device."""
-        if self._staging is not None:
-            self._staging.finish()
+        """Wait for what is done in the background. Raises UsageError if something could not be done."""
+        if self._background is not None:
+            self._background.finish()
+            self._warn_of_writes(self._background)
 
     def wait_before_step(self) -> None:
         """Keep the next optimizer step from overwriting what is still being read."""
-        if self._staging is not None:
-            self._staging.order_after_reading()
+        if self._background is not None:
+            self._background.wait_until_read()
+            self._warn_of_writes(self._background)
 
     def add_unfrozen(self) -> None:
         """Average parameters that are about to train for the first time: they were constant so far."""
@@ -291,18 +308,14 @@ class Tracker:
             for member, now in zip(members, moments, strict=True)
             if member.accumulator is not None
         ]
-        updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
-        steps = [partial(held.settle, now) for held, _, now in pairs]
         due = [m for m, now in zip(members, moments, strict=True) if now.on_device or now.share]
         taken = None if self._gathered is None else self._gathered.take()
         copies = [] if taken else [member.statistics for member in due]
-        if self._staging is not None:
-            self._staging.start(self.tensors.live, [partial(self._grouped.blend, updates), *steps])
-            self._grouped_statistics.blend((), copies)
+        if self._background is not None:
+            work = partial(_carry_out, self._grouped, pairs)
+            self._background.start(work, partial(_set_clocks, [(m, m.clock) for m in members]))
         else:
-            self._grouped.blend(updates, copies)
-            for step in steps:
-                step()
+            _carry_out(self._grouped, pairs, copies)
         self._note_statistics(due, taken)
 
     def _note_statistics(self, due: Sequence[Member], taken: Taken | None) -> None:
@@ -316,24 +329,45 @@ class Tracker:
         self.layer_modes = {name: layer.training for name, layer in norms} if in_training else None
 
     def _group(self) -> None:
+        self.finish()
         live, statistics = self.tensors.live, self.tensors.statistics
+        self._background = self._background_for(live)
         held = [member.accumulator for member in self.members if member.accumulator is not None]
         targets = [tensors for accumulator in held if (tensors := accumulator.blend_targets())]
-        n = len(targets)
-        if targets and stages(live, self.options.device):
-            self._staging = Staging(live)
-            self._grouped = GroupedTensors(self._staging.tensors, targets[0], n_averages=n)
-            self._grouped_statistics = GroupedTensors((), (), statistics=statistics)
-        elif targets:
-            self._grouped = GroupedTensors(live, targets[0], n_averages=n, statistics=statistics)
-        else:
-            self._grouped = GroupedTensors((), (), statistics=statistics)
+        read = None
+        if self._background is not None:
+            read, statistics = self._background.read, []
+            in_forward = [not isinstance(tensor, Parameter) for tensor in self.tensors.whole]
+            live = self._background.sources(live, in_forward)
+        of = (live, targets[0]) if targets else ((), ())
+        self._grouped = GroupedTensors(
+            *of, n_averages=len(targets), statistics=statistics, read=read
+        )
         # The replays of a CUDA graph run no host code, which is what tells them apart later.
         in_one_call = self._grouped.copies_statistics or self.options.capturable
-        self._gathered = None if in_one_call else Gathered(statistics)
+        apart = read is not None or not in_one_call
+        self._gathered = Gathered(self.tensors.statistics) if apart else None
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
         self._grouped_at = self.tensors.generation
+
+    def _background_for(self, live: Sequence[Tensor]) -> Background | None:
+        if not in_background(live, self.options.device):
+            return None
+        there = self._background
+        return there if there is not None and there.serves(live) else Background(live)
+
+    def _warn_of_writes(self, background: Background) -> None:
+        if not background.written or self._warned_of_writes:
+            return
+        self._warned_of_writes = True
+        names = some(self.tensors.names[index] for index in sorted(background.written))
+        warn(
+            f"{names} were written to between an update and the next step, when an average on the host may "
+            "still have been reading them: it may hold a part of what was written. From now on every "
+            "update waits until the weights have been read. Where each step is followed by such writes "
+            "(clipping, normalising), attach(before_next_step=True) takes what they leave."
+        )
 
     def _is_capturing(self, members: Sequence[Member]) -> bool:
         if self._device().type != "cuda" or not torch.cuda.is_current_stream_capturing():
@@ -342,6 +376,11 @@ class Tracker:
             raise UsageError(
                 "update() in a CUDA graph, but the time of this average is kept on the host, where "
                 "no replay can advance it. Construct the average with capturable=True."
+            )
+        if self._background is not None:
+            raise UsageError(
+                "update() in a CUDA graph, but this average is kept on the host, where no replay can "
+                "update it. Construct it without device=."
             )
         if any(member.accumulator is None for member in members):
             raise UsageError(
@@ -352,6 +391,23 @@ class Tracker:
 
     def _device(self) -> torch.device:
         return self.tensors.live[0].device
+
+
+def _carry_out(
+    grouped: GroupedTensors,
+    pairs: Sequence[tuple[Accumulator, Clock, Clock]],
+    copies: Sequence[Sequence[Tensor]] = (),
+) -> None:
+    """Move accumulators from one moment to the next."""
+    updates = [u for held, before, now in pairs if (u := held.update(before, now)) is not None]
+    grouped.blend(updates, copies)
+    for held, _, now in pairs:
+        held.settle(now)
+
+
+def _set_clocks(clocks: Sequence[tuple[Member, Clock]]) -> None:
+    for member, clock in clocks:
+        member.clock = clock
 
 
 def _device(given: torch.device | str | int | None) -> torch.device | None:

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from polyak.averaging.accumulators import Part
 from polyak.averaging.packing import to_pack
-from polyak.averaging.tracker import Member
+from polyak.averaging.tracker import Member, Tracker
 from polyak.batchnorm.record import StatisticsRecord
 from polyak.errors import check_match, warn
 from polyak.tensors.finite import refuse_nonfinite
@@ -21,9 +21,14 @@ from polyak.tensors.memory import address, copy_on_write, odd_form, shape_of
 from polyak.tensors.modes import ActingModules
 from polyak.tensors.names import named_tensors, overwrite, require_module
 from polyak.tensors.packed import Packed
-from polyak.tensors.rounding import copy_rounded, rounded_for
-from polyak.tensors.sharding import is_sharded, layout, local, narrowed, sharded_as
-from polyak.tensors.swap import derived_tensors_recomputed, recompute_derived, swapped
+from polyak.tensors.rounding import copy_rounded, piece_values, rounded_for
+from polyak.tensors.sharding import Span, is_sharded, layout, local, narrowed, sharded_as
+from polyak.tensors.swap import (
+    derived_tensors_recomputed,
+    parameters_kept,
+    recompute_derived,
+    swapped,
+)
 
 _SMALL = 4096  # values
 
@@ -77,8 +82,25 @@ def model_value(member: Member, index: int, *, exchanged: bool = False, part: Pa
     if member.accumulator is None:
         return narrowed(live.detach(), part)
     with torch.no_grad(), torch.inference_mode(False):
-        value = member.accumulator.value(index, member.clock, part)
-        return copy_rounded(torch.empty_like(narrowed(live, part)), value)
+        result = torch.empty_like(narrowed(live, part))
+        spans = list(part) or [(0, size) for size in result.shape]
+        # What is computed is so in the accumulator's precision: piece by piece, in little memory.
+        for piece, where in _pieces(result, spans):
+            copy_rounded(piece, member.accumulator.value(index, member.clock, where))
+        return result
+
+
+def _pieces(tensor: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, list[Span]]]:
+    """A tensor that is these spans of a larger one, cut along its outermost dimension; and their spans."""
+    outer = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
+    if outer is None or tensor.numel() == 0:
+        yield tensor, spans
+        return
+    start, step = spans[outer][0], piece_values(tensor.device) * tensor.shape[outer]
+    for piece in torch.split(tensor, max(1, step // tensor.numel()), outer):
+        end = start + piece.shape[outer]
+        yield piece, [*spans[:outer], (start, end), *spans[outer + 1 :]]
+        start = end
 
 
 @torch.no_grad()
@@ -123,13 +145,19 @@ def swapped_in(member: Member, *, owner: object, in_place: bool) -> Iterator[Non
     acting = ActingModules(tensors.model)
     acting.neutralise()
     live, values, originals = _to_swap(member, stay)
+    own = [
+        value if isinstance(value, Packed) or id(weight) in stay else weight.detach()
+        for weight, value in zip(live[: len(tensors.live)], values, strict=False)
+    ]
     writes = _Writes(live, originals, stay)
     try:
         with (
+            parameters_kept(tensors.model),
             _settled_after(member),
             swapped(live, values, owner=owner, in_place=stay, stepped=tensors.whole),
             _settled_after(member),
             _track_swapped(member, live, values, stay),
+            _own_weights_known(member.tracker, own),
             derived_tensors_recomputed(tensors.model),
             _statistics_taken(member),
         ):
@@ -323,6 +351,16 @@ def _track_swapped(
         targets[:] = before
         if member.accumulator is not None:
             member.accumulator.packed = {}
+
+
+@contextmanager
+def _own_weights_known(tracker: Tracker, own: list[Tensor | Packed]) -> Iterator[None]:
+    """What is to be compared with the weights that train finds them, while the model holds others."""
+    tracker.own_weights = own
+    try:
+        yield
+    finally:
+        tracker.own_weights = None
 
 
 @contextmanager

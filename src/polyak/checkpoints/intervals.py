@@ -20,7 +20,7 @@ from pathlib import Path
 
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import FLOATS, Checkpoint
-from polyak.errors import FormatError, PolyakError
+from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
 from polyak.maths.planning import Span
 
 NAME = re.compile(r"interval-(\d{1,15})\.safetensors")
@@ -105,6 +105,32 @@ def is_record(path: object) -> bool:
     return any(map(NAME.fullmatch, names))
 
 
+def records_in(folder: Path) -> list[Path]:
+    """Folders with recorded intervals inside one that is no record itself: a run's, up to three levels down."""
+    if is_record(folder):
+        return []
+    found: set[Path] = set()
+    for depth in range(1, 4):
+        for path in folder.glob("*/" * depth + "interval-*.safetensors"):
+            if NAME.fullmatch(path.name):
+                found.add(path.parent)
+    return sorted(found)
+
+
+def is_record_or_run(path: object) -> bool:
+    """Whether this is a record, or the folder of a run with a record inside and no weights beside it."""
+    if is_record(path):
+        return True
+    folder = Path(str(path))
+    if not folder.is_dir() or not records_in(folder):
+        return False
+    try:
+        open_checkpoint(folder).close()
+    except (PolyakError, OSError):
+        return True
+    return False
+
+
 def scan_intervals(folder: Path) -> Scan:
     """The intervals in a folder by their time, without leftovers of merges."""
     found: list[Interval] = []
@@ -175,3 +201,32 @@ def _described(path: Path, number: int, opened: Checkpoint) -> Interval:
     )
     size = sum(file.size for file in opened.files)
     return Interval(path, number, span, unit, record, squares, size, narrow, signature)
+
+
+def the_record(folder: Path) -> Path:
+    """The folder, or the one record in it. Raises ArgumentError if there are several."""
+    inside = records_in(folder)
+    if len(inside) > 1:
+        named = "".join(f"\n  {path}" for path in inside[:12])
+        more = f"\n  and {len(inside) - 12} more" if len(inside) > 12 else ""
+        raise ArgumentError(
+            f"{folder} holds {len(inside)} records; name the one to average:{named}{more}"
+        )
+    return inside[0] if inside else folder
+
+
+def refuse_mixed(intervals: Sequence[Interval]) -> None:
+    """Raise MismatchError for intervals of different runs, naming them."""
+    newest = intervals[-1]
+    for what, found in (
+        ("record", {one.path.name: one.record for one in intervals}),
+        ("tensors", {one.path.name: one.signature for one in intervals}),
+        ("unit", {one.path.name: one.unit for one in intervals}),
+    ):
+        other = [name for name, value in found.items() if value != found[newest.path.name]]
+        if other:
+            raise MismatchError(
+                f"{newest.path.parent} holds intervals of different runs: the {what} of "
+                f"{', '.join(other[:8])} {'is' if len(other) == 1 else 'are'} not that of "
+                f"{newest.path.name}. Move those of the other run away."
+            )

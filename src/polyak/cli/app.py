@@ -32,6 +32,12 @@ app.command("polyak.cli.average:average", help="Average checkpoints, or convert 
 app.command("polyak.cli.search:search", help="Find the best average of a recorded run.")
 app.command("polyak.cli.search:decay", help="What if I had decayed the learning rate from here?")
 app.command("polyak.cli.search:stop", help="When could I have stopped?")
+app.command("polyak.cli.soup:soup", help="Make fine-tunes of one model into one.")
+app.command(
+    "polyak.cli.landscape:landscape",
+    name="landscape",
+    help="Scores between and around checkpoints: line, plane, rays, curves, curvature.",
+)
 app.command(
     "polyak.cli.trajectory:thin", help="Merge neighbouring intervals of the record of a run."
 )
@@ -68,7 +74,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _options(arguments: Sequence[str]) -> set[str]:
     """The options of the command that was called, as the library spells them: max_memory."""
-    collection = app[arguments[0]].assemble_argument_collection()
+    command = app[arguments[0]]
+    if len(arguments) > 1 and arguments[1] in command and not arguments[1].startswith("-"):
+        command = command[arguments[1]]
+    collection = command.assemble_argument_collection()
     flags = [name for argument in collection for name in argument.names if name.startswith("--")]
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 

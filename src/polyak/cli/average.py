@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Whole
+from polyak.cli.converters import Flag, Many, Whole
 from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.weights import Method
 
 _WIDE = 10_000
-_Flag = Parameter(negative="")
-_Many = Parameter(negative="", consume_multiple=False)
 
 
 @Parameter(name="*")
@@ -98,9 +96,9 @@ class Outputs:
     output: Annotated[
         list[Path], Parameter(name=["--output", "-o"], negative="", consume_multiple=False)
     ]
-    method: Annotated[list[str], _Many] | None = None
-    weights: Annotated[list[str], _Many] | None = None
-    normalize: Annotated[bool, _Flag] = False
+    method: Annotated[list[str], Many] | None = None
+    weights: Annotated[list[str], Many] | None = None
+    normalize: Annotated[bool, Flag] = False
 
     def methods(self) -> dict[PathLike, Method]:
         """Output -> method; ArgumentError where their numbers differ."""
@@ -137,15 +135,15 @@ class Tensors:
     """
 
     dtype: str | None = None
-    include: Annotated[list[str], _Many] | None = None
-    exclude: Annotated[list[str], _Many] | None = None
+    include: Annotated[list[str], Many] | None = None
+    exclude: Annotated[list[str], Many] | None = None
     base: str | None = None
     key: str | None = None
     shard_size: str | None = None
     format: str | None = None
     dcp_files: Whole = None
     dcp_key: str | None = None
-    keep_state: Annotated[bool, _Flag] = False
+    keep_state: Annotated[bool, Flag] = False
 
 
 @Parameter(name="*")
@@ -168,10 +166,10 @@ class Work:
     max_memory: str = "128MiB"
     threads: Whole = None
     part: str | None = None
-    resume: Annotated[bool, _Flag] = False
-    verify: Annotated[bool, _Flag] = False
-    overwrite: Annotated[bool, _Flag] = False
-    dry_run: Annotated[bool, _Flag] = False
+    resume: Annotated[bool, Flag] = False
+    verify: Annotated[bool, Flag] = False
+    overwrite: Annotated[bool, Flag] = False
+    dry_run: Annotated[bool, Flag] = False
 
 
 def comma_separated(text: str) -> list[float]:
@@ -222,7 +220,7 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.intervals import is_record
+    from polyak.checkpoints.intervals import is_record_or_run
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.selection import find_checkpoints
@@ -237,7 +235,7 @@ def average(
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
-    if len(inputs) == 1 and is_record(inputs[0]):
+    if len(inputs) == 1 and is_record_or_run(inputs[0]):
         if shared:
             raise ArgumentError(
                 "A record is averaged by one process. Run the same command without torchrun."
@@ -247,7 +245,7 @@ def average(
                 "The input is the record of a run: --method and --until say what of it to take, not "
                 "--weights or a selection of checkpoints."
             )
-        with _notices(console), _continuable(methods), _progress(console) as progress:
+        with notices(console), _continuable(methods), _progress(console) as progress:
             average_record(
                 console,
                 inputs[0],
@@ -261,7 +259,7 @@ def average(
         raise ArgumentError(
             "--until and --cache-size are for the record of a run: one folder with interval-<k>.safetensors."
         )
-    with ExitStack() as opened, _notices(console):
+    with ExitStack() as opened, notices(console):
         found = find_checkpoints(inputs, which.selection(), key=tensors.key)
         _note_fewer(console, which, len(found.kept))
         for checkpoint in found.kept:
@@ -393,7 +391,7 @@ def _print_done(console: Console, done: MergeResult) -> None:
 
 
 @contextmanager
-def _notices(console: Console) -> Iterator[None]:
+def notices(console: Console) -> Iterator[None]:
     """Print what the library warns about, once, as a sentence."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -17,15 +17,19 @@ def whole_number(type_: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{token.value!r} is not a whole number.") from None
 
 
-def seed_range(type_: Any, tokens: Sequence[Token]) -> tuple[int, int]:
-    """The first seed and their number: `3` is 0, 1, 2 and `3:8` is 3, ..., 7."""
+def seed_range(type_: Any, tokens: Sequence[Token]) -> dict[str, int]:
+    """The recipe's fields: `3` says how many, `3:8`, which is 3, ..., 7, with which they begin as well."""
     (token,) = tokens
     first, colon, end = token.value.partition(":")
     if not colon:
-        return 0, whole_number(type_, tokens)
+        return {"seeds": whole_number(type_, tokens)}
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise ValueError(f"{token.value!r} is not a range of seeds; 3:8 is 3, 4, 5, 6, 7.")
-    return int(first), int(end) - int(first)
+    return {"first_seed": int(first), "seeds": int(end) - int(first)}
 
 
 Whole = Annotated[int | None, Parameter(converter=whole_number)]
+Flag = Parameter(negative="")
+"""Of a switch without a --no-...."""
+Many = Parameter(negative="", consume_multiple=False)
+"""Of an option that is repeated, with one value each."""

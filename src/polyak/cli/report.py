@@ -52,13 +52,22 @@ def compare(
     from rich.table import Column, Table
     from rich.text import Text
 
-    from polyak.report.page import named_runs, recipe_table, result_table, write_comparison
-    from polyak.report.tables import METRICS, Finals
+    from polyak.report.page import (
+        metrics_of,
+        named_runs,
+        recipe_table,
+        result_table,
+        write_comparison,
+    )
+    from polyak.report.tables import Finals
 
     console = Console()
     chosen = named_runs(runs)
     finals = {name: Finals(run.finals()) for name, run in chosen.items()}
-    for grid in [recipe_table(chosen), *(result_table(finals, metric) for metric in METRICS)]:
+    for grid in [
+        recipe_table(chosen),
+        *(result_table(finals, metric) for metric in metrics_of(finals)),
+    ]:
         columns = [Column(Text(name)) for name in grid.columns]
         printed = Table(*columns, title=Text(grid.caption), title_justify="left")
         for row in grid.rows:

@@ -57,15 +57,15 @@ def train(  # noqa: PLR0913 - keyword-only arguments do not count
     threads: Annotated[int | None, Parameter(converter=whole_number)] = None,
     fields: Annotated[Fields | None, Parameter(name="*", group="Recipe fields")] = None,
 ) -> None:
-    """Train on real images, annealed and with weight averaging at the same budget, and compare.
+    """Train on real images or a text, annealed and with weight averaging at the same budget, and compare.
 
     The run is written to its own folder: recipe, metrics, weights, the averaged model
     (swa.safetensors) and a report. You can stop it at any time and continue with --resume.
     With torchrun --nproc-per-node N -m polyak train, N processes share each batch.
 
     Args:
-        recipe: default, taught, batchnorm, annealing-wins, note, fashion, wrn, paper-vgg16, paper-preresnet,
-            paper-wrn, or the path of a TOML file.
+        recipe: default, words, taught, batchnorm, annealing-wins, note, fashion, wrn, paper-vgg16,
+            paper-preresnet, paper-wrn, or the path of a TOML file.
         quick: The same run in miniature: 8 epochs, 2 seeds, cycles and half-lives in proportion.
         output: Folder of the run; runs/NAME by default, or the next free of runs/NAME-2, ...
         resume: Continue the run that the same command began; with --output alone, the run in it.
@@ -77,7 +77,11 @@ def train(  # noqa: PLR0913 - keyword-only arguments do not count
     """
     overrides = {name: value for name, value in _given(fields).items() if value is not None}
     if seeds := overrides.pop("seeds", None):
-        overrides |= {"first_seed": seeds[0], "seeds": seeds[1]}
+        if seeds.keys() & overrides.keys():
+            raise ArgumentError(
+                "--seeds 3:8 says with which seed the run begins, and so does --first-seed. Pass one."
+            )
+        overrides |= seeds
     chosen = _chosen_recipe(recipe, overrides, quick=quick, output=output if resume else None)
     from polyak.cli.train_display import carry_out
 

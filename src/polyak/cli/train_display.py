@@ -26,21 +26,26 @@ from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run, recorded_threads
 from polyak.report.numbers import count, rounded
 from polyak.report.page import write_report
-from polyak.report.tables import BASELINE, METRICS, Finals, Metric, format_estimate, row_label
+from polyak.report.tables import IMAGES, Finals, Metric, format_estimate
 
 _PLAIN_WIDTH = 100  # of tables in a file or a pipe, which have no width
-_LEGEND = """
+_LEGENDS = {
+    "images": """
 NLL, scaled: with the temperature that is best on the validation images.
 ECE: expected calibration error, 15 bins. Lower is better everywhere.
-"""
+""",
+    "words": """
+Test loss in nats per byte; wrong: the most probable next byte is not the one that comes.
+int8, int4: by how many thousandths of a nat the loss rises when matrices are rounded to so many bits.
+Lower is better everywhere.
+""",
+}
 _HEADINGS = {
-    "error": "test error %",
-    "nll": "NLL",
-    "nll_scaled": "NLL, scaled",
-    "ece": "ECE %",
+    "images": {"error": "test error %", "nll": "NLL", "nll_scaled": "NLL, scaled", "ece": "ECE %"},
+    "words": {"nll": "test loss", "error": "wrong %", "int8_rise": "int8", "int4_rise": "int4"},
 }
 _RECENT_SECONDS, _FEWEST_EPOCHS, _FEWEST_TO_SAY = 60, 8, 4  # what the pace is taken from
-_NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA"}
+_NAMES = {"iterate": "iterate", "swa": "SWA", "ema": "EMA", "power": "power", "wsm": "WSM"}
 
 
 def carry_out(
@@ -145,20 +150,26 @@ class TimeLeft:
 
 def plain_line(recipe: Recipe, record: dict[str, Any], left: str) -> str:
     """One record as a line."""
-    place = f"seed {record['seed']} {record['arm']:<6}"
+    is_text = recipe.task == "words"
+    place = f"seed {record['seed']} {record['arm']:<{max(6, *map(len, recipe.arms))}}"
     if record["kind"] == "final":
-        return (
-            f"{place} {_NAMES[record['weights']]}: test error {rounded(record['error'], 2)}%, "
-            f"NLL {rounded(record['nll'], 4)}, calibration error {rounded(record['ece'], 2)}%"
-        )
+        return f"{place} {_NAMES[record['weights']]}: {_final_text(record, is_text=is_text)}"
     metrics = ", ".join(
-        f"{_NAMES[kind]} {rounded(value['error'], 2)}% {rounded(value['nll'], 4)}"
+        f"{_NAMES[kind]} {'' if is_text else rounded(value['error'], 2) + '% '}{rounded(value['nll'], 4)}"
         for kind, value in record["evaluations"].items()
     )
     return (
         f"{place} epoch {record['epoch']:>3}/{recipe.last_epoch(record['arm'])}  rate {record['rate']:.4f}  "
         f"loss {record['train_loss']:.4f}  validation: {metrics}  {left}"
     ).rstrip()
+
+
+def _final_text(record: dict[str, Any], *, is_text: bool) -> str:
+    nll, error = rounded(record["nll"], 4), rounded(record["error"], 2)
+    if is_text:
+        rise = rounded(record["int8_rise"], 2, signed=True)
+        return f"test loss {nll} nats per byte, next byte wrong {error}%, int8 {rise} millinats"
+    return f"test error {error}%, NLL {nll}, calibration error {rounded(record['ece'], 2)}%"
 
 
 class LiveTable:
@@ -168,6 +179,8 @@ class LiveTable:
         self._recipe = recipe
         self._latest: dict[tuple[int, str], dict[str, Any]] = {}
         self._rows = list(dict.fromkeys((unit.seed, unit.arm) for unit in plan(recipe)))
+        kinds = {"iterate", "swa", *recipe.averages} - {"wsm"}  # which is made at the end
+        self._kinds = [kind for kind in _NAMES if kind in kinds]
         for record in before:
             self.take(record)
 
@@ -178,9 +191,19 @@ class LiveTable:
 
     def render(self, left: str) -> Table:
         """The table with the latest records."""
-        title = f"recipe {self._recipe.name}: error % / NLL on the validation images"
+        what = "loss in nats per byte of validation windows"
+        if self._recipe.task == "images":
+            what = "error % / NLL on the validation images"
+        title = f"recipe {self._recipe.name}: {what}"
         table = _table(title, left or None)
-        for name in ("seed", "arm", "epoch", "rate", "loss", *_NAMES.values()):
+        for name in (
+            "seed",
+            "arm",
+            "epoch",
+            "rate",
+            "loss",
+            *(_NAMES[kind] for kind in self._kinds),
+        ):
             table.add_column(name, justify="left" if name == "arm" else "right")
         for seed, arm in self._rows:
             table.add_row(str(seed), arm, *self._cells(self._latest.get((seed, arm))))
@@ -190,15 +213,17 @@ class LiveTable:
         if record is None:
             return ["waits"]
         metrics = record["evaluations"]
+        is_text = self._recipe.task == "words"
         return [
             f"{record['epoch']}/{self._recipe.last_epoch(record['arm'])}",
             f"{record['rate']:.4f}",
             f"{record['train_loss']:.4f}",
             *(
-                f"{rounded(metrics[kind]['error'], 2)} / {rounded(metrics[kind]['nll'], 3)}"
+                f"{'' if is_text else rounded(metrics[kind]['error'], 2) + ' / '}"
+                f"{rounded(metrics[kind]['nll'], 3)}"
                 if kind in metrics
                 else "-"
-                for kind in _NAMES
+                for kind in self._kinds
             ),
         ]
 
@@ -208,7 +233,7 @@ def _print_results(console: Console, run: Run) -> None:
     console.print(values_table(finals))
     if len(finals.rows) > 1:
         console.print(differences_table(finals))
-    console.print(_LEGEND, style="dim")
+    console.print(_LEGENDS[run.recipe.task], style="dim")
     console.print(f"run folder      {run.folder}", highlight=False)
     if (run.folder / "swa.safetensors").exists():
         console.print(f"averaged model  {run.folder / 'swa.safetensors'}", highlight=False)
@@ -216,9 +241,10 @@ def _print_results(console: Console, run: Run) -> None:
 
 
 def _print_report(console: Console, run: Run) -> None:
-    console.print(
-        "Measuring the surface around the solutions and drawing the report ...", highlight=False
-    )
+    first = "Measuring the surface around the solutions and drawing"
+    if run.recipe.task == "words":
+        first = "Asking the record and drawing"
+    console.print(f"{first} the report ...", highlight=False)
     try:
         measure_landscape(run)
         console.print(f"report          {write_report(run.folder)}", highlight=False)
@@ -234,22 +260,25 @@ def _print_report(console: Console, run: Run) -> None:
 
 def values_table(finals: Finals) -> Table:
     """Every metric of every kind of weights."""
-    title = f"On the test images: mean ± standard error, {count(finals.n_seeds, 'seed')}"
-    table = _metrics_table(title)
+    seeds = count(finals.n_seeds, "seed")
+    table = _metrics_table(finals, f"On {finals.terms.tested_on}: mean ± standard error, {seeds}")
     for row in finals.rows:
-        means = ((finals.mean(row, metric.key), _digits(metric)) for metric in METRICS)
-        table.add_row(row_label(row), *(format_estimate(mean, digits) for mean, digits in means))
+        means = ((finals.mean(row, metric.key), _digits(metric)) for metric in finals.metrics)
+        table.add_row(finals.label(row), *(format_estimate(mean, digits) for mean, digits in means))
     return table
 
 
 def differences_table(finals: Finals) -> Table:
-    """The difference of every kind of weights to SGD's last iterate."""
-    table = _metrics_table("Difference to SGD, paired by seed: mean ± half the 95% interval")
+    """The difference of every kind of weights to the annealed arm's last iterate."""
+    to = finals.terms.baseline_name
+    table = _metrics_table(
+        finals, f"Difference to {to}, paired by seed: mean ± half the 95% interval"
+    )
     for row in finals.rows:
-        if row != BASELINE:
-            pairs = ((finals.difference(row, m.key), _digits(m)) for m in METRICS)
+        if row != finals.baseline:
+            pairs = ((finals.difference(row, m.key), _digits(m)) for m in finals.metrics)
             table.add_row(
-                row_label(row),
+                finals.label(row),
                 *(
                     format_estimate(value, digits, signed=True) if value else ""
                     for value, digits in pairs
@@ -258,11 +287,12 @@ def differences_table(finals: Finals) -> Table:
     return table
 
 
-def _metrics_table(title: str) -> Table:
+def _metrics_table(finals: Finals, title: str) -> Table:
     table = _table(title)
+    headings = _HEADINGS["images" if finals.terms == IMAGES else "words"]
     table.add_column("weights", no_wrap=True)
-    for metric in METRICS:
-        table.add_column(_HEADINGS[metric.key], justify="right", no_wrap=True)
+    for metric in finals.metrics:
+        table.add_column(headings[metric.key], justify="right", no_wrap=True)
     return table
 
 

@@ -6,19 +6,19 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from polyak.averaging.average import Average
 from polyak.averaging.lr_schedule import LRSchedule
 from polyak.averaging.recorder import Recorder
+from polyak.batchnorm.update import update_bn
 from polyak.errors import NonFiniteError
-from polyak.maths.profiles import EMA, SWA
+from polyak.maths.profile import Profile
+from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA
 from polyak.maths.schedules import (
     Constant,
     Cosine,
@@ -28,17 +28,15 @@ from polyak.maths.schedules import (
     Warmup,
     chain,
 )
-from polyak.reference_run.data import Augmentation, Data, Split, permutation
+from polyak.maths.text import profile_text
+from polyak.reference_run.data import Augmentation, Data, permutation
+from polyak.reference_run.evaluation import BATCH, CURVE_EXAMPLES, loss_of
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, shard_momenta, sharded_like, whole
-from polyak.reference_run.recipe import AVERAGING_ARMS, Recipe
+from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS, Recipe
 from polyak.reference_run.recording import attached_recorder
-from polyak.study.metrics import best_temperature, error, nll, reliability
-from polyak.tensors.modes import restored_modes
-
-_BATCH = 250  # images without gradients: a batch stays in the cache
-CURVE_IMAGES = 1000  # the first training images: enough for the statistics of a point of a curve
+from polyak.study.trajectory import Trajectory
 
 
 class Arm:
@@ -66,53 +64,59 @@ class Arm:
         self.model = hardware.place(build_model(recipe, data))
         self._trained = ranks.trained(self.model)
         self.steps_per_epoch = steps_per_epoch(recipe, len(data.train))
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=recipe.rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-        )
+        self.optimizer = build_optimizer(recipe, self.model)
         self.schedule = arm_schedule(recipe, name, self.steps_per_epoch)
         self.lr = LRSchedule(self.optimizer, self.schedule)
         self.averages: dict[str, Average] = {}
-        if name != "half":  # a control, of which only the last weights are asked
-            self.averages["ema"] = Average(self.model, self._ema())
-            self.averages["ema"].attach(self.optimizer)
+        if name not in SHORT_ARMS:  # controls, of which only the last weights are asked
+            self._attach_averages()
         if name in AVERAGING_ARMS:
             # Also of the weights with which averaging begins, as in the paper: if that is where the
             # arm leaves SGD, the schedule averages there, and this average is empty.
             self.averages["swa"] = Average(self.model, SWA())
             self.averages["swa"].attach(self.optimizer, at=self.lr)
         self.recorder: Recorder | None = None
+        self._record = record
         if record is not None:
             steps = recipe.epochs * self.steps_per_epoch
             self.recorder = attached_recorder(
                 recipe, self.model, self.optimizer, record, steps=steps
             )
 
+    def _attach_averages(self) -> None:
+        """Those of every step; an averaging arm has an SWA of its own."""
+        profiles = step_profiles(self.recipe, self.steps_per_epoch)
+        for kind in self.recipe.averages:
+            if kind in profiles and not (kind == "swa" and self.name in AVERAGING_ARMS):
+                self.averages[kind] = Average(self.model, profiles[kind])
+                self.averages[kind].attach(self.optimizer)
+
     def train_epoch(self, epoch: int) -> float:
-        """Train on every image once; returns the mean loss.
+        """Train on every image once, or on the windows that are drawn; returns the mean loss.
 
         Raises NonFiniteError if the loss is not finite.
         """
         n, recipe = len(self.data.train), self.recipe
         augment = Augmentation.draw(self.seed, epoch, n, flips=recipe.flips, shift=recipe.shift)
         self._trained.train()
-        batches = permutation(self.seed, epoch, n).split(recipe.batch_size)  # type: ignore[no-untyped-call]
+        order = permutation(self.seed, epoch, n, recipe.epoch_size)
+        batches = order.split(recipe.batch_size)  # type: ignore[no-untyped-call]
         losses = torch.stack([self._step(augment, indices) for indices in batches]).double()
         sizes = [len(indices) for indices in batches]
         return self._mean_loss(self.ranks.total(losses).cpu(), sizes, epoch)
 
     @contextmanager
     def weights_applied(self, kind: str, *, whole: bool = True) -> Iterator[nn.Module]:
-        """The model with its last weights (`iterate`) or those of an average (`ema`, `swa`).
+        """The model with its last weights (`iterate`) or those of an average (`ema`, `swa`, ...).
 
         The BatchNorm statistics of an average are updated on the training images first, or without
-        `whole` on the first 1,000 of them.
+        `whole` on the first 1,000 of them. `wsm` is a model of its own, made from the closed record.
         """
         if kind == "iterate":
             yield self.model
+            return
+        if kind == "wsm":
+            yield self._merged()
             return
         self.averages[kind].update_bn(self._statistics_batches(whole=whole))
         with self.averages[kind].applied():
@@ -125,7 +129,20 @@ class Arm:
 
     def kinds(self) -> list[str]:
         """The weights to evaluate: the iterate, and each average that is not empty."""
-        return ["iterate", *(kind for kind, average in self.averages.items() if average.count)]
+        begun = self.lr.last_epoch > self.recipe.swa_epoch * self.steps_per_epoch
+        return [
+            "iterate",
+            *(
+                kind
+                for kind, average in self.averages.items()
+                if average.count and (kind != "swa" or begun or self.name in AVERAGING_ARMS)
+            ),
+        ]
+
+    def final_kinds(self) -> list[str]:
+        """At the end also what is made from the record."""
+        merged = ["wsm"] if self.recorder is not None and "wsm" in self.recipe.averages else []
+        return [*self.kinds(), *merged]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, as plain values and tensors."""
@@ -146,23 +163,32 @@ class Arm:
         shard_momenta(self.optimizer)
         self.lr.load_state_dict(state["lr"])
         for kind, average in state["averages"].items():
-            if kind in self.averages:
-                self.averages[kind].load_state_dict(average)
+            own = self.averages.get(kind)  # the SWA of an annealed arm is another one
+            if own is not None and average["profile"] == profile_text(own.profile):
+                own.load_state_dict(average)
         if self.recorder is not None:
             self.recorder.load_state_dict(state["record"])
         self.hardware.set_random_state(state["random"])
 
-    def _ema(self) -> EMA:
-        return EMA.from_half_life(self.recipe.ema_half_life * self.steps_per_epoch)
+    def _merged(self) -> nn.Module:
+        """The average of the record whose weights are those of a decay from `swa_from` on (WSM)."""
+        self.ranks.first(lambda: None)  # the record of another process is complete
+        begin = self.recipe.swa_epoch * self.steps_per_epoch
+        profile = After(begin, Annealed.from_shape("sqrt"))
+        state = Trajectory(cast("Path", self._record), cache_size=0).average(profile)
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(state)
+        update_bn(model, self._statistics_batches(whole=True))
+        return model
 
     def _step(self, augment: Augmentation, indices: Tensor) -> Tensor:
         """One step; returns this process's part of the mean loss of the batch."""
         train, own = self.data.train, self.ranks.share(indices)
-        images = self.hardware.images(augment(train.images[own], own))
-        labels = train.labels[own].to(self.hardware.device)
+        inputs = self.hardware.inputs(augment(train.inputs[own], own))
+        labels = self.hardware.labels(train.labels[own])
         self.optimizer.zero_grad()
         with self.hardware.precision():
-            loss = cross_entropy(self._trained(images), labels) * (len(own) / len(indices))
+            loss = loss_of(self._trained, inputs, labels) * (len(own) / len(indices))
         # Gradients become the mean over the processes, and should be their sum.
         (loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -181,24 +207,54 @@ class Arm:
 
     def _statistics_batches(self, *, whole: bool) -> Iterator[Tensor]:
         # update_bn merges the processes: equally many batches in each, none of them empty.
-        images = self.data.train.images[: None if whole else CURVE_IMAGES]
-        own = self.ranks.share(images)
-        n = -(-len(images) // (_BATCH * self.ranks.count))
-        return map(self.hardware.images, own.tensor_split(n))
+        inputs = self.data.train.inputs[: None if whole else CURVE_EXAMPLES]
+        own = self.ranks.share(inputs)
+        n = -(-len(inputs) // (BATCH * self.ranks.count))
+        return map(self.hardware.inputs, own.tensor_split(n))
 
 
-def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
-    """Batches in a pass over the images; the last one may be smaller."""
-    return -(-n_images // recipe.batch_size)
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD, or AdamW that decays matrices only."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
+        )
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault(decay, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
+        lr=recipe.rate,
+        betas=(recipe.momentum, recipe.beta2),
+    )
+
+
+def step_profiles(recipe: Recipe, steps: int) -> dict[str, Profile]:
+    """The averages of every step, by name; an epoch has `steps` of them."""
+    return {
+        "ema": EMA.from_half_life(recipe.ema_half_life * steps),
+        "power": PowerEMA.from_relative_std(recipe.power_std),
+        "swa": After(recipe.swa_epoch * steps, SWA()),
+    }
+
+
+def steps_per_epoch(recipe: Recipe, n_examples: int) -> int:
+    """Batches in an epoch; the last one may be smaller."""
+    return -(-(recipe.epoch_size or n_examples) // recipe.batch_size)
 
 
 def arm_schedule(recipe: Recipe, arm: str, steps: int) -> Schedule:
     """The schedule of an arm over the whole budget, in steps; an epoch has `steps` of them.
 
-    sgd: warm-up, constant, then down to `final_ratio` of the rate, then held. half: the same in half
-    of the budget. The others follow sgd up to the branch; then swa keeps a constant rate and
-    averages once an epoch (or a step) from `swa_from` on, and cyclic repeats cycles from high to low
-    and averages at the end of each.
+    sgd, for words cosine: warm-up, constant, then down to `final_ratio` of the rate, then held. half and
+    quarter: the same in that part of the budget. The others follow it up to the branch; then swa, for words
+    constant, keeps a constant rate and averages once an epoch (or a step) from `swa_from` on, and cyclic
+    repeats cycles from high to low and averages at the end of each.
 
     >>> from polyak.reference_run.recipe import load_recipe
     >>> note = arm_schedule(load_recipe("note"), "cyclic", steps=1)
@@ -208,7 +264,8 @@ def arm_schedule(recipe: Recipe, arm: str, steps: int) -> Schedule:
     schedule = _annealed(recipe, recipe.last_epoch(arm) * steps)
     if arm in AVERAGING_ARMS:
         branch, left = recipe.branch_epoch, recipe.epochs - recipe.branch_epoch
-        schedule = chain((branch * steps, schedule), (left * steps, _averaging(recipe, arm, steps)))
+        after = _averaging(recipe, arm, steps)
+        schedule = chain((branch * steps, schedule), (left * steps, after)) if branch else after
     return Warmup(recipe.warmup_epochs * steps, schedule) if recipe.warmup_epochs else schedule
 
 
@@ -236,37 +293,3 @@ def _averaging(recipe: Recipe, arm: str, steps: int) -> Schedule:
         return averaging
     after = (recipe.epochs - recipe.swa_epoch) * steps
     return chain((before, Constant(recipe.swa_rate)), (after, averaging))
-
-
-def logits_of(model: nn.Module, split: Split, hardware: Hardware) -> Tensor:
-    """Logits `(n, k)`, float32 on the CPU, in evaluation mode; all modes are restored."""
-    with restored_modes(model), torch.no_grad(), hardware.precision():
-        model.eval()
-        batches = [model(hardware.images(batch)) for batch in split.batches(_BATCH)]
-    return torch.cat(batches).float().cpu()
-
-
-def validation_record(model: nn.Module, data: Data, hardware: Hardware) -> dict[str, float]:
-    """Error in percent and NLL in nats on the validation images."""
-    logits = logits_of(model, data.validation, hardware)
-    labels = data.validation.labels
-    return {"error": 100 * error(logits, labels), "nll": nll(logits, labels)}
-
-
-def final_record(model: nn.Module, data: Data, hardware: Hardware) -> dict[str, Any]:
-    """Error and calibration error in percent and NLL on the test images.
-
-    The temperature is fitted on the validation images.
-    """
-    logits, labels = logits_of(model, data.test, hardware), data.test.labels
-    validation = logits_of(model, data.validation, hardware)
-    temperature = best_temperature(validation, data.validation.labels)
-    bins = reliability(logits, labels)
-    return {
-        "error": 100 * error(logits, labels),
-        "nll": nll(logits, labels),
-        "ece": 100 * bins.ece,
-        "temperature": temperature,
-        "nll_scaled": nll(logits, labels, temperature=temperature),
-        "reliability": {name: list(values) for name, values in asdict(bins).items()},
-    }

@@ -1,4 +1,4 @@
-"""The images of a run: those that ship, IDX files, CIFAR's files, or custom ones; their order and augmentation.
+"""The data of a run: images that ship, IDX files, CIFAR's files, or custom ones; their order and augmentation.
 
 Permutations and augmentations are pure functions of (seed, epoch, index). The draws for an epoch come
 from a counter-based generator keyed by (seed, epoch, purpose), of which image `index` takes the
@@ -43,18 +43,26 @@ _PERMUTATION, _FLIPS, _SHIFTS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Split:
-    """Images `(n, channels, height, width)`, float32, and labels `(n,)`, int64."""
+    """Inputs and labels: images `(n, channels, height, width)`, float32, and their classes `(n,)`, int64.
 
-    images: Tensor
+    Of a text windows `(n, context)`, and the bytes that follow each of theirs, `(n, context)`, uint8.
+    """
+
+    inputs: Tensor
     labels: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        """The inputs, where they are images."""
+        return self.inputs
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The images in order, `size` at a time."""
+        """The inputs in order, `size` at a time."""
         for start in range(0, len(self), size):
-            yield self.images[start : start + size]
+            yield self.inputs[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,10 @@ def load_data(recipe: Recipe) -> Data:
     Raises ArgumentError if `data` names nothing that fits, FormatError for files that are missing,
     cut short or damaged, or hold labels out of range.
     """
+    if recipe.task == "words":
+        from polyak.reference_run.text import load_text  # which makes windows of this module's kind
+
+        return load_text(recipe.data, recipe.context)
     return _loaded(recipe.data, recipe.data_folder)
 
 
@@ -273,6 +285,11 @@ def custom_data(function: str) -> Data:
 
     Images are float32 `(n, channels, size, size)`, labels int64 `(n,)` from 0 on.
     """
+    if ":" not in function and Path(function).exists():
+        raise ArgumentError(
+            f"data is {function!r}, a path; expected package.module:function that returns images. For a text: "
+            f"polyak train words --data {function}."
+        )
     given = call_object(function)
     names = [f.name for f in fields(Data)]
     if isinstance(given, Data):
@@ -325,13 +342,16 @@ def _problem(images: Tensor, labels: Tensor) -> str:
     return ""
 
 
-def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of `n` images in an epoch, int64 `(n,)`.
+def permutation(seed: int, epoch: int, n: int, size: int = 0) -> Tensor:
+    """The order of `n` examples in an epoch, int64 `(n,)`; with `size`, as many of them, all different.
 
     >>> sorted(permutation(0, 5, 4).tolist())
     [0, 1, 2, 3]
     """
-    return torch.from_numpy(_generator(seed, epoch, _PERMUTATION).permutation(n))
+    generator = _generator(seed, epoch, _PERMUTATION)
+    if size:  # without numbers for all: a long text has a window at every byte
+        return torch.from_numpy(generator.choice(n, size, replace=False))
+    return torch.from_numpy(generator.permutation(n))
 
 
 @dataclass(frozen=True)
@@ -348,12 +368,13 @@ class Augmentation:
     @classmethod
     def draw(cls, seed: int, epoch: int, n: int, *, flips: bool, shift: int) -> Augmentation:
         """Flips with probability 1/2; shifts uniform over -shift to shift in each direction."""
-        flipped = _generator(seed, epoch, _FLIPS).random(n) < 0.5
-        shifts = _generator(seed, epoch, _SHIFTS).integers(-shift, shift + 1, size=(n, 2))
-        return cls(
-            flipped=torch.from_numpy(flipped) if flips else None,
-            shifts=torch.from_numpy(shifts) if shift else None,
-        )
+        flipped = shifts = None
+        if flips:
+            flipped = torch.from_numpy(_generator(seed, epoch, _FLIPS).random(n) < 0.5)
+        if shift:
+            drawn = _generator(seed, epoch, _SHIFTS).integers(-shift, shift + 1, size=(n, 2))
+            shifts = torch.from_numpy(drawn)
+        return cls(flipped, shifts)
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
         """The images `(b, c, h, w)`, which have these `indices` in the data, augmented."""

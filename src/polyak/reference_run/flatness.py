@@ -72,11 +72,11 @@ class Landscape:
 def measure_landscape(run: Run) -> Landscape | None:
     """The surface around a run's solutions; measured and stored in its folder if it is not yet.
 
-    None if no averaging arm has finished. Raises OutputError if the folder cannot be written,
+    None if no averaging arm has finished, and for a text, whose surface is not measured. Raises OutputError if the folder cannot be written,
     FormatError if what is stored is damaged.
     """
     arm = run.averaging_arm()
-    if arm is None:
+    if arm is None or run.recipe.task != "images":
         return None
     if (stored := stored_landscape(run)) is not None:
         return stored
@@ -159,7 +159,7 @@ def image_surface(model: nn.Module, data: Data, n_images: int, hardware: Hardwar
 
 
 def _placed(split: Split, n_images: int, hardware: Hardware) -> list[tuple[Tensor, Tensor]]:
-    images = hardware.images(split.images[:n_images])
+    images = hardware.inputs(split.inputs[:n_images])
     labels = split.labels[:n_images].to(hardware.device)
     starts = range(0, len(labels), _BATCH)
     return [(images[i : i + _BATCH], labels[i : i + _BATCH]) for i in starts]

@@ -14,7 +14,10 @@ from polyak.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device. Images are channels-last on all of them; a GPU computes in bfloat16 autocast."""
+    """A device. Images are channels-last on all of them; a GPU computes in bfloat16 autocast.
+
+    Bytes and labels become int64 there, as torch takes them.
+    """
 
     device: torch.device
 
@@ -35,9 +38,15 @@ class Hardware:
         # torch's stubs lack memory_format on Module.to; its documentation has it.
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    def images(self, batch: Tensor) -> Tensor:
-        """A batch of images on the device, channels-last (twice as fast for small images)."""
+    def inputs(self, batch: Tensor) -> Tensor:
+        """A batch of inputs on the device; images channels-last (twice as fast for small images)."""
+        if batch.dim() != 4:
+            return self.labels(batch)
         return batch.to(self.device, memory_format=torch.channels_last)
+
+    def labels(self, batch: Tensor) -> Tensor:
+        """A batch of labels on the device."""
+        return batch.to(self.device, torch.int64)
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast to bfloat16 on a GPU, nothing on the CPU."""

@@ -20,13 +20,14 @@ from polyak.averaging.average import Average
 from polyak.checkpoints.writing.save import write_checkpoint
 from polyak.errors import NonFiniteError, UsageError, require
 from polyak.files import replacing, writing_errors
-from polyak.reference_run.arm import Arm, final_record, validation_record
+from polyak.reference_run.arm import Arm
 from polyak.reference_run.data import Data, load_data
+from polyak.reference_run.evaluation import evaluation_of
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.leg_checkpoint import LegCheckpoint, branch_path, leg_path
 from polyak.reference_run.models import build_model
 from polyak.reference_run.ranks import Ranks, joined, whole
-from polyak.reference_run.recipe import AVERAGING_ARMS, Recipe
+from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS, Recipe
 from polyak.reference_run.recording import begin_record, continue_record, record_folder
 from polyak.reference_run.run import Run, metrics_text, run_folder, weights_path, write_origin
 
@@ -65,14 +66,10 @@ def train(
     require(jobs >= 1, f"jobs is {jobs}; expected 1 or more.")
     hardware = Hardware.named(recipe.device)
     data = load_data(recipe)
-    require(
-        recipe.batch_size <= len(data.train),
-        f"batch_size is {recipe.batch_size}, and there are {len(data.train)} training images. Choose at "
-        "most that many.",
-    )
+    n_examples = _examples_in_an_epoch(recipe, data)
     devices = [hardware.device] if hardware.device.type == "cuda" else []
     with torch.random.fork_rng(devices), joined(recipe.strategy, hardware.device) as ranks:
-        _check_shares(recipe, len(data.train), ranks.count)
+        _check_shares(recipe, n_examples, ranks.count)
         require(jobs == 1 or ranks.count == 1, f"jobs is {jobs}, under torchrun; expected 1.")
         build_model(recipe, data)  # refused before the folder is created if it does not fit
         with ExitStack() as stack:
@@ -93,11 +90,29 @@ def train(
     return Run(folder)
 
 
-def _check_shares(recipe: Recipe, n_images: int, n_processes: int) -> None:
-    smallest = n_images % recipe.batch_size or recipe.batch_size
+def _examples_in_an_epoch(recipe: Recipe, data: Data) -> int:
+    """Of the training data; there are as many, and a batch has no more than that."""
+    what = "windows" if recipe.task == "words" else "images"
+    require(
+        recipe.epoch_size <= len(data.train),
+        f"epoch_size is {recipe.epoch_size}, and there are {len(data.train)} training {what}. Choose at most "
+        "that many.",
+    )
+    n = recipe.epoch_size or len(data.train)
+    require(
+        recipe.batch_size <= n,
+        f"batch_size is {recipe.batch_size}, and there are {n} training {what}"
+        f"{' in an epoch' if recipe.epoch_size else ''}. Choose at most that many.",
+    )
+    return n
+
+
+def _check_shares(recipe: Recipe, n_examples: int, n_processes: int) -> None:
+    smallest = n_examples % recipe.batch_size or recipe.batch_size
+    what = "windows" if recipe.task == "words" else "images"
     require(
         smallest >= n_processes,
-        f"batch_size is {recipe.batch_size}, so the last batch of {n_images} training images has "
+        f"batch_size is {recipe.batch_size}, so the last batch of {n_examples} training {what} has "
         f"{smallest}, too few for {n_processes} processes. Choose another, or fewer processes.",
     )
 
@@ -162,9 +177,10 @@ class Board:
         ]
 
     def is_ready(self, leg: Leg) -> bool:
-        """Whether the SGD leg has come to where this one leaves it."""
+        """Whether the annealed leg has come to where this one leaves it."""
         first = self.recipe.first_epoch(leg.arm)
-        return self.epochs_done(Leg(leg.seed, "sgd")) >= first or leg.arm == "sgd"
+        baseline = self.recipe.baseline
+        return self.epochs_done(Leg(leg.seed, baseline)) >= first or leg.arm == baseline
 
     def take(self, leg: Leg, records: Records) -> None:
         """Write the records of an epoch, and show them."""
@@ -193,7 +209,7 @@ class Trainer:
         self.recipe, self.data, self.folder = recipe, data, folder
         self.hardware, self.ranks = hardware, ranks
         self.environment = hardware.environment() | ranks.environment()
-        self.digest = data.digest()
+        self.digest, self._evaluation = data.digest(), evaluation_of(recipe)
         self._branches = {recipe.first_epoch(arm) for arm in recipe.arms} - {0}
 
     def records(self, leg: Leg) -> Records:
@@ -254,12 +270,12 @@ class Trainer:
         if (folder := self._record(leg)) is not None:
             begin_record(folder)
             if branch is not None:
-                source = record_folder(self.folder, leg.seed, "sgd")
+                source = record_folder(self.folder, leg.seed, self.recipe.baseline)
                 continue_record(folder, source, branch.state["record"])
 
     def _record(self, leg: Leg) -> Path | None:
-        """Where an arm is recorded, if it is: the control has another length, and no average."""
-        if not self.recipe.record_intervals or leg.arm == "half":
+        """Where an arm is recorded, if it is: a control has another length, and no average."""
+        if not self.recipe.record_intervals or leg.arm in SHORT_ARMS:
             return None
         return record_folder(self.folder, leg.seed, leg.arm)
 
@@ -282,7 +298,7 @@ class Trainer:
 
     def _commit(self, leg: Leg, arm: Arm, records: Records, epochs: int) -> None:
         is_last = epochs == self.recipe.last_epoch(leg.arm)
-        is_branch = leg.arm == "sgd" and epochs in self._branches
+        is_branch = leg.arm == self.recipe.baseline and epochs in self._branches
         state = {} if is_last and not is_branch else arm.state_dict()
 
         def write() -> None:
@@ -327,7 +343,7 @@ class Trainer:
         evaluations = {}
         for kind in arm.kinds():
             with arm.weights_applied(kind, whole=False) as model:
-                evaluations[kind] = validation_record(model, self.data, self.hardware)
+                evaluations[kind] = self._evaluation.validation(model, self.data, self.hardware)
         step = arm.lr.last_epoch
         return {
             "kind": "epoch",
@@ -343,9 +359,9 @@ class Trainer:
 
     def _finals(self, arm: Arm) -> Records:
         finals = []
-        for kind in arm.kinds():
+        for kind in arm.final_kinds():
             with arm.weights_applied(kind) as model:
-                metrics = final_record(model, self.data, self.hardware)
+                metrics = self._evaluation.final(model, self.data, self.hardware)
             finals.append(
                 {"kind": "final", "seed": arm.seed, "arm": arm.name, "weights": kind, **metrics}
             )

@@ -11,6 +11,7 @@ from polyak.objects import load_object
 from polyak.reference_run.data import Data
 from polyak.reference_run.networks import NETWORKS
 from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.transformer import TRANSFORMERS
 from polyak.tensors.modes import restored_modes
 
 
@@ -62,18 +63,22 @@ class Net(nn.Module):
 def build_model(recipe: Recipe, data: Data) -> nn.Module:
     """The recipe's model for this data, on the CPU, with newly initialised weights.
 
-    A custom function is called with `in_channels`, `n_outputs` and `image_size`. Raises ArgumentError
-    if it does not return a module, or the module's output is not `(n, n_outputs)`.
+    A custom function is called with `in_channels`, `n_outputs` and `image_size`, for words with `vocabulary`
+    and `context`. Raises ArgumentError if it does not return a module, or the module's output is not
+    `(n, n_outputs)`, for words `(n, context, vocabulary)`.
     """
-    sizes = {
-        "in_channels": data.n_channels,
-        "n_outputs": data.n_classes,
-        "image_size": data.image_size,
-    }
+    if recipe.task == "words":
+        sizes = {"vocabulary": data.n_classes, "context": recipe.context}
+    else:
+        sizes = {
+            "in_channels": data.n_channels,
+            "n_outputs": data.n_classes,
+            "image_size": data.image_size,
+        }
     if not recipe.model and recipe.network == "taught":
         return Net(**sizes, batchnorm=recipe.batchnorm)
     if not recipe.model:
-        return NETWORKS[recipe.network](**sizes)
+        return (NETWORKS | TRANSFORMERS)[recipe.network](**sizes)
     model = _called(recipe.model, sizes)
     if not isinstance(model, nn.Module):
         raise ArgumentError(
@@ -92,18 +97,19 @@ def _called(function: str, sizes: dict[str, int]) -> object:
 
 
 def _check_output(model: nn.Module, function: str, data: Data) -> None:
-    images = data.train.images[:2]
+    inputs = data.train.inputs[:2]
+    what = "images" if inputs.is_floating_point() else "windows"
     try:
         with restored_modes(model), torch.no_grad():
-            output = model.eval()(images)
+            output = model.eval()(inputs if inputs.is_floating_point() else inputs.long())
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"The model of {function} does not take images of {tuple(images.shape[1:])}: {error}"
+            f"The model of {function} does not take {what} of {tuple(inputs.shape[1:])}: {error}"
         ) from error
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    expected = (len(images), data.n_classes)
+    expected = (*data.train.labels[:2].shape, data.n_classes)
     if found != expected:
         raise ArgumentError(
-            f"The model of {function} has the output {found} for {len(images)} images; expected "
+            f"The model of {function} has the output {found} for {len(inputs)} {what}; expected "
             f"logits {expected}, one for each class."
         )

@@ -57,7 +57,40 @@ class _Block(nn.Module):
         return relu(self.norm2(self.conv2(inner)) + self.shortcut(features))
 
 
-class WideResNet(nn.Module):
+class _PreActivated(nn.Module):
+    """A 3x3 convolution to 16 channels, three groups of blocks, BatchNorm, ReLU, mean and linear.
+
+    The groups have `n`, 2 n and 4 n channels; each but the first begins with stride 2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_outputs: int,
+        block: type[_PreBasic | _PreBottleneck],
+        n: int,
+        repeats: int,
+    ) -> None:
+        super().__init__()
+        self.conv = _conv3(in_channels, 16)
+        blocks, n_in = [], 16
+        for group, n_out in enumerate((n, 2 * n, 4 * n)):
+            for i in range(repeats):
+                blocks.append(block(n_in, n_out, 2 if group and not i else 1))
+                n_in = n_out
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(n_in)
+        self.output = nn.Linear(n_in, n_outputs)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the classes."""
+        features = relu(self.norm(self.blocks(self.conv(images))))
+        logits: Tensor = self.output(features.mean((2, 3)))
+        return logits
+
+
+class WideResNet(_PreActivated):
     """Wide residual network, as WRN-28-10 (Zagoruyko and Komodakis 2016, arXiv 1605.07146), no dropout.
 
     `depth` is 6 n + 4: three groups of n blocks of 16, 32 and 64 times `width` channels.
@@ -77,23 +110,11 @@ class WideResNet(nn.Module):
         width: int,
         image_size: int = 32,
     ) -> None:
-        super().__init__()
         del image_size
-        channels, n = [16 * width, 32 * width, 64 * width], (depth - 4) // 6
-        self.conv = _conv3(in_channels, 16)
-        self.blocks = _preactivated(_PreBasic, 16, channels, n)
-        self.norm = nn.BatchNorm2d(channels[-1])
-        self.output = nn.Linear(channels[-1], n_outputs)
-        _initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of the classes."""
-        features = relu(self.norm(self.blocks(self.conv(images))))
-        logits: Tensor = self.output(features.mean((2, 3)))
-        return logits
+        super().__init__(in_channels, n_outputs, _PreBasic, 16 * width, (depth - 4) // 6)
 
 
-class PreResNet(nn.Module):
+class PreResNet(_PreActivated):
     """Residual network with pre-activation (He et al. 2016, arXiv 1603.05027) for small images.
 
     `depth` is 6 n + 2 with blocks of two 3x3 convolutions, or 9 n + 2 with `bottleneck`, blocks of a 1x1,
@@ -114,21 +135,9 @@ class PreResNet(nn.Module):
         bottleneck: bool = False,
         image_size: int = 32,
     ) -> None:
-        super().__init__()
         del image_size
         block, times, layers = (_PreBottleneck, 4, 9) if bottleneck else (_PreBasic, 1, 6)
-        channels = [16 * times, 32 * times, 64 * times]
-        self.conv = _conv3(in_channels, 16)
-        self.blocks = _preactivated(block, 16, channels, (depth - 2) // layers)
-        self.norm = nn.BatchNorm2d(channels[-1])
-        self.output = nn.Linear(channels[-1], n_outputs)
-        _initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of the classes."""
-        features = relu(self.norm(self.blocks(self.conv(images))))
-        logits: Tensor = self.output(features.mean((2, 3)))
-        return logits
+        super().__init__(in_channels, n_outputs, block, 16 * times, (depth - 2) // layers)
 
 
 class VGG16(nn.Module):
@@ -214,18 +223,6 @@ class _PreBottleneck(nn.Module):
         inner: Tensor = self.conv3(relu(self.norm3(middle)))
         beside: Tensor = features if self.shortcut is None else self.shortcut(active)
         return inner + beside
-
-
-def _preactivated(
-    block: type[_PreBasic | _PreBottleneck], n_in: int, channels: list[int], repeats: int
-) -> nn.Sequential:
-    """Groups of blocks; each group but the first begins with stride 2."""
-    blocks: list[nn.Module] = []
-    for group, n_out in enumerate(channels):
-        for i in range(repeats):
-            blocks.append(block(n_in, n_out, 2 if group and not i else 1))
-            n_in = n_out
-    return nn.Sequential(*blocks)
 
 
 def _conv3(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:

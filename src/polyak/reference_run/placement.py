@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from polyak.errors import require
 from polyak.reference_run.data import Data, load_data
+from polyak.reference_run.evaluation import loss_of
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import Recipe
 
-_FEW_IMAGES = (
+_FEW_EXAMPLES = (
     100_000  # seen in training: the start of a second process would cost more than it saves
 )
 _STEPS = 5
@@ -43,9 +43,10 @@ class Placement:
         if threads is None and "OMP_NUM_THREADS" in os.environ:
             threads = torch.get_num_threads()
         data = load_data(recipe)
-        seen = recipe.epochs * recipe.seeds * len(recipe.arms) * len(data.train)
+        n_examples = recipe.epoch_size or len(data.train)
+        seen = recipe.epochs * recipe.seeds * len(recipe.arms) * n_examples
         on_cpu = Hardware.named(recipe.device).device.type == "cpu"
-        side_by_side = on_cpu and seen >= _FEW_IMAGES
+        side_by_side = on_cpu and seen >= _FEW_EXAMPLES
         most = jobs or (most_legs_at_once(recipe) if side_by_side else 1)
         if threads is None:
             threads = (
@@ -86,13 +87,13 @@ def fastest_threads(recipe: Recipe, data: Data, jobs: int) -> int:
 def _seconds_of_steps(recipe: Recipe, data: Data, threads: int) -> float:
     """The fastest of a few training steps; others may use the machine meanwhile."""
     hardware = Hardware(torch.device("cpu"))
-    images = hardware.images(data.train.images[: recipe.batch_size])
-    labels = data.train.labels[: recipe.batch_size]
+    inputs = hardware.inputs(data.train.inputs[: recipe.batch_size])
+    labels = hardware.labels(data.train.labels[: recipe.batch_size])
     times = []
     with Placement(threads, 1).in_effect(), torch.random.fork_rng(devices=[]):
         model = hardware.place(build_model(recipe, data)).train()
         for _ in range(_STEPS):
             start = time.perf_counter()
-            cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+            loss_of(model, inputs, labels).backward()  # type: ignore[no-untyped-call]
             times.append(time.perf_counter() - start)
     return min(times)

@@ -36,12 +36,12 @@ from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
 from polyak.files import replacing, writing_errors
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.models import build_model
-from polyak.reference_run.recipe import Recipe, load_recipe
+from polyak.reference_run.recipe import AVERAGES, AVERAGING_ARMS, Recipe, load_recipe
 from polyak.reference_run.recording import record_folder
 from polyak.study.trajectory import Trajectory
 from polyak.version import __version__
 
-_SUFFIX_OF = {"iterate": "-iterate", "swa": "-average-swa", "ema": "-average-ema"}
+_SUFFIX_OF = {"iterate": "-iterate"} | {kind: f"-average-{kind}" for kind in AVERAGES}
 
 
 class Run:
@@ -109,11 +109,11 @@ class Run:
         return Trajectory(record_folder(self.folder, seed, arm), cache_size=0)
 
     def averaging_arm(self) -> str | None:
-        """The arm whose average is compared: swa, else cyclic; None if neither has finished."""
+        """The arm whose average is compared: at a constant rate, else cyclic; None if neither has finished."""
         done = {
             record["arm"] for record in self.finals() if record["seed"] == self.recipe.first_seed
         }
-        return next((arm for arm in ("swa", "cyclic") if arm in done), None)
+        return next((arm for arm in self.recipe.arms if arm in done & {*AVERAGING_ARMS}), None)
 
     def averaged_epochs(self, arm: str) -> list[int]:
         """The epochs after which the weights of an arm's SWA were taken and kept."""

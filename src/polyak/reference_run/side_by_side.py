@@ -19,7 +19,7 @@ from polyak.errors import PolyakError, UsageError
 from polyak.reference_run.data import load_data
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.ranks import Ranks
-from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recipe import SHORT_ARMS, Recipe
 
 if TYPE_CHECKING:
     from polyak.reference_run.loop import Board, Leg, Trainer
@@ -40,8 +40,9 @@ def run_side_by_side(trainer: Trainer, board: Board, jobs: int) -> None:
     The bits are those of one process: a leg depends on nothing but its seed, and on the state in which
     it leaves SGD, which is a file. The longest legs begin first, so that no process waits at the end.
     """
-    order = {arm: i for i, arm in enumerate(("sgd", "swa", "cyclic", "half"))}
-    waiting = sorted(board.unfinished(), key=lambda leg: (order[leg.arm], leg.seed))
+    recipe = trainer.recipe
+    arms = sorted(recipe.arms, key=lambda arm: (arm in SHORT_ARMS, recipe.arms.index(arm)))
+    waiting = sorted(board.unfinished(), key=lambda leg: (arms.index(leg.arm), leg.seed))
     workers = [_started(trainer) for _ in range(min(jobs, len(waiting)))]
     try:
         while waiting or any(worker.leg for worker in workers):

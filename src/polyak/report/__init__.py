@@ -18,6 +18,8 @@ _HOME_OF = {
     "plot_results": "polyak.report.figures",
     "plot_schedule": "polyak.report.schedule",
     "plot_segments": "polyak.report.figures",
+    "plot_scan": "polyak.report.scans",
+    "save_scan": "polyak.report.scans",
     "write_comparison": "polyak.report.page",
     "write_report": "polyak.report.page",
     "write_search": "polyak.report.search",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from polyak.report.figures import plot_segments as plot_segments
     from polyak.report.page import write_comparison as write_comparison
     from polyak.report.page import write_report as write_report
+    from polyak.report.scans import plot_scan as plot_scan
+    from polyak.report.scans import save_scan as save_scan
     from polyak.report.schedule import plot_schedule as plot_schedule
     from polyak.report.search import write_search as write_search
 

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from polyak.reference_run.recipe import CONSTANT_ARMS
 from polyak.reference_run.run import Run
 from polyak.study.paired import Estimate, estimate, paired
 
-ANNEALED = {"sgd": "annealed over the whole length", "half": "annealed in half the length"}
+ANNEALED = {
+    "sgd": "annealed over the whole length",
+    "cosine": "annealed over the whole length",
+    "half": "annealed in half the length",
+    "quarter": "annealed in a quarter of the length",
+}
 """The arms that end with a small rate, and what they are called."""
 
 BySeed = dict[int, dict[int, float]]
@@ -52,6 +58,10 @@ class Budget:
     def n_seeds(self) -> int:
         """The number of seeds whose arms have all finished."""
         return len(self.averaged["iterate"])
+
+    def length(self, arm: str) -> int:
+        """The epochs after which an annealed arm ends."""
+        return max(max(values) for values in self.annealed[arm].values())
 
     def end(self, arm: str) -> dict[int, float]:
         """The last value of an annealed arm by seed."""
@@ -91,7 +101,8 @@ def budget_of(run: Run, metric: str = "error") -> Budget | None:
         if record["kind"] != "epoch" or record["seed"] not in seeds:
             continue
         seed, epoch = record["seed"], record["epoch"]
-        if record["arm"] == arm or (record["arm"] == "sgd" and epoch <= recipe.branch_epoch):
+        is_trunk = record["arm"] == recipe.baseline and epoch <= recipe.branch_epoch
+        if record["arm"] == arm or is_trunk:
             for kind, values in record["evaluations"].items():
                 averaged.setdefault(kind, {}).setdefault(seed, {})[epoch] = values[metric]
         if record["arm"] in beside and epoch > recipe.first_epoch(record["arm"]):
@@ -99,22 +110,18 @@ def budget_of(run: Run, metric: str = "error") -> Budget | None:
             beside[record["arm"]].setdefault(seed, {})[epoch] = values[metric]
     if not averaged:
         return None
-    is_constant = (
-        arm == "swa"
-        and recipe.swa_rate == recipe.rate
+    is_own_run = recipe.branch_epoch == 0
+    leaves_at_its_rate = (
+        recipe.swa_rate == recipe.rate
         and recipe.branch_epoch <= recipe.constant_until * recipe.epochs
     )
-    return Budget(
-        recipe.epochs, averaged, _from_the_branch(beside, recipe.branch_epoch), is_constant
-    )
-
-
-def _from_the_branch(beside: dict[str, BySeed], branch: int) -> dict[str, BySeed]:
-    """The annealed arms; the whole one was one with the averaged run up to the branch."""
+    is_constant = arm in CONSTANT_ARMS and (is_own_run or leaves_at_its_rate)
+    # The whole annealed arm was one with the averaged run up to the branch.
     whole = {
-        seed: {e: v for e, v in by.items() if e > branch} for seed, by in beside["sgd"].items()
+        seed: {e: v for e, v in by.items() if e > recipe.branch_epoch}
+        for seed, by in beside[recipe.baseline].items()
     }
-    return beside | {"sgd": whole}
+    return Budget(recipe.epochs, averaged, beside | {recipe.baseline: whole}, is_constant)
 
 
 def mean_curve(by_seed: BySeed) -> tuple[Values, Values, Values, Values]:

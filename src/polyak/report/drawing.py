@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#3987d6", "#e07b00", "#1f9e77", "#8a8f98"
 PURPLE, PINK, BROWN = "#9a6bd6", "#d6558f", "#a9762f"
+TEAL, RED, OLIVE = "#168ba0", "#cc5a45", "#7f8a1f"
 """Distinguishable for the colour-blind (Okabe and Ito's hues), at least 3:1 on white and #14171c."""
 
-_INK = "#1b1f24"  # only of lines and text in the foreground: the page makes it currentColor
+INK = "#1b1f24"  # only of lines and text in the foreground: the page makes it currentColor
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def style() -> Iterator[None]:
     except ImportError as error:
         raise MissingExtra.of("matplotlib", "report", "Drawing") from error
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    ink: dict[str, Any] = dict.fromkeys((*names, "legend.labelcolor", "axes.titlecolor"), _INK)
-    ink |= {"grid.color": _INK, "grid.alpha": 0.15}
+    ink: dict[str, Any] = dict.fromkeys((*names, "legend.labelcolor", "axes.titlecolor"), INK)
+    ink |= {"grid.color": INK, "grid.alpha": 0.15}
     with as_file(files("polyak.report") / "polyak.mplstyle") as path, mpl.rc_context():
         styles.use(path)
         for name, value in ink.items():
@@ -91,7 +92,7 @@ def write_png(drawing: Drawing, folder: Path) -> Path:
 
 
 def _for_page(text: str, prefix: str) -> str:
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}", text)
     # The page sets the width, the height follows from the viewBox.

@@ -5,6 +5,7 @@ They are independent of runs, files and pages, so that you can call them as well
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, ORANGE, PINK, PURPLE
+from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL
 from polyak.study.paired import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import BoundaryNorm
 
-COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN}
-ARM_COLOURS = {"sgd": PURPLE, "half": PINK, "swa": BLUE, "cyclic": BROWN}
+COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "power": TEAL, "wsm": RED}
+ARM_COLOURS = {
+    "sgd": PURPLE, "cosine": PURPLE, "half": PINK, "quarter": OLIVE,
+    "swa": BLUE, "constant": BLUE, "cyclic": BROWN,
+}  # fmt: skip
 """Of an arm's last weights: the annealed runs, and the iterates that averages are made of."""
+FAMILY_COLOURS = {
+    "windows": COLOURS["swa"], "half-lives": COLOURS["ema"], "power": COLOURS["power"],
+    "annealed": COLOURS["wsm"],
+}  # fmt: skip
+"""Of averages made afterwards: an equal mean is an SWA, a half-life an EMA's."""
 LABELS = {
-    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "sgd": "SGD", "half": "half", "cyclic": "cyclic",
+    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "power": "power EMA", "wsm": "WSM",
+    "sgd": "SGD", "half": "half", "quarter": "quarter", "cyclic": "cyclic", "cosine": "cosine",
+    "constant": "constant",
 }  # fmt: skip
 
 
@@ -77,22 +88,23 @@ def plot_rates(
     ax.legend()
 
 
-def plot_history(
+def plot_history(  # noqa: PLR0913 - keyword-only
     ax: Axes,
     curves: Mapping[str, Curve],
     *,
     ylabel: str,
     reference: float | None = None,
+    reference_label: str = "SGD at the end",
     ylim: tuple[float, float] | None = None,
     title: str = "",
 ) -> None:
-    """Values over epochs; `reference`, the final value of SGD, is drawn across."""
+    """Values over epochs; `reference`, the final value of the annealed run, is drawn across."""
     from matplotlib.ticker import MaxNLocator
 
     for label, curve in curves.items():
         ax.plot(curve.x, curve.y, curve.style, color=curve.colour, label=label, lw=1.5)
     if reference is not None:
-        ax.axhline(reference, color=PURPLE, ls=":", lw=1.2, label="SGD at the end")
+        ax.axhline(reference, color=PURPLE, ls=":", lw=1.2, label=reference_label)
     ax.set(xlabel="epochs completed", ylabel=ylabel, title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ylim is not None:
@@ -201,7 +213,7 @@ def plot_segments(
     ax.set(xlabel="averaged weights, by epoch", ylabel=ylabel)
 
 
-def plot_plane(
+def plot_plane(  # noqa: PLR0913 - keyword-only arguments do not count
     ax: Axes,
     x: ArrayLike,
     y: ArrayLike,
@@ -209,27 +221,36 @@ def plot_plane(
     points: Mapping[str, NDArray[Any]],
     *,
     title: str,
+    minimize: bool = True,
 ) -> None:
     """Contours of a value on a plane, `values` (y, x), with named points (n, 2) on it.
 
     Levels are evenly spaced in the logarithm of the height above the lowest value, as in the paper,
-    so that the bottom of a basin is visible beside its walls.
+    so that the bottom of a basin is visible beside its walls; below the highest value where more is
+    better. What is not finite stays blank.
     """
-    low, high = float(values.min()), float(values.max())
-    span = max(high - low, 1e-12)
-    levels = low + span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
-    shape = ax.contourf(x, y, values, levels=levels, cmap="viridis", norm=_even(levels))
-    marks = ("o", "s", "*", "D", "^")
-    for (name, at), mark in zip(points.items(), marks, strict=False):
+    known = np.ma.masked_invalid(values)
+    if known.count():
+        _contours(ax, x, y, known, minimize=minimize)
+    for (name, at), mark in zip(points.items(), itertools.cycle("os*D^"), strict=False):
         line = "-" if len(at) > 2 else ""
         ax.plot(
             at[:, 0], at[:, 1], line + mark, color="white", mfc=_mark_colour(name), mec="white",
             ms=11 if mark == "*" else 6, lw=0.8, mew=0.8, label=name,
         )  # fmt: skip
-    ax.figure.colorbar(shape, ax=ax, format="%.3g", fraction=0.046, pad=0.04)
     ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
     if points:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def _contours(ax: Axes, x: ArrayLike, y: ArrayLike, known: Any, *, minimize: bool) -> None:
+    low, high = float(known.min()), float(known.max())
+    span = max(high - low, 1e-9 * max(1.0, abs(low)))
+    steps = span * np.concatenate([[0], np.geomspace(0.01, 1, 12)])
+    levels = low + steps if minimize else (low + span - steps)[::-1]
+    colours = "viridis" if minimize else "viridis_r"
+    shape = ax.contourf(x, y, known, levels=levels, cmap=colours, norm=_even(levels))
+    ax.figure.colorbar(shape, ax=ax, format="%.3g", fraction=0.046, pad=0.04)
 
 
 def _even(levels: NDArray[Any]) -> BoundaryNorm:

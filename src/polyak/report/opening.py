@@ -14,16 +14,19 @@ import torch
 from polyak.reference_run.data import Data
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run
-from polyak.report import verdict
+from polyak.reference_run.text import TextData
+from polyak.report import verdict, words
 from polyak.report.budget import ANNEALED, Budget, budget_of, mean_curve
 from polyak.report.drawing import Drawing, Picture, draw
 from polyak.report.figures import Band, plot_budget
 from polyak.report.numbers import count
-from polyak.report.tables import Finals
+from polyak.report.tables import IMAGES, Finals
 
 _NETWORKS = {
     "residual": "a small residual network with BatchNorm",
     "taught": "two convolutions and a hidden layer",
+    "transformer": "a small decoder-only transformer",
+    "transformer-4x256": "a decoder-only transformer of 4 layers of 256",
 }
 _MOST_CLASSES = 10  # of which an image is shown
 
@@ -35,6 +38,7 @@ class Opening:
     verdict: str
     facts: dict[str, str]
     images: str
+    what: str
     wide: Drawing | None
     narrow: Drawing | None
     shares: list[str]
@@ -45,24 +49,28 @@ class Opening:
 
 def opening_of(run: Run, finals: Finals) -> Opening:
     """The beginning of a run's page."""
-    arm, budget = run.averaging_arm(), budget_of(run)
+    is_text = run.recipe.task == "words"
+    told = words if is_text else verdict
+    arm, budget = run.averaging_arm(), budget_of(run, finals.metrics[0].key)
     drawn = [draw(picture, f"{picture.name}-") for picture in _pictures(budget, finals)]
     wide, narrow = drawn or (None, None)
     return Opening(
-        verdict=_no_average(finals) if arm is None else verdict.verdict(finals, arm),
+        verdict=_no_average(finals) if arm is None else told.verdict(finals, arm),
         facts=facts(run),
-        images=image_strip(run.data),
+        images="" if is_text else image_strip(run.data),
+        what="loss" if is_text else "error",
         wide=wide,
         narrow=narrow,
-        shares=verdict.shares(budget) if budget else [],
-        lines=verdict.lines(finals, arm) if arm else [],
+        shares=told.shares(budget) if budget else [],
+        lines=told.lines(finals, arm) if arm else [],
         next=_next(run) if arm else [],
         code=_code(run) if arm else "",
     )
 
 
 def _no_average(finals: Finals) -> str:
-    return f"No averaging arm has finished yet: these are the results of SGD, {count(finals.n_seeds, 'seed')}."
+    name = "SGD" if finals.terms == IMAGES else "a cosine decay"
+    return f"No averaging arm has finished yet: these are the results of {name}, {count(finals.n_seeds, 'seed')}."
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -84,17 +92,47 @@ def facts(run: Run) -> dict[str, str]:
     found = {
         "Data": describe_data(recipe, run.data),
         "Network": f"{network}, {count(n, 'parameter')}",
-        "Length": f"{count(recipe.epochs, 'epoch')}, {count(recipe.seeds, 'seed')}, the same batches in all arms",
+        "Length": f"{_length(recipe)}, {count(recipe.seeds, 'seed')}, the same batches in all arms",
         "Trained": f"{origin.get('started', 'at an unknown time')[:10]}, {threads}{beside}, "
         f"{origin.get('device', recipe.device)}",
     }
+    if isinstance(run.data, TextData):
+        found["A window"] = excerpt(run.data)
     if "torch" in origin:
         found["Trained"] += f", torch {origin['torch']}"
     return found
 
 
+def _length(recipe: Recipe) -> str:
+    epochs = count(recipe.epochs, "epoch")
+    if not recipe.epoch_size:
+        return epochs
+    what = "window" if recipe.task == "words" else "image"
+    return f"{epochs} of {count(recipe.epoch_size, what)}"
+
+
+def describe_text(recipe: Recipe, data: TextData) -> str:
+    """The text by its name, and what is done with its parts."""
+    name = recipe.data or "Moby-Dick (Melville 1851), the chapters that polyak ships"
+    trained = len(data.train) + data.context
+    measured = (part.labels.numel() for part in (data.validation, data.test))
+    validation, test = (f"{n:,}" for n in measured)
+    return (
+        f"{name}: {len(data.text):,} bytes, of which the first {trained:,} are to train on, {validation} of the "
+        f"next twentieth to validate on, {test} of the last one to test on; windows of {data.context} bytes"
+    )
+
+
+def excerpt(data: Data) -> str:
+    """The first test window, in quotation marks."""
+    text = bytes(data.test.inputs[0].tolist()).decode("utf-8", errors="replace")
+    return f"“{' '.join(text.split())}”"
+
+
 def describe_data(recipe: Recipe, data: Data) -> str:
     """The data by its name, and how many images of what size."""
+    if isinstance(data, TextData):
+        return describe_text(recipe, data)
     if recipe.data or recipe.data_folder:
         name = recipe.data or recipe.data_folder
     else:
@@ -130,6 +168,7 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
     labels = {
         "iterate": "iterate, constant rate" if budget.is_constant else "iterate",
         "ema": "its EMA",
+        "power": "its power EMA",
         "swa": "its SWA",
     }
     averaged = {
@@ -140,16 +179,18 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
     annealed = {
         arm: Band(ANNEALED[arm], *mean_curve(values)) for arm, values in budget.annealed.items()
     }
+    is_text = finals.terms != IMAGES
     plot = partial(
         plot_budget,
         averaged=averaged,
         annealed=annealed,
-        ylabel="validation error (%)",
+        ylabel="validation loss (nats per byte)" if is_text else "validation error (%)",
         ylim=_limits(averaged, annealed),
     )
+    shown = ", ".join(band.label for band in (*averaged.values(), *annealed.values()))
     alt = (
-        "Validation error over the budget of the iterate, its EMA and its SWA, beside annealed runs of "
-        f"the whole and of half the length, means over {count(finals.n_seeds, 'seed')}"
+        f"Validation {'loss' if is_text else 'error'} over the budget: {shown}; means over "
+        f"{count(finals.n_seeds, 'seed')}"
     )
     return [
         Picture("budget", alt, plot, (8.2, 3.7)),
@@ -167,9 +208,10 @@ def _limits(averaged: dict[str, Band], annealed: dict[str, Band]) -> tuple[float
 
 
 def _next(run: Run) -> list[str]:
+    statistics = ", with BatchNorm statistics of its own if the network has them"
     return [
         f"The averaged model is {run.folder / 'swa.safetensors'}: the SWA of seed "
-        f"{run.recipe.first_seed}, with BatchNorm statistics of its own if the network has them.",
+        f"{run.recipe.first_seed}{statistics if run.recipe.task == 'images' else ''}.",
         "To average your own training, read docs/average.md; to choose an average, docs/which-average.md; "
         "whether it is worth it for you, docs/should-i-average.md.",
         f"Another recipe or length: polyak train --help. This page again: polyak report "

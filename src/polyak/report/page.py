@@ -36,15 +36,7 @@ from polyak.report.sections import (
     schedule_section,
 )
 from polyak.report.sentences import difference
-from polyak.report.tables import (
-    BASELINE,
-    METRICS,
-    ArmWeights,
-    Finals,
-    Metric,
-    format_estimate,
-    row_label,
-)
+from polyak.report.tables import ArmWeights, Finals, Metric, format_estimate
 from polyak.study.paired import t_quantile
 from polyak.version import __version__
 
@@ -128,24 +120,29 @@ def value_table(finals: Finals) -> Table:
     """Means and standard errors; the lowest of each column in bold."""
     best = {
         metric.key: min(finals.mean(row, metric.key).mean for row in finals.rows)
-        for metric in METRICS
+        for metric in finals.metrics
     }
     rows = [
-        Line(row_label(row), [_value(finals, row, m, best) for m in METRICS]) for row in finals.rows
+        Line(finals.label(row), [_value(finals, row, m, best) for m in finals.metrics])
+        for row in finals.rows
     ]
-    caption = f"Test images; mean ± standard error over {count(finals.n_seeds, 'seed')}."
-    return Table(caption, ["weights", *(_column(m) for m in METRICS)], rows)
+    where = finals.terms.tested_on.removeprefix("the ").capitalize()
+    caption = f"{where}; mean ± standard error over {count(finals.n_seeds, 'seed')}."
+    return Table(caption, ["weights", *(_column(m) for m in finals.metrics)], rows)
 
 
 def difference_table(finals: Finals) -> Table:
-    """Paired differences to SGD's last iterate, with 95% intervals."""
+    """Paired differences to the annealed arm's last iterate, with 95% intervals."""
     rows = [
-        Line(row_label(row), [_difference(finals, row, metric) for metric in METRICS])
+        Line(finals.label(row), [_difference(finals, row, metric) for metric in finals.metrics])
         for row in finals.rows
-        if row != BASELINE
+        if row != finals.baseline
     ]
-    caption = "Difference to SGD, paired seed by seed; mean ± half the 95% interval (Student's t)."
-    return Table(caption, ["weights", *(m.title for m in METRICS)], rows)
+    caption = (
+        f"Difference to {finals.terms.baseline_name}, paired seed by seed; mean ± half the 95% interval "
+        "(Student's t)."
+    )
+    return Table(caption, ["weights", *(m.title for m in finals.metrics)], rows)
 
 
 def _column(metric: Metric) -> str:
@@ -169,7 +166,8 @@ def _difference(finals: Finals, row: ArmWeights, metric: Metric) -> Cell:
 
 def _sections(run: Run, finals: Finals, land: Landscape | None) -> list[Section]:
     parts = [schedule_section(run), history_section(run)]
-    parts.append(reliability_section(finals, run.averaging_arm()))
+    if run.recipe.task == "images":
+        parts.append(reliability_section(finals, run.averaging_arm()))
     from polyak.report.questions import question_sections  # which uses the tables of this page
 
     parts += question_sections(run)
@@ -189,7 +187,9 @@ def _context(
         "differences_note": _describe_differences(finals),
         "table_note": sentences.describe_table(finals),
         "sections": parts,
-        "landscape_note": "" if arm is None else _landscape_note(run, land),
+        "landscape_note": ""
+        if arm is None or recipe.task != "images"
+        else _landscape_note(run, land),
         "recipe": recipe.to_toml(),
         "command": f"polyak report {shlex.quote(str(run.folder))}",
         "versions": f"polyak {__version__}, torch {torch.__version__}",
@@ -197,7 +197,7 @@ def _context(
 
 
 def _describe_differences(finals: Finals) -> str:
-    comparisons = (len(finals.rows) - 1) * len(METRICS)
+    comparisons = (len(finals.rows) - 1) * len(finals.metrics)
     text = "Lower is better everywhere."
     if finals.n_seeds == 1:
         return f"{text} One seed shows no spread: a difference may be due to the seed."
@@ -262,7 +262,7 @@ def write_comparison(
         "names": list(runs),
         "recipes": recipe_table(runs),
         "results": results,
-        "tables": [result_table(finals, metric) for metric in METRICS],
+        "tables": [result_table(finals, metric) for metric in metrics_of(finals)],
         "runs": {name: [parts.pop(0), parts.pop(0)] for name in runs},
     }
     html = environment().get_template("compare.html.j2").render(context)
@@ -279,6 +279,10 @@ def named_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     runs = {name: Run(path) for name, path in zip(names, paths, strict=True)}
+    tasks = {name: run.recipe.task for name, run in runs.items()}
+    if len(set(tasks.values())) > 1:
+        found = ", ".join(f"{name}: {task}" for name, task in tasks.items())
+        raise ArgumentError(f"The runs have different tasks ({found}). Compare runs of one task.")
     for run in runs.values():
         if not run.finals():
             raise ArgumentError(
@@ -301,34 +305,46 @@ def recipe_table(runs: dict[str, Run]) -> Table:
     return Table(caption, ["field", *recipes], rows)
 
 
+def metrics_of(finals: dict[str, Finals]) -> tuple[Metric, ...]:
+    """The metrics of some runs, which are of one task."""
+    return next(iter(finals.values())).metrics
+
+
 def result_table(finals: dict[str, Finals], metric: Metric) -> Table:
     """One metric: weights down, runs across, the lowest of the table in bold."""
     means = [f.mean(row, metric.key).mean for f in finals.values() for row in f.rows]
     rows = [
-        Line(row_label(row), [_cell(f, row, metric, min(means)) for f in finals.values()])
-        for row in _all_rows(finals)
+        Line(label, [_cell(f, row, metric, min(means)) for f in finals.values()])
+        for row, label in _all_rows(finals).items()
     ]
     caption = f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit}); mean ± standard error."
     return Table(caption, ["weights", *finals], rows)
 
 
 def describe_results(finals: dict[str, Finals]) -> str:
-    """For each run, its SWA (of the constant-rate arm, or else the cyclic one) against its SGD."""
-    parts = []
+    """For each run, its SWA (of the constant-rate arm, or else the cyclic one) against its annealed arm."""
+    parts, metric = [], metrics_of(finals)[0]
     for name, run in finals.items():
         average = next(
-            (row for row in (("swa", "swa"), ("cyclic", "swa")) if row in run.rows), None
+            (
+                row
+                for row in (("swa", "swa"), ("constant", "swa"), ("cyclic", "swa"))
+                if row in run.rows
+            ),
+            None,
         )
         if average is None:
             parts.append(f"{name} has no SWA")
             continue
-        value = run.difference(average, "error")
-        parts.append(f"{name}: in test error {difference('SWA', 'SGD', value, 'points', 2)}")
+        value, other = run.difference(average, metric.key), run.terms.baseline_name
+        told = difference("SWA", other, value, metric.unit, metric.digits)
+        parts.append(f"{name}: in {metric.title} {told}")
     return "; ".join(parts) + "."
 
 
-def _all_rows(finals: dict[str, Finals]) -> list[ArmWeights]:
-    return list(dict.fromkeys(row for run in finals.values() for row in run.rows))
+def _all_rows(finals: dict[str, Finals]) -> dict[ArmWeights, str]:
+    """The rows of all runs, and what they are called."""
+    return {row: run.label(row) for run in finals.values() for row in run.rows}
 
 
 def _cell(finals: Finals, row: ArmWeights, metric: Metric, best: float) -> Cell:
@@ -341,14 +357,14 @@ def _cell(finals: Finals, row: ArmWeights, metric: Metric, best: float) -> Cell:
 def _pictures(finals: dict[str, Finals]) -> list[Picture]:
     rows = _all_rows(finals)
     pictures = []
-    for metric in METRICS[:2]:
+    for metric in metrics_of(finals)[:2]:
         values = {
             name: [run.mean(row, metric.key) if row in run.rows else None for row in rows]
             for name, run in finals.items()
         }
         draw = partial(
             plot_results,
-            labels=[row_label(row) for row in rows],
+            labels=list(rows.values()),
             values=values,
             xlabel=f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit})",
         )

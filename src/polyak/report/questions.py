@@ -10,16 +10,16 @@ from torch import Tensor
 from polyak.batchnorm.layers import norm_layers
 from polyak.errors import PolyakError
 from polyak.maths.profiles import EMA, SWA, After
-from polyak.reference_run.arm import CURVE_IMAGES, steps_per_epoch
+from polyak.reference_run.arm import steps_per_epoch
 from polyak.reference_run.data import Split
-from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.evaluation import BATCH, CURVE_EXAMPLES, WindowLoss
+from polyak.reference_run.recipe import CONSTANT_ARMS, Recipe
 from polyak.reference_run.run import Run, weights_path
 from polyak.report.search import search_sections
 from polyak.report.sections import Section
 from polyak.study.classify import ScaledNLL
 from polyak.study.found import Found
 
-_BATCH = 250
 _ENDS = 6  # of "decay" and "stop": each needs averages that are evaluated
 _WINDOWS = 3  # of "stop", for each end
 
@@ -27,7 +27,7 @@ _WINDOWS = 3  # of "stop", for each end
 def question_sections(run: Run) -> list[Section]:
     """Asked of the first seed's averaging arm; nothing if the run has no record.
 
-    Averages are chosen on one half of the validation images and compared on the other one. Scores are kept
+    Averages are chosen on one half of the validation images, or windows, and compared on the other one. Scores are kept
     in the record, so that a page is only expensive once.
     """
     arm = run.averaging_arm()
@@ -48,12 +48,13 @@ def question_sections(run: Run) -> list[Section]:
 def _ask(run: Run, arm: str) -> list[Found]:
     data, model, recipe = run.data, run.model(), run.recipe
     steps = steps_per_epoch(recipe, len(data.train))
-    evaluate = ScaledNLL(_pairs(data.validation))
-    few = Split(data.train.images[:CURVE_IMAGES], data.train.labels[:CURVE_IMAGES])
+    is_text = recipe.task == "words"
+    evaluate: Any = WindowLoss(data.validation) if is_text else ScaledNLL(_pairs(data.validation))
+    few = Split(data.train.inputs[:CURVE_EXAMPLES], data.train.labels[:CURVE_EXAMPLES])
     record = run.trajectory(recipe.first_seed, arm)
     common: dict[str, Any] = {
         "model": model,
-        "data": list(few.batches(_BATCH)) if norm_layers(model) else None,
+        "data": list(few.batches(BATCH)) if norm_layers(model) else None,
     }
     which = record.search(
         evaluate,
@@ -68,18 +69,23 @@ def _ask(run: Run, arm: str) -> list[Found]:
 
 def _begins(recipe: Recipe, arm: str) -> int:
     """The number of epochs after which an arm's SWA begins."""
-    return recipe.swa_epoch if arm == "swa" else recipe.branch_epoch
+    return recipe.swa_epoch if arm in CONSTANT_ARMS else recipe.branch_epoch
 
 
 def _pairs(split: Split) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(split.images.split(_BATCH), split.labels.split(_BATCH), strict=True))  # type: ignore[no-untyped-call]
+    return list(zip(split.inputs.split(BATCH), split.labels.split(BATCH), strict=True))  # type: ignore[no-untyped-call]
 
 
 def _introduced(run: Run, arm: str) -> str:
+    scores = (
+        "losses in nats per byte of validation windows"
+        if run.recipe.task == "words"
+        else "temperature-scaled NLL on validation images"
+    )
     return (
         f"The record of the first seed's {arm} arm holds the mean of each of "
         f"{len(run.trajectory(run.recipe.first_seed, arm).intervals)} intervals, from which any average is made. Scores are "
-        "temperature-scaled NLL on validation images (lower is better). The recipe's SWA is here the mean of all "
+        f"{scores} (lower is better). The recipe's SWA is here the mean of all "
         f"steps after epoch {_begins(run.recipe, arm)}, the EMA that with its half-life."
     )
 

@@ -68,6 +68,8 @@ def describe(found: Found) -> str:
             "Each point is an average of the shape of a decay that ends there. It forecasts the quality after a real "
             f"decay, not its weights. The best one is at {best.until:,g} {unit}."
         )
+    elif found.question != "search":
+        first = f"{QUESTIONS[found.question]}: {_where(best, unit)}, score {best.score:.5g}."
     else:
         first = f"Best of {len(found.scored)}: {_where(best, unit)}, score {best.score:.5g}."
     return " ".join([first, *_honest(found)])
@@ -82,7 +84,7 @@ def _honest(found: Found) -> list[str]:
         ]
     chose, held = found.examples
     said = f"Chosen on {chose:,} examples, compared on {held:,} others."
-    if found.question == "search":
+    if found.question not in ("stop", "decay"):
         return [said, *(_sentence(one) for one in found.comparisons)]
     close = [one.what for one in found.comparisons if one.within_noise]
     if not close:
@@ -141,7 +143,7 @@ def slider(found: Found) -> dict[str, Any] | None:
 
 def _pictures(found: Found) -> list[Picture]:
     title = f"score ({'lower' if found.minimize else 'higher'} is better)"
-    if found.question != "search":
+    if found.question in ("stop", "decay"):
         rows = [one for one in found.answers if not one.failed]
         alt = f"{QUESTIONS[found.question]}: the score at {len(rows)} ends"
         draw = partial(
@@ -150,6 +152,7 @@ def _pictures(found: Found) -> list[Picture]:
             scores=[one.score for one in rows],
             intervals=_intervals(found, rows),
             best=100 * found.best.until / found.end,
+            family=found.best.family,
             ylabel=title,
         )
         return [Picture(found.question, alt, draw, (6.0, 3.4))]

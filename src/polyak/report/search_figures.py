@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polyak.report.drawing import BLUE, GREEN, GREY, ORANGE
+from polyak.report.drawing import GREY, INK
+from polyak.report.figures import COLOURS, FAMILY_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {"windows": BLUE, "half-lives": GREEN, "power": ORANGE, "annealed": "#a05ac8"}
 _MARKS = (("*", 15), ("s", 9), ("D", 8), ("^", 9))
 
 
@@ -41,8 +41,7 @@ def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
     )  # fmt: skip
     for (name, (start, end)), (shape, size) in zip(marks.items(), _MARKS, strict=False):
         ax.plot(
-            [start], [end], shape, ms=size, mfc="none", mec=ORANGE if name == "best" else BLUE,
-            mew=1.8, label=name, ls="",
+            [start], [end], shape, ms=size, mfc="none", mec=_colour_of(name), mew=1.8, label=name, ls="",
         )  # fmt: skip
     top = max(ends)
     ax.plot([min(starts), top], [min(starts), top], color=GREY, lw=0.8, ls=":")
@@ -63,10 +62,12 @@ def plot_lengths(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for family, (ages, scores) in curves.items():
-        ax.plot(ages, scores, "o-", ms=4, lw=1.3, color=_COLOURS.get(family, GREY), label=family)
+        ax.plot(
+            ages, scores, "o-", ms=4, lw=1.3, color=FAMILY_COLOURS.get(family, GREY), label=family
+        )
     styles = (":", "--", "-.")
     for (name, score), style in zip(references.items(), styles, strict=False):
-        ax.axhline(score, color=GREY, ls=style, lw=1.2, label=name)
+        ax.axhline(score, color=_colour_of(name), ls=style, lw=1.2, label=name)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -75,21 +76,31 @@ def plot_lengths(
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
-def plot_along(
+def plot_along(  # noqa: PLR0913 - keyword-only arguments do not count
     ax: Axes,
     ends: Sequence[float],
     scores: Sequence[float],
     intervals: Sequence[tuple[float, float]] | None,
     best: float,
     *,
+    family: str,
     ylabel: str,
 ) -> None:
     """Scores by where averages end, in percent of the run; bars: interval of the difference to the last."""
-    ax.plot(ends, scores, "o-", ms=4.5, color=BLUE, label="best average that ends there")
+    colour = FAMILY_COLOURS.get(family, GREY)
+    ax.plot(ends, scores, "o-", ms=4.5, color=colour, label="best average that ends there")
     ax.axhline(scores[-1], color=GREY, ls=":", lw=1.2, label="at the end")
     if intervals is not None:
         low, high = np.array(intervals).T
-        ax.vlines(ends, low, high, color=BLUE, lw=1.2, alpha=0.7, label="95% of the difference")
-    ax.axvline(best, color=ORANGE, lw=1.2, ls="--", label="the answer")
+        ax.vlines(ends, low, high, color=colour, lw=1.2, alpha=0.7, label="95% of the difference")
+    ax.axvline(best, color=INK, lw=1.2, ls="--", label="the answer")
     ax.set(xlabel="of the run (%)", ylabel=ylabel)
     ax.legend()
+
+
+def _colour_of(name: str) -> str:
+    """Of the best, or of a reference by what it is, as in all pictures."""
+    if name == "best":
+        return INK
+    kinds = {"SWA": "swa", "EMA": "ema", "the last": "iterate"}
+    return next((COLOURS[kind] for start, kind in kinds.items() if name.startswith(start)), GREY)

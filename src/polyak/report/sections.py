@@ -27,9 +27,14 @@ from polyak.report.figures import (
     plot_reliability,
     plot_segments,
 )
-from polyak.report.tables import BASELINE, ArmWeights, Finals, row_label
+from polyak.report.tables import BASELINE, IMAGES, WORDS, ArmWeights, Finals, row_label
 
 VALUES = {LOSS: "training loss (nats)", ERROR: "test error (%)"}
+_SHOWN = {
+    "images": (("error", "error", "%", 1), ("nll", "NLL", " nats", 3)),
+    "words": (("nll", "loss", " nats per byte", 3),),
+}
+"""By task, the validation values over time: key, name, unit, digits."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def schedule_section(run: Run) -> Section:
 def history_section(run: Run) -> Section:
     """Validation error and loss over time, a picture for each arm."""
     pictures, told = [], []
-    for key, what, unit, digits in (("error", "error", "%", 1), ("nll", "NLL", " nats", 3)):
+    terms = WORDS if run.recipe.task == "words" else IMAGES
+    for key, what, unit, digits in _SHOWN[run.recipe.task]:
         curves = {arm: found for arm in run.recipe.arms if (found := _history(run, arm, key))}
         last = {
             (arm, weights): float(y[-1])
@@ -109,8 +115,9 @@ def history_section(run: Run) -> Section:
             draw = partial(
                 plot_history,
                 curves=lines,
-                ylabel=f"validation {what}{' (%)' if unit == '%' else ' (nats)'}",
-                reference=None if arm == "sgd" else last[BASELINE],
+                ylabel=f"validation {what}{' (%)' if unit == '%' else f' ({unit.strip()})'}",
+                reference=None if arm == terms.baseline[0] else last[terms.baseline],
+                reference_label=f"{terms.baseline_name} at the end",
                 ylim=limits,
                 title=f"{LABELS[arm]} arm",
             )
@@ -118,7 +125,8 @@ def history_section(run: Run) -> Section:
                 f"Validation {what} of the {LABELS[arm]} arm over the epochs, iterate and averages"
             )
             pictures.append(Picture(f"{key}-{arm}", alt, draw))
-    return Section("Error and loss over time", " ".join(told), pictures)
+    title = "Error and loss over time" if run.recipe.task == "images" else "Loss over time"
+    return Section(title, " ".join(told), pictures)
 
 
 def reliability_section(finals: Finals, arm: str | None) -> Section:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
+from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS
 from polyak.report.figures import LABELS
 from polyak.report.numbers import as_shown, count, rounded
-from polyak.report.tables import BASELINE, ArmWeights, Finals, row_label
+from polyak.report.tables import BASELINE, IMAGES, WORDS, ArmWeights, Finals
 from polyak.study.landscape import Rays, Segments
 from polyak.study.paired import Estimate
 
@@ -58,23 +59,32 @@ def found(value: Estimate, digits: int) -> int:
 
 def describe_table(finals: Finals) -> str:
     """Which row is best, and whether that is an average."""
-    rows = finals.rows
-    best = min(rows, key=lambda row: finals.mean(row, "error").mean)
-    calm = min(rows, key=lambda row: finals.mean(row, "nll").mean)
-    text = (
-        f"Lowest test error: {row_label(best)}, {rounded(finals.mean(best, 'error').mean, 2)}%; "
-        f"lowest NLL: {row_label(calm)}, {rounded(finals.mean(calm, 'nll').mean, 4)}."
-    )
-    if best == BASELINE:
-        text += " No average beat annealed SGD in error here."
+    lowest = {
+        metric: min(finals.rows, key=lambda row: finals.mean(row, metric.key).mean)
+        for metric in finals.metrics[:2]
+    }
+    parts = [
+        f"owest {m.title}: {finals.label(row)}, {rounded(finals.mean(row, m.key).mean, m.digits)}"
+        f"{'%' if m.unit == 'points' else ''}"
+        for m, row in lowest.items()
+    ]
+    text = f"L{'; l'.join(parts)}."
+    if lowest[finals.metrics[0]] == finals.baseline:
+        what = (
+            "annealed SGD in error" if finals.baseline == BASELINE else "the cosine decay in loss"
+        )
+        text += f" No average beat {what} here."
     return text
 
 
 def describe_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
     """`arms` gives the highest and lowest rate of each, `averaged` how many weights it averages."""
-    high, low = arms["sgd"]
-    also = ", and again in half of the budget" if "half" in arms else ""
-    parts = [f"SGD falls from {high:.3g} to {low:.3g}{also}"]
+    annealed = next(arm for arm in ("sgd", "cosine") if arm in arms)
+    high, low = arms[annealed]
+    short = " and in a ".join(arm for arm in SHORT_ARMS if arm in arms)
+    also = f", and again in {short} of the budget" if short else ""
+    name = "SGD" if annealed == "sgd" else "The cosine arm"
+    parts = [f"{name} falls from {high:.3g} to {low:.3g}{also}"]
     for arm, n_averaged in averaged.items():
         top, bottom = arms[arm]
         flat = math.isclose(top, bottom)
@@ -85,17 +95,20 @@ def describe_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping
 
 def describe_history(last: Mapping[ArmWeights, float], unit: str, digits: int, what: str) -> str:
     """`last` is the last validation value of each row, averaged over seeds."""
-    sgd = last[BASELINE]
+    name, baseline = next(
+        (t.baseline_name, t.baseline) for t in (IMAGES, WORDS) if t.baseline in last
+    )
+    sgd = last[baseline]
     parts = []
-    for arm in dict.fromkeys(arm for arm, weights in last if weights == "swa"):
+    for arm in dict.fromkeys(arm for arm, kind in last if kind == "swa" and arm in AVERAGING_ARMS):
         iterate, average = last[arm, "iterate"], last[arm, "swa"]
         change = "below" if average < iterate else "not below"
         against = "below" if average < sgd else "not below"
         parts.append(
             f"the {'SWA' if arm == 'swa' else arm} arm's average ends at {rounded(average, digits)}{unit}, "
-            f"{change} its own iterate ({rounded(iterate, digits)}{unit}) and {against} SGD's"
+            f"{change} its own iterate ({rounded(iterate, digits)}{unit}) and {against} {name}'s"
         )
-    start = f"Validation {what}: SGD ends at {rounded(sgd, digits)}{unit}"
+    start = f"Validation {what}: {name} ends at {rounded(sgd, digits)}{unit}"
     return "; ".join([start, *parts]) + "."
 
 

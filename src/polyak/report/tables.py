@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from polyak.reference_run.recipe import SHORT_ARMS
 from polyak.report.figures import LABELS
 from polyak.report.numbers import rounded
 from polyak.study.paired import Estimate, estimate, paired
@@ -14,6 +15,8 @@ ArmWeights = tuple[str, str]
 """An arm and a kind of its weights: ("swa", "ema")."""
 
 BASELINE: ArmWeights = ("sgd", "iterate")
+WORDS_BASELINE: ArmWeights = ("cosine", "iterate")
+"""What everything is compared with: the annealed arm's last weights."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,26 @@ METRICS = (
     Metric("nll_scaled", "NLL, temperature-scaled", "nats", 4),
     Metric("ece", "calibration error", "points", 2),
 )
+WORDS_METRICS = (
+    Metric("nll", "test loss", "nats per byte", 4),
+    Metric("error", "next byte wrong", "points", 2),
+    Metric("int8_rise", "rise with int8 weights", "millinats", 2),
+    Metric("int4_rise", "rise with int4 weights", "millinats", 1),
+)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the results of a task are called, and its metrics; the first one judges."""
+
+    baseline: ArmWeights
+    baseline_name: str
+    metrics: tuple[Metric, ...]
+    tested_on: str
+
+
+IMAGES = Terms(BASELINE, "SGD", METRICS, "the test images")
+WORDS = Terms(WORDS_BASELINE, "cosine", WORDS_METRICS, "the test part of the text")
 
 
 class Finals:
@@ -39,9 +62,26 @@ class Finals:
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         self._records: dict[ArmWeights, dict[int, Mapping[str, Any]]] = {}
+        self.terms = IMAGES
         for record in records:
             seeds = self._records.setdefault((record["arm"], record["weights"]), {})
             seeds[record["seed"]] = record
+            if WORDS_METRICS[-1].key in record:
+                self.terms = WORDS
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The columns."""
+        return self.terms.metrics
+
+    @property
+    def baseline(self) -> ArmWeights:
+        """The row that the others are compared with."""
+        return self.terms.baseline
+
+    def label(self, row: ArmWeights) -> str:
+        """The name of a row."""
+        return row_label(row, self.terms)
 
     @property
     def rows(self) -> list[ArmWeights]:
@@ -58,10 +98,10 @@ class Finals:
         return estimate([record[metric] for record in self._records[row].values()])
 
     def difference(
-        self, row: ArmWeights, metric: str, *, to: ArmWeights = BASELINE
+        self, row: ArmWeights, metric: str, *, to: ArmWeights | None = None
     ) -> Estimate | None:
-        """`row` minus `to`, over the seeds that both have; None if they share none."""
-        mine, other = self._records.get(row, {}), self._records.get(to, {})
+        """`row` minus `to` (the baseline), over the seeds that both have; None if they share none."""
+        mine, other = self._records.get(row, {}), self._records.get(to or self.baseline, {})
         seeds = sorted(mine.keys() & other.keys())
         if not seeds:
             return None
@@ -78,16 +118,16 @@ class Finals:
         return pooled
 
 
-def row_label(row: ArmWeights) -> str:
+def row_label(row: ArmWeights, terms: Terms = IMAGES) -> str:
     """The name of a row: `SWA arm, EMA`.
 
     >>> row_label(("sgd", "iterate")), row_label(("cyclic", "swa"))
     ('SGD', 'cyclic arm, SWA')
     """
-    if row == BASELINE:
-        return "SGD"
-    if row == ("half", "iterate"):
-        return "SGD, half length"
+    if row == terms.baseline:
+        return terms.baseline_name
+    if row[0] in SHORT_ARMS:
+        return f"{terms.baseline_name}, {row[0]} length"
     arm, weights = (LABELS.get(name, name) for name in row)
     return f"{arm} arm, {'last iterate' if row[1] == 'iterate' else weights}"
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from polyak.errors import UsageError, require
 
 _NUMBER = re.compile(
-    rb"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])|[-+]?\b(?:nan|inf)\b",
+    rb"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w|\.\w)|[-+]?\b(?:nan|inf(?:inity)?)\b",
     re.IGNORECASE,
 )
+_COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 _TAIL = 1000
 
 
@@ -79,7 +80,7 @@ class Command:
             raise UsageError(
                 f"The command {shlex.join(parts)} failed with exit code {process.returncode}:\n{said}"
             )
-        numbers = _NUMBER.findall(printed)
+        numbers = _NUMBER.findall(_COLOUR.sub(b"", printed))
         if not numbers:
             said = printed.decode(errors="replace")[-_TAIL:].strip()
             raise UsageError(

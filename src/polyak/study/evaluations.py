@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.errors import ArgumentError
 
@@ -32,10 +33,10 @@ def identity_of(evaluate: Any) -> str | None:
     return source and f"{evaluate.__module__}:{evaluate.__qualname__} {source}"
 
 
-def _source_file(function: FunctionType) -> str | None:
+def _source_file(written: FunctionType | type) -> str | None:
     """The digest of the file that it is written in: what it calls there counts too."""
     try:
-        return _contents(Path(inspect.getsourcefile(function) or ""))
+        return _contents(Path(inspect.getsourcefile(written) or ""))
     except (OSError, TypeError):
         return None
 
@@ -75,18 +76,46 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 def as_scores(result: Any, what: str) -> Tensor:
     """What an evaluation returned as float64 on the CPU: a 0-d tensor, or 1-D with one score per example."""
     try:
-        scores = torch.as_tensor(result).detach().cpu().double()
+        wide = (
+            None if isinstance(result, Tensor) else torch.float64
+        )  # a plain number has no float32
+        found = torch.as_tensor(result, dtype=wide).detach().cpu()
+        scores = None if found.is_complex() else found.double()
     except (TypeError, ValueError, RuntimeError):
         scores = None
     if scores is not None and scores.numel() == 1:
         return scores.reshape(())
     if scores is None or scores.ndim != 1 or len(scores) == 0:
-        found = f"shape {tuple(scores.shape)}" if scores is not None else type(result).__name__
+        said = f"shape {tuple(scores.shape)}" if scores is not None else _kind_of(result)
         raise ArgumentError(
-            f"The evaluation returned {found} for {what}; expected a number, or a 1-D tensor with one score per "
+            f"The evaluation returned {said} for {what}; expected a number, or a 1-D tensor with one score per "
             "example."
         )
     return scores
+
+
+def place_of(error: BaseException) -> str:
+    """Where it was raised: file and line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "unknown place"
+
+
+def _kind_of(result: Any) -> str:
+    dtype = str(getattr(result, "dtype", "")).removeprefix("torch.")
+    return f"{type(result).__name__} of {dtype}" if dtype else type(result).__name__
+
+
+def model_identity(model: Module) -> str:
+    """What tells a model from others beside its weights: its layers, and the files that their classes are in.
+
+    torch's own files are not read; two models of one description and other code are two.
+    """
+    classes = {type(one) for one in model.modules()}
+    own = [one for one in classes if not one.__module__.startswith("torch.")]
+    sources = sorted({f"{one.__qualname__} {_source_file(one)}" for one in own})
+    return "\n".join([f"{type(model).__qualname__} {model}", *sources])
 
 
 def data_identity(data: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import Module
 from polyak.checkpoints.intervals import Interval
 from polyak.checkpoints.merging.average import iter_averaged_tensors
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.errors import ArgumentError, check_match
+from polyak.errors import ArgumentError, MismatchError, check_match
 from polyak.study.evaluations import digest_of
 from polyak.tensors.names import named_tensors
 from polyak.tensors.policy import RUNNING_STATISTICS
@@ -25,30 +26,64 @@ Weights = str | Path | Mapping[str, Tensor]
 
 def check_fits(model: Module, newest: Interval) -> None:
     """Raise MismatchError, naming every difference, unless the record is one of this model."""
-    slots, ties = _places(model)
     with newest.open() as opened:
         have = {name: list(tensor.shape) for name, tensor in opened.tensors.items()}
-    have = {ties.get(name, name): shape for name, shape in have.items()}
+    check_shapes(model, have, f"{newest.path.parent} is not the record of this model")
+
+
+def check_shapes(model: Module, have: Mapping[str, list[int]], what: str) -> None:
+    """Raise MismatchError that says `what` and every difference, unless these tensors are the model's."""
+    slots, ties = _places(model)
     check_match(
-        have,
+        {ties.get(name, name): shape for name, shape in have.items()},
         {name: list(tensor.shape) for name, tensor in slots.items()},
-        f"{newest.path.parent} is not the record of this model ({type(model).__name__}).",
+        f"{what} ({type(model).__name__}).",
         "Build the model in the way in which it was trained.",
     )
 
 
-def has_statistics(interval: Interval) -> bool:
-    """Whether the record holds running statistics, which an average does not have of its own."""
-    with interval.open() as opened:
-        return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in opened.tensors)
+def parameters_of(model: Module) -> frozenset[str]:
+    """The names of the model's parameters; a tied one has several."""
+    named = named_tensors(model)
+    first = {name for name, slot in named.slots.items() if slot.is_parameter}
+    return frozenset(first | {alias for alias, name in named.ties.items() if name in first})
+
+
+def first_names_in(model: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that are one in the model under its first name, whichever names the file has; others as they are.
+
+    Raises MismatchError where such tensors are of different values.
+    """
+    ties = named_tensors(model).ties if isinstance(model, Module) else {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        first = ties.get(name, name)
+        kept = found.setdefault(first, tensor)
+        if kept is not tensor and not torch.equal(kept, tensor):
+            raise MismatchError(
+                f"{first} is one tensor in the model, also called {name}, and two of other values in the file. Build "
+                "the model in the way in which it was trained."
+            )
+    return found
+
+
+def has_statistics(names: Iterable[str]) -> bool:
+    """Whether there are running statistics among the tensors, which an average does not have of its own."""
+    return any(name.rpartition(".")[2] in RUNNING_STATISTICS for name in names)
+
+
+Source = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]]
+"""Gives (name, tensor); it may make the tensors in the memory of those that it is given by name."""
 
 
 @torch.no_grad()
-def fill(model: Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy the tensors into the model's own, one at a time."""
+def fill(model: Module, source: Source) -> None:
+    """Copy the tensors into the model's own, one at a time, unless they were made there."""
     slots, ties = _places(model)
-    for name, tensor in tensors:
-        slots[ties.get(name, name)].copy_(tensor)
+    own = slots | {alias: slots[name] for alias, name in ties.items() if name in slots}
+    for name, tensor in source(own):
+        if tensor is not own[name]:
+            own[name].copy_(tensor)
     recompute_derived(model)
 
 
@@ -62,16 +97,18 @@ def own_weights(model: Module | None) -> Iterator[None]:
     try:
         yield
     finally:
-        fill(model, kept.items())
+        fill(model, lambda own: kept.items())
 
 
-def tensors_of(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(
+    weights: Weights, into: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file or of a state dict, (name, tensor)."""
     if isinstance(weights, Mapping):
         yield from weights.items()
         return
     with open_checkpoint(weights) as opened:
-        yield from iter_averaged_tensors([opened], "swa")
+        yield from iter_averaged_tensors([opened], "swa", into=into)
 
 
 def weights_identity(weights: Weights) -> str:

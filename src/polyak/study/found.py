@@ -11,6 +11,8 @@ QUESTIONS = {
     "search": "Which average is best",
     "decay": "What if I had decayed from here",
     "stop": "When could I have stopped",
+    "swad": "Where SWAD averages",
+    "two_tailed": "Where two-tailed averaging ends",
 }
 
 
@@ -71,7 +73,7 @@ class Comparison:
 class Found:
     """The answer to a question about a record; `print(found)` shows it as a table.
 
-    question: search, decay or stop. best: of `stop` the earliest end that would have done, of the others
+    question: search, decay, stop, swad or two_tailed. best: of `stop` the earliest end that would have done, of the others
     the best score. scored: everything that was evaluated, in order. references: the recipe's SWA and EMA
     and the last iterate, as asked for. comparisons: the best minus each of them; of `stop` each end minus
     the whole run. minimize: whether lower is better. examples: how many chose and how many were held
@@ -111,6 +113,10 @@ class Found:
     def _answer(self) -> list[str]:
         best = self.best
         lines = [f"Best: {best.profile} at {best.until:,g} {self.unit}, score {best.score:.6g}"]
+        if self.question in ("swad", "two_tailed"):
+            lines = [
+                f"Chosen by the rule: {best.profile} at {best.until:,g} {self.unit}, score {best.score:.6g}"
+            ]
         if self.question == "stop":
             lines = [
                 f"Earliest that would have done: {best.until / self.end:.0%} of the run, {best.profile} at "

@@ -1,7 +1,8 @@
 """Means of 2, 4, 8, ... neighbouring intervals, kept beside a record as they are needed.
 
-A window that begins and ends on edges is then the mean of at most 2 log2(K) files, whichever it is.
-Nothing is subtracted: differences of prefix sums in float32 would lose the short windows.
+A window that begins and ends on edges is then the mean of a few files, whichever it is: of 2 log2(K) where
+all means are there, of fewer than 16 once it has been asked for often. Nothing is subtracted: differences of prefix
+sums in float32 would lose the short windows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,16 @@ from polyak.errors import OutputError
 from polyak.maths.planning import Span
 
 _FOLDER = ".means"
+_READ_PER_MEAN = 16
+"""Files that an average has to read for each mean that is written on the way.
+
+To write one costs as much as to read four, so an average takes 1.5 times as long at most as reading what it is
+made of; each that reads so many leaves fewer to read to the next.
+"""
+_FEWEST = 4  # files in a mean that is worth writing
+
+
+Cover = list[tuple[Interval, float]]
 
 
 @dataclass(frozen=True)
@@ -43,17 +54,26 @@ class MeanTree:
     def sources(self, weights: Sequence[float]) -> list[Source]:
         """Files whose weighted mean is that of the intervals; blocks of equal density in one file."""
         self._in_use: set[Path] = set()
-        found: list[Source] = []
+        blocks = list(self._blocks(weights))
+        covers = {at: self._cover(at, size) for at, size in blocks}
+        room = sum(map(len, covers.values())) // _READ_PER_MEAN
+        for at, size in sorted(blocks, key=lambda block: -len(covers[block[0]]))[:room]:
+            if len(covers[at]) >= _FEWEST:
+                covers[at] = self._made(at, size, covers[at])
+        return [
+            Source(one, math.fsum(weights[at : at + size]) * share)
+            for at, size in blocks
+            for one, share in covers[at]
+        ]
+
+    def _blocks(self, weights: Sequence[float]) -> Iterator[tuple[int, int]]:
+        """(first, how many) of the runs of intervals that count evenly."""
         at = 0
         while at < len(weights):
             size = self._largest_block(weights, at)
-            weight = math.fsum(weights[at : at + size])
-            if weight:
-                found += [
-                    Source(one, weight * share) for one, share in self._cover(at, size, make=True)
-                ]
+            if weights[at]:
+                yield at, size
             at += size
-        return found
 
     def _largest_block(self, weights: Sequence[float], at: int) -> int:
         """The longest aligned run of intervals from here on that counts evenly."""
@@ -68,8 +88,8 @@ class MeanTree:
             size *= 2
         return size
 
-    def _cover(self, at: int, size: int, *, make: bool = False) -> list[tuple[Interval, float]]:
-        """Files that make up a block, each with its share of the block's time."""
+    def _cover(self, at: int, size: int) -> Cover:
+        """The files that make up a block, each with its share of the block's time."""
         if size == 1:
             return [(self._intervals[at], 1.0)]
         block = self._block(at, size)
@@ -80,17 +100,21 @@ class MeanTree:
             return [(block, 1.0)]
         half = size // 2
         whole = block.end - block.start
-        parts = [
+        return [
             (one, share * (part[-1].end - part[0].start) / whole)
             for start in (at, at + half)
             for part in [self._intervals[start : start + half]]
             for one, share in self._cover(start, half)
         ]
-        if make and self._has_room(block):
+
+    def _made(self, at: int, size: int, cover: Cover) -> Cover:
+        """The block as one file, if that can be written."""
+        block = self._block(at, size)
+        if self._has_room(block):
             with suppress(OutputError, OSError):  # a folder that nobody may write to
-                self._write(block, parts)
+                self._write(block, cover)
                 return [(block, 1.0)]
-        return parts
+        return cover
 
     def _block(self, at: int, size: int) -> Interval:
         group = self._intervals[at : at + size]
@@ -113,7 +137,7 @@ class MeanTree:
             return taken + size <= self._limit
         return False
 
-    def _write(self, block: Interval, parts: Sequence[tuple[Interval, float]]) -> None:
+    def _write(self, block: Interval, parts: Cover) -> None:
         self._folder.mkdir(exist_ok=True)
         self._in_use |= {block.path, *(one.path for one, _ in parts)}
         write_mean(block.path, [one for one, _ in parts], [share for _, share in parts])

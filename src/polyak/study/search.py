@@ -16,8 +16,9 @@ from polyak.maths.planning import RESOLVED
 from polyak.maths.profiles import EMA, SWA, After, Annealed, PowerEMA, Profile
 from polyak.maths.text import format_profile
 from polyak.study.bootstrap import paired_bootstrap
+from polyak.study.evaluator import Judging
 from polyak.study.found import Comparison, Found, Scored
-from polyak.study.judge import Judge, Judging
+from polyak.study.judge import Judge
 from polyak.study.trajectory import Trajectory
 from polyak.study.windows import search_lengths, search_values, search_windows
 
@@ -36,7 +37,7 @@ class References:
     last: str | Path | Mapping[str, Tensor] | None = None
 
 
-class _Questions:
+class Questions:
     """One record, judged by one evaluation."""
 
     def __init__(
@@ -50,25 +51,30 @@ class _Questions:
     def add(
         self, profile: Profile, until: float, family: str, start: float | None = None
     ) -> Scored | None:
+        """Score an average once; None where it cannot be made."""
         found = self.judge.score(format_profile(profile), until, family, start)
         if found is not None and found not in self.scored:
             self.scored.append(found)
         return found
 
     def window(self, window: tuple[int, int]) -> float:
+        """What to minimise of the mean between two edges; infinite where it has no score."""
         start, end = self.edges[window[0]], self.edges[window[1]]
         return self.judge.value(self.add(_mean_from(start), end, "windows", start))
 
     def windows(self, limit: int, *, quick: bool) -> None:
+        """Search the means between edges."""
         search = search_lengths if quick else search_windows
         search(self.window, len(self.edges), limit)
 
     def half_lives(self) -> None:
+        """Search EMAs."""
         span = self.until - self.trajectory.start
         values = _in_equal_ratios(0.01 * span, 0.5 * span)
         self._values(values, EMA.from_half_life, "half-lives")
 
     def power(self) -> None:
+        """Search power EMAs."""
         self._values(_in_equal_ratios(0.02, 0.25), PowerEMA.from_relative_std, "power")
 
     def annealed(self) -> None:
@@ -92,6 +98,7 @@ class _Questions:
         )
 
     def best(self, among: Iterable[Scored]) -> Scored:
+        """The one with the best finite score."""
         ranked = [one for one in among if not one.failed]
         if not ranked:
             why = "".join(f"\n  {note}" for note in self.judge.notes)
@@ -125,12 +132,14 @@ class _Questions:
         return {name: one for name, one in found.items() if one is not None}
 
     def comparison(self, one: Scored, other: Scored, what: str, against: str) -> Comparison:
+        """One average minus another, on the held-out examples."""
         mine, theirs = self.judge.held_out(one), self.judge.held_out(other)
         if mine is None or theirs is None:
             return Comparison(what, against, one.score - other.score, None, None)
         return Comparison(what, against, *paired_bootstrap(mine, theirs))
 
     def found(self, question: str, best: Scored, **rest: Any) -> Found:
+        """The answer."""
         judge = self.judge
         return Found(
             question=question,
@@ -188,7 +197,7 @@ def search(  # noqa: PLR0913 - keyword-only arguments do not count
         last = {name: tensor.detach().clone() for name, tensor in last.items()}
     limit = (_QUICK if quick else _USUAL) if evaluations is None else evaluations
     at_least_one("evaluations", limit)
-    ask = _asked(trajectory, evaluate, since, until, judging)
+    ask = asked(trajectory, evaluate, since, until, judging)
     with ask.judge.at_work():
         if "windows" in families:
             ask.windows(limit, quick=quick)
@@ -227,7 +236,7 @@ def decay(  # noqa: PLR0913
     **judging: Any,
 ) -> Found:
     """What if I had decayed from here; see `Trajectory.decay`."""
-    ask = _asked(trajectory, evaluate, since, until, judging)
+    ask = asked(trajectory, evaluate, since, until, judging)
     first = ask.edges[0]
     if length is None:
         length = (ask.until - first) / 8
@@ -238,7 +247,7 @@ def decay(  # noqa: PLR0913
     )
     answers = []
     with ask.judge.at_work():
-        for end in _ends(ask.edges, points):
+        for end in ends_of(ask.edges, points):
             start = _nearest(ask.edges, end - length)
             if end - length < first - 1e-9 or start >= end:
                 continue
@@ -260,10 +269,10 @@ def stop(
 ) -> Found:
     """When could I have stopped; see `Trajectory.stop`."""
     at_least_one("evaluations", evaluations)
-    ask = _asked(trajectory, evaluate, since, until, judging)
+    ask = asked(trajectory, evaluate, since, until, judging)
     answers = []
     with ask.judge.at_work():
-        for end in _ends(ask.edges, points):
+        for end in ends_of(ask.edges, points):
             at = ask.edges.index(end)
             search_lengths(ask.window, len(ask.edges), evaluations, at)
             ended = [one for one in ask.scored if one.until == end and not one.failed]
@@ -275,14 +284,14 @@ def stop(
         return _along(ask, "stop", answers, answers[worse[-1] + 1 if worse else 0])
 
 
-def _would_do(ask: _Questions, one: Scored, last: Scored) -> bool:
+def _would_do(ask: Questions, one: Scored, last: Scored) -> bool:
     """Whether it is as good as the last: not shown to be worse, or, of single numbers, not worse."""
     found = ask.comparison(one, last, "", "")
     low, high = (found.difference if b is None else b for b in (found.low, found.high))
     return low <= 0 if ask.judge.minimize else high >= 0
 
 
-def _along(ask: _Questions, question: str, answers: Sequence[Scored], best: Scored) -> Found:
+def _along(ask: Questions, question: str, answers: Sequence[Scored], best: Scored) -> Found:
     last = answers[-1]
     comparisons = [
         ask.comparison(one, last, f"{one.until / ask.until:.0%} of the run", "all of it")
@@ -293,26 +302,32 @@ def _along(ask: _Questions, question: str, answers: Sequence[Scored], best: Scor
     )
 
 
-def _asked(
+def asked(
     trajectory: Trajectory,
     evaluate: Callable[..., Any],
     since: float | None,
     until: float | None,
     judging: dict[str, Any],
-) -> _Questions:
-    names = set(Judging.__dataclass_fields__)
-    unknown = sorted(judging.keys() - names)
-    require(
-        not unknown,
-        f"There is no option {', '.join(unknown)}; expected some of {', '.join(sorted(names))}.",
-    )
+) -> Questions:
+    """A record with its judge, between two moments."""
+    check_options(judging)
     edges = _edges(trajectory, since, until)
     require(
         len(edges) >= 3,
         f"There are {len(edges) - 1} intervals from {edges[0]:g} to {edges[-1]:g} {trajectory.unit}; a search "
         "needs at least 2. Record shorter intervals.",
     )
-    return _Questions(trajectory, Judge(trajectory, evaluate, Judging(**judging)), since, until)
+    return Questions(trajectory, Judge(trajectory, evaluate, Judging(**judging)), since, until)
+
+
+def check_options(judging: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a name that is no option of `Judging`."""
+    names = set(Judging.__dataclass_fields__)
+    unknown = sorted(judging.keys() - names)
+    require(
+        not unknown,
+        f"There is no option {', '.join(unknown)}; expected some of {', '.join(sorted(names))}.",
+    )
 
 
 def _edges(trajectory: Trajectory, since: float | None, until: float | None) -> list[float]:
@@ -340,7 +355,8 @@ def _within(trajectory: Trajectory, name: str, moment: float) -> float:
     return float(moment)
 
 
-def _ends(edges: Sequence[float], points: int) -> list[float]:
+def ends_of(edges: Sequence[float], points: int) -> list[float]:
+    """So many of the edges, the last among them, evenly spread."""
     at_least_one("points", points)
     count = len(edges) - 1
     marks = sorted({max(1, round(count * i / points)) for i in range(1, points + 1)})

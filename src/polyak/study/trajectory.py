@@ -8,15 +8,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.intervals import Interval, scan_intervals
+from polyak.checkpoints.intervals import Interval, refuse_mixed, scan_intervals, the_record
 from polyak.checkpoints.merging.options import parse_bytes
 from polyak.checkpoints.reading.stored import Checkpoint
-from polyak.errors import ArgumentError, FormatError, MismatchError, require
+from polyak.errors import ArgumentError, FormatError, require
 from polyak.files import as_path
 from polyak.maths.arguments import number
 from polyak.maths.pieces import piece_weights, since
@@ -49,13 +50,14 @@ class Trajectory:
     the captures; `plan` says what the rest costs before anything is read.
 
     Args:
-        folder: what a `polyak.Recorder` has written, finished or not.
+        folder: what a `polyak.Recorder` has written, finished or not; or the folder of a run that holds one
+            such folder, up to three levels down.
         cache_size: what the means of 2, 4, 8, ... intervals may take, which are kept in a hidden folder
             there as windows need them; bytes or text like "2GB", 0 for none. By default as much as
             2 log2(K) of the K intervals; none of a record in bfloat16.
 
     Raises:
-        ArgumentError: no such folder, or one without recorded intervals.
+        ArgumentError: no such folder, or one without recorded intervals, or with several records.
         MismatchError: intervals of several records, or of different models.
 
     `damaged` maps files that cannot be used to the reason, `missing` lists the stretches without a file:
@@ -78,6 +80,7 @@ class Trajectory:
     def __init__(self, folder: PathLike, *, cache_size: int | str | None = None) -> None:
         self.folder = as_path(folder)
         require(self.folder.is_dir(), f"There is no folder {self.folder}. Check the path.")
+        self.folder = the_record(self.folder)
         found = scan_intervals(self.folder)
         if not found.intervals:
             why = "".join(f"\n  {path}: {reason}" for path, reason in found.damaged.items())
@@ -88,7 +91,7 @@ class Trajectory:
         self.intervals = found.intervals
         self.damaged = dict(found.damaged)
         self.are_snapshots = False
-        _refuse_mixed(self.intervals)
+        refuse_mixed(self.intervals)
         self._cache_bytes = _cache_bytes(cache_size, self.intervals)
 
     @classmethod
@@ -193,16 +196,21 @@ class Trajectory:
         return found | {alias: found[name] for alias, name in ties.items()}
 
     def tensors(
-        self, plan: Plan, *, dtype: str | torch.dtype | None = None
+        self,
+        plan: Plan,
+        *,
+        dtype: str | torch.dtype | None = None,
+        into: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a planned average one by one, (name, tensor); tied names once.
 
         dtype, errors: as for `average`. One tensor is in memory at a time, if the caller keeps none.
+        into: tensors by name in whose memory the average is made, as for `iter_averaged_tensors`.
         """
         from polyak.checkpoints.merging.average import iter_averaged_tensors
 
         with self._opened([plan]) as (inputs, (weights,)):
-            yield from iter_averaged_tensors(inputs, weights, dtype=self._dtype(dtype))
+            yield from iter_averaged_tensors(inputs, weights, dtype=self._dtype(dtype), into=into)
 
     def save(
         self,
@@ -303,6 +311,18 @@ class Trajectory:
         from polyak.study.search import stop
 
         return stop(self, evaluate, **options)
+
+    def swad(self, evaluate: Callable[..., Any], **options: Any) -> Found:
+        """The window that SWAD would have averaged; see `polyak.study.swad`."""
+        from polyak.study.steered import swad
+
+        return swad(self, evaluate, **options)
+
+    def two_tailed(self, evaluate: Callable[..., Any], **options: Any) -> Found:
+        """What two-tailed averaging would have ended with; see `polyak.study.two_tailed`."""
+        from polyak.study.steered import two_tailed
+
+        return two_tailed(self, evaluate, **options)
 
     def __repr__(self) -> str:
         return (
@@ -430,22 +450,6 @@ class Trajectory:
             "planned_error": f"{plan.error:.3g}",
         }
         return said | ({"step": str(round(plan.until))} if plan.unit == "steps" else {})
-
-
-def _refuse_mixed(intervals: Sequence[Interval]) -> None:
-    newest = intervals[-1]
-    for what, found in (
-        ("record", {one.path.name: one.record for one in intervals}),
-        ("tensors", {one.path.name: one.signature for one in intervals}),
-        ("unit", {one.path.name: one.unit for one in intervals}),
-    ):
-        other = [name for name, value in found.items() if value != found[newest.path.name]]
-        if other:
-            raise MismatchError(
-                f"{newest.path.parent} holds intervals of different runs: the {what} of "
-                f"{', '.join(other[:8])} {'is' if len(other) == 1 else 'are'} not that of "
-                f"{newest.path.name}. Move those of the other run away."
-            )
 
 
 def _cache_bytes(given: int | str | None, intervals: Sequence[Interval]) -> int:

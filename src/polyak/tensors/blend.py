@@ -9,7 +9,7 @@ all this is one launch (`fused.py`), and only tensors that its kernel does not t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,12 @@ from polyak.tensors.updates import Targets, Update, Weight
 # scratch memory for conversion small beside the weights.
 _GROUP_VALUES = {"cpu": 1 << 20}
 _GROUP_VALUES_ELSEWHERE = 1 << 24
+_GROUP_VALUES_READ = (
+    1 << 22
+)  # in the background: few calls, for which the training thread gives way
+
+
+Read = Callable[[list[list[Tensor]]], Iterable[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,10 @@ class _Group:
 
 
 class GroupedTensors:
-    """Moves any number of averages toward the same live weights, and copies statistics beside them."""
+    """Moves any number of averages toward the same live weights, and copies statistics beside them.
+
+    read: how groups of weights are read, one after the other, where that is not from their own memory.
+    """
 
     def __init__(
         self,
@@ -58,12 +67,14 @@ class GroupedTensors:
         *,
         n_averages: int = 1,
         statistics: Sequence[Tensor] = (),
+        read: Read | None = None,
     ) -> None:
         self._live, self._like, self._statistics = live, like, statistics
-        self._bounded = n_averages > 1
+        self._read = read
+        self._bounded = n_averages > 1 or read is not None
         self._groups: list[_Group] = []
         self.live: list[list[Tensor]] = []  # of what goes by groups
-        self._rows = _fused_rows(live, like, statistics)
+        self._rows = _fused_rows(live, like, statistics) if read is None else []
         fused_weights = {index for rows in self._rows for index in rows.weights}
         fused_statistics = {index for rows in self._rows for index in rows.statistics}
         self._group([i for i in range(len(live)) if i not in fused_weights])
@@ -117,14 +128,16 @@ class GroupedTensors:
 
     @torch.inference_mode()  # no_grad still asks each of a thousand tensors whether it takes gradients
     def _blend_groups(self, updates: Sequence[Update]) -> None:
-        for index, group in enumerate(self._groups):
-            source = self.live[index]
+        if not updates:
+            return
+        sources = self.live if self._read is None else self._read(self.live)
+        for index, (group, source) in enumerate(zip(self._groups, sources, strict=True)):
+            values = source if group.scratch is None else group.scratch
             if group.scratch is not None:
-                torch._foreach_copy_(group.scratch, source)
-                source = group.scratch
+                torch._foreach_copy_(values, source)
             for update in updates:
                 apply = add_ if update.adds else lerp_
-                apply(self._views(update.targets)[index], source, update.weight)
+                apply(self._views(update.targets)[index], values, update.weight)
 
     def _group(self, indices: Sequence[int]) -> None:
         buckets: dict[tuple[object, ...], list[int]] = {}
@@ -133,7 +146,14 @@ class GroupedTensors:
             key = (source.device, source.dtype, target.device, target.dtype, source.is_conj())
             buckets.setdefault(key, []).append(index)
         for bucket in buckets.values():
-            self._groups += _groups(self._live, self._like, bucket, bounded=self._bounded)
+            target, limit = self._like[bucket[0]], _GROUP_VALUES_READ
+            if self._read is None:
+                limit = _GROUP_VALUES.get(target.device.type, _GROUP_VALUES_ELSEWHERE)
+            converts = _converts(self._live[bucket[0]], target, self._read)
+            whole = not (self._bounded or converts)
+            self._groups += _groups(
+                self._live, self._like, bucket, limit=None if whole else limit, converts=converts
+            )
         self.live = self._views(Targets(list(self._live)))
 
     def _views(self, targets: Targets) -> list[list[Tensor]]:
@@ -260,16 +280,23 @@ def _fused_rows(
     return found
 
 
+def _converts(source: Tensor, target: Tensor, read: Read | None) -> bool:
+    """Whether values must be copied once more before an average can be moved toward them."""
+    return source.dtype != target.dtype or (read is None and source.device != target.device)
+
+
 def _groups(
-    live: Sequence[Tensor], like: Sequence[Tensor], indices: list[int], *, bounded: bool
+    live: Sequence[Tensor],
+    like: Sequence[Tensor],
+    indices: list[int],
+    *,
+    limit: int | None,
+    converts: bool,
 ) -> Iterator[_Group]:
-    source, target = live[indices[0]], like[indices[0]]
-    converts = (source.dtype, source.device) != (target.dtype, target.device)
-    if not (bounded or converts):
-        pairs = _as_pairs(source)
+    if limit is None:
+        pairs = _as_pairs(live[indices[0]])
         yield _Group(tuple(_Piece(index, as_pairs=pairs) for index in indices), None)
         return
-    limit = _GROUP_VALUES.get(target.device.type, _GROUP_VALUES_ELSEWHERE)
     shared: list[Tensor] = []  # one scratch for all groups of this kind: they take turns
     for pieces in _packed(live, like, indices, limit):
         scratch = _scratch(pieces, like, shared) if converts else None

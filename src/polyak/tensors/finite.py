@@ -39,17 +39,20 @@ def refuse_nonfinite(
 
 
 def _suspects(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    sums = torch.stack([_sum(tensor) for _, tensor in named])
+    # On the host torch makes a copy of half precision before it sums. One piece serves all: of one each, the
+    # allocator gives a part to the sum, and the next no longer fits where the last one was.
+    is_copied = named[0][1].device.type == "cpu" and any(t.itemsize < 4 for _, t in named)
+    piece = torch.empty(_PIECE if is_copied else 0, dtype=torch.float32, device="cpu")
+    sums = torch.stack([_sum(tensor, piece) for _, tensor in named])
     finite = torch.isfinite(sums).tolist()
     return [pair for pair, is_finite in zip(named, finite, strict=True) if not is_finite]
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def _sum(tensor: Tensor, piece: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    if real.device.type == "cpu" and real.itemsize < 4 and real.numel() > _PIECE:
-        # On the host torch makes a copy in the dtype of the sum first.
-        pieces = torch.split(real.reshape(-1), _PIECE)
-        return torch.stack([piece.sum(dtype=torch.float32) for piece in pieces]).sum()
+    if piece.numel() and real.itemsize < 4 and real.numel() > len(piece):
+        parts = torch.split(real.reshape(-1), len(piece))
+        return torch.stack([piece[: len(part)].copy_(part).sum() for part in parts]).sum()
     return real.sum(dtype=torch.float32)
 
 

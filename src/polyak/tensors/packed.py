@@ -50,6 +50,7 @@ class Packed:
         self._in_place = in_place
         self._average = average.detach()
         self._scratch = scratch
+        self._limit = scratch.half.numel()
         order = sorted(range(average.dim()), key=average.stride, reverse=True)
         self._order = order
         self._narrow = weight.view(torch.int16).permute(order)
@@ -91,6 +92,17 @@ class Packed:
             self._restore(*piece, target)
         return result
 
+    @torch.no_grad()
+    def own(self) -> Tensor:
+        """A copy of the weight, while its average is lent."""
+        with torch.inference_mode(False):
+            result = torch.empty_like(self.weight)
+        targets = _parts(result.view(torch.int16).permute(self._order), self._wide, self._limit)
+        for target, wide in targets:
+            halves = wide.view(-1).view(torch.int16)
+            target.copy_(halves[: wide.numel()].view(wide.shape))
+        return result
+
     def finite(self) -> Tensor:
         """A tensor that is finite if the average is, while it is lent: without a copy as a rule."""
         is_finite = bool(torch.isfinite(self.weight.sum(dtype=torch.float32)))
@@ -118,7 +130,7 @@ class Packed:
         return rounded, low, half
 
     def _pieces(self, wide: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return _parts(self._narrow, wide, self._scratch.half.numel())
+        return _parts(self._narrow, wide, self._limit)
 
 
 def can_be_packed(weight: Tensor, average: Tensor) -> bool:

@@ -53,20 +53,6 @@ def refuse_partitioned(name: str, tensor: Tensor) -> None:
         )
 
 
-def refuse_sharded(what: str, *models: Module) -> None:
-    """Raise ArgumentError for models sharded in any way, by what cannot work on them yet."""
-    # FSDP2 shows plain parameters between a forward pass and the next step; the module knows better.
-    for model in models:
-        refuse_flat_modules(model)
-        kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-        found = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
-        if found or "FSDPModule" in kinds:
-            raise ArgumentError(
-                f"{what} is not available on sharded models yet ({found or type(model).__name__} is "
-                "sharded). polyak.Average is."
-            )
-
-
 def is_sharded(tensor: Any) -> TypeGuard[Any]:
     """Whether it is a DTensor, replicated ones included."""
     if type(tensor) in _PLAIN:

@@ -24,6 +24,7 @@ from polyak.errors import UsageError
 from polyak.tensors.blend import paired_parts
 from polyak.tensors.interrupts import interrupts_held
 from polyak.tensors.packed import Packed
+from polyak.tensors.sharding import is_sharded
 
 _SCRATCH_VALUES = 1 << 22  # exchanged at a time: 16 MiB of float32
 _owners: dict[int, object] = {}  # id of a live tensor -> whose values are swapped into it
@@ -74,6 +75,20 @@ def _swap_one(tensor: Tensor, value: Tensor | Packed, undo: ExitStack, *, in_pla
     if not in_place:
         undo.callback(setattr, tensor, "data", tensor.data)
         tensor.data = value.shared() if isinstance(value, Packed) else value
+
+
+@contextmanager
+def parameters_kept(model: Module) -> Iterator[None]:
+    """Put back the parameters for which the block has registered others, which no optimizer would step."""
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            held = module._parameters
+            for key, old in parameters.items():
+                if key in held and not is_sharded(old):  # FSDP registers what it has gathered
+                    held[key] = old
 
 
 @contextmanager

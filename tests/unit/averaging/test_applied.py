@@ -470,3 +470,53 @@ def test_what_has_taken_nothing_yet_takes_nothing_from_a_lent_model(tmp_path, be
     with lent.applied(), pytest.raises(UsageError, match="update"):
         other.update()
     other.update()
+
+
+class Deployed(nn.Module):
+    """In evaluation mode its scale is in its weight, as a new parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.tensor(2.0))
+
+    def fold(self):
+        self.weight = nn.Parameter(self.weight.detach() * self.scale.detach())
+        self.scale = None
+
+    def forward(self, x):
+        return x * self.weight * (1 if self.scale is None else self.scale)
+
+
+def replaced(model):
+    model[1].weight = nn.Parameter(model[1].weight.detach() * 2)
+
+
+def without_bias(model):
+    model[1].bias = None
+
+
+@pytest.mark.parametrize("change", [replaced, without_bias, lambda model: model[0].fold()])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parameters_that_a_block_registers_anew_are_put_back(change, in_place):
+    model = nn.Sequential(Deployed(), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = polyak.Average(model, "swa")
+    average.attach(optimizer)
+
+    def step():
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    parameters = dict(model.named_parameters())
+    live = {name: p.detach().clone() for name, p in parameters.items()}
+    averaged = average.averaged_tensors()
+    with torch.no_grad(), average.applied(in_place=in_place):
+        change(model)
+    assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+    assert all(torch.equal(p, live[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(t, averaged[n]) for n, t in average.averaged_tensors().items())
+    step()
+    assert average.count == 2
+    assert not any(torch.equal(p, live[name]) for name, p in model.named_parameters())

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from reference.models import Tied
 from torch import nn
 
 from polyak import EMA, SWA, After, Average, Averages, PowerEMA, Window
@@ -24,14 +25,6 @@ PROFILES = {
     "window": Window(3),
 }
 every_profile = pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES.keys())
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.embedding.weight
 
 
 class Online(nn.Module):

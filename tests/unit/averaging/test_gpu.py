@@ -11,6 +11,7 @@ from torch import nn
 
 import polyak
 from polyak import EMA, SWA, Average, Averages
+from polyak.errors import UsageError
 from polyak.tensors import fused
 
 pytestmark = [
@@ -210,8 +211,9 @@ def test_fused_steps_that_a_scaler_skips():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_averages_on_the_host_see_every_step_as_it_was(dtype):
-    model = model_of(4, 1_000_000, dtype)
+@pytest.mark.parametrize("count", [4, 60])  # fewer and more than there is room for on the host
+def test_averages_on_the_host_see_every_step_as_it_was(count, dtype):
+    model = model_of(count, 1_000_000, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     averages = Averages(model, {"swa": SWA(), "ema": EMA(decay=0.9)}, device="cpu")
     on_device = Average(model, SWA())
@@ -229,6 +231,18 @@ def test_averages_on_the_host_see_every_step_as_it_was(dtype):
         torch.testing.assert_close(found[name], tensor)
     with averages["swa"].applied():
         assert next(model.parameters()).device.type == "cuda"
+
+
+def test_an_average_on_the_host_is_not_captured():
+    model = model_of()
+    average = Average(model, SWA(), device="cpu", capturable=True)
+    average.update()
+    average.averaged_tensors()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model[0].detach().add_(1)  # of an empty graph torch warns
+        with pytest.raises(UsageError, match="kept on the host"):
+            average.update()
 
 
 def test_in_place_keeps_a_captured_forward_right():

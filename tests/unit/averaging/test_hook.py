@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import polyak
 from polyak import EMA, SWA, Average, Averages, Window
@@ -651,7 +654,7 @@ def test_attached_by_hand_only_the_caller_updates(frozen):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model[0].requires_grad_(not frozen)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    average = polyak.Average(model, polyak.SWA(), unit="epochs")
+    average = Average(model, polyak.SWA(), unit="epochs")
     average.attach(optimizer, by_hand=True)
     first = model[0].weight.detach().clone()
     for epoch in range(3):
@@ -671,4 +674,63 @@ def test_attached_by_hand_only_the_caller_updates(frozen):
         optimizer.step()
     for options in ({"every": 2}, {"at": object()}):
         with pytest.raises(ArgumentError, match="by_hand"):
-            polyak.Average(model, polyak.SWA()).attach(optimizer, by_hand=True, **options)
+            Average(model, polyak.SWA()).attach(optimizer, by_hand=True, **options)
+
+
+def _averages(model, optimizer, folder):
+    averages = Averages(model, {"swa": "swa", "ema": "ema:decay=0.9"})
+    averages.attach(optimizer)
+    averages.update()
+    return averages
+
+
+def _lent(model, optimizer, folder):
+    average = _averages(model, optimizer, folder)["ema"]
+    average.applied().__enter__()
+    return average
+
+
+def _recorded(model, optimizer, folder):
+    recorder = polyak.Recorder(model, folder, interval=2, captures=2)
+    recorder.attach(optimizer)
+    return recorder
+
+
+def _feeding(model, optimizer, folder):
+    average = Average(model, "swa")
+    average.attach(optimizer)
+    average.follower(copy.deepcopy(model))
+    average.write_back(every=2)
+    return average
+
+
+@pytest.mark.parametrize("attached", [_averages, _lent, _recorded, _feeding])
+def test_what_was_never_detached_keeps_no_model_alive(attached, tmp_path):
+    # A sweep makes many models in one process; torch keeps hooks of all optimizers for good.
+
+    def train():
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        average = attached(model, optimizer, tmp_path / "record")
+        if attached is not _lent:
+            model(torch.randn(4, 3)).sum().backward()
+            optimizer.step()
+        kept = [model, optimizer, average, *model.parameters()]
+        return [weakref.ref(one) for one in kept]
+
+    left = train()
+    gc.collect()
+    assert [one() for one in left] == [None] * len(left)
+    assert len(_global_optimizer_pre_hooks) <= 1
+
+
+def test_a_copy_of_an_attached_average_detaches_too():
+    model, optimizer = problem()
+    average = Average(model, SWA())
+    average.attach(optimizer)
+    with pytest.warns(PolyakWarning, match="hooks are not"):
+        twin = copy.deepcopy(average)
+    average.detach()
+    twin.detach()
+    step(model, optimizer)
+    assert average.empty

@@ -12,7 +12,7 @@ from torch import nn
 import polyak
 from polyak import EMA, SWA, Average, Averages, Window
 from polyak.averaging import packing
-from polyak.errors import NonFiniteError, PolyakWarning
+from polyak.errors import NonFiniteError, PolyakWarning, UsageError
 from polyak.tensors.memory import address
 
 
@@ -354,3 +354,28 @@ def test_inside_and_outside_of_inference_mode():
     assert same(bits(model.state_dict()), own)
     assert same(exact(average), before)
     average.update()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("profile", [SWA(), Window(3), EMA(decay=0.99999)])
+def test_figures_inside_a_loan_are_those_of_outside(profile, in_place, dtype):
+    # The last profile has an open block; a window is computed; the rest is swapped or packed.
+    model = make().to(dtype)
+    averages = Averages(model, {"lent": profile, "other": EMA(decay=0.5)}, unit="steps")
+    for seed in range(4):
+        moved(model, seed)
+        averages.update()
+    expected = {name: average.metrics() for name, average in averages.items()}
+    assert all(figures["distance"] > 0 for figures in expected.values())
+    with averages["lent"].applied(in_place=in_place):
+        model(torch.ones(2, 3, 4, 4, dtype=dtype))
+        assert {name: average.metrics() for name, average in averages.items()} == expected
+    assert {name: average.metrics() for name, average in averages.items()} == expected
+
+
+def test_figures_of_another_average_are_refused_inside_a_loan():
+    model = make()
+    average, other = averaged(model), averaged(model)
+    with average.applied(), pytest.raises(UsageError, match=r"metrics\(\) inside applied"):
+        other.metrics()

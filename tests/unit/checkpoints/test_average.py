@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import polyak
 from polyak.checkpoints.merging.average import average_checkpoints, iter_averaged_tensors
+from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.prepare import prepared
+from polyak.checkpoints.merging.rules import WeightedSum
 from polyak.checkpoints.merging.weights import OutputWeights
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.errors import (
@@ -455,3 +458,19 @@ def test_tensors_one_by_one(tmp_path):
     whole = merged(paths, tmp_path, "ema:half_life=100")
     assert streamed.keys() == whole.keys()
     assert all(torch.equal(streamed[name], whole[name]) for name in whole)
+
+
+def test_the_plan_counts_what_many_inputs_take(tmp_path):
+    # Means of blocks are merged in pairs: more rows for more inputs.
+    paths = [tmp_path / f"step-{i}.safetensors" for i in range(70)]
+    for path in paths:
+        save_file({"w": torch.ones(4096)}, path)
+    memory = {}
+    for count in (8, 70):
+        with prepared(
+            paths[:count], {tmp_path / "out.pt": "swa"}, MergeOptions(threads=1)
+        ) as merge:
+            memory[count] = merge.memory
+    rows = WeightedSum([1 / 70] * 70).buffers
+    assert rows > 1
+    assert memory[70] - memory[8] >= (rows - 1) * 4096 * 4

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from polyak.checkpoints.merging import plan as planning
 from polyak.checkpoints.merging import prepare
 from polyak.checkpoints.merging.average import average_checkpoints
+from polyak.checkpoints.merging.rules import Part, WeightedSum
 from polyak.errors import FormatError, NonFiniteError
 
 ANY = torch.Generator().manual_seed(1)
@@ -151,3 +152,21 @@ def test_memory_does_not_grow_with_the_files(tmp_path):
         assert after - before < 60_000  # kilobytes above the imports; ru_maxrss counts the parent's
         peaks.append(after)
     assert peaks[1] < 1.05 * peaks[0]
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 32, 50, 64])
+def test_the_mean_of_many_is_as_close_as_that_of_two(count):
+    generator = torch.Generator().manual_seed(count)
+    values = 1 + 0.1 * torch.randn(count, 20_000, generator=generator)
+    rule = WeightedSum([0.0, *[1 / count] * count, 0.0])
+    assert rule.buffers <= 1 + ((count - 1) // 8).bit_length()
+    rows = list(torch.full((rule.buffers, 20_000), float("nan")))
+    for index, one in enumerate(values, start=1):
+        rule.add(rows, Part(one, index, index == 1))
+    rule.finish(rows)
+    exact = values.double().mean(0)
+    assert (rows[0] - exact).norm() <= 6e-8 * exact.norm()
+    for index, one in enumerate([values[0]] * count, start=1):
+        rule.add(rows, Part(one, index, index == 1))
+    rule.finish(rows)
+    assert torch.equal(rows[0], values[0])

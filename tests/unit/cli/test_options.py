@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polyak.cli.app import run, with_flags
+from polyak.reference_run.run import Run
 
 MODULE = """
 import torch
@@ -101,6 +102,7 @@ REFUSED = {
     "train --momentum 2": "--momentum is 2.0",
     "train --rate nan": "--rate is nan",
     "train --seeds 0": "--seeds is 0",
+    "train --seeds 3:8 --first-seed 2": "Pass one",
     "train --arms swa": "expected sgd, then",
     "train --batchnorm --model a:b": "--model and --batchnorm exclude",
     "train --data a:b --data-folder c": "--data and --data-folder exclude",
@@ -166,6 +168,20 @@ def test_what_is_excluded_is_that_of_the_newest():
 def test_one_file_is_converted_whatever_is_left_out():
     assert run(arguments("average step-100.safetensors -o out.safetensors --exclude '*'")) == 0
     assert load_file("out.safetensors")["w"][0] == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "seeds"),
+    [
+        ("--seeds 1 --first-seed 100", range(100, 101)),
+        ("--seeds 3:5", range(3, 5)),
+    ],
+)
+def test_the_seeds_of_a_run(flags, seeds, there):
+    size = "--quick --arms sgd --batch-size 2000 --epochs 1 --record-intervals 0 --output out"
+    assert run(["train", "taught", *size.split(), *flags.split()]) == 0
+    assert Run(there / "out").recipe.all_seeds == seeds
+    assert {final["seed"] for final in Run(there / "out").finals()} == set(seeds)
 
 
 def test_a_cycle_that_does_not_end_is_said(capsys):

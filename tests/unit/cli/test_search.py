@@ -134,6 +134,18 @@ def test_the_other_questions(record, tmp_path, capsys, question):
     assert page.exists()
 
 
+@pytest.mark.parametrize("rule", ["swad", "two-tailed"])
+def test_a_rule_instead_of_a_search(record, tmp_path, capsys, rule):
+    flags = ["--evaluate", "judged:distance", "--minimize", "--rule", rule]
+    best, page = tmp_path / "best.safetensors", tmp_path / "page.html"
+    assert run(["search", str(record), *flags, "-o", str(best), "--report", str(page)]) == 0
+    said = capsys.readouterr().out
+    chosen = re.search(r"Chosen by the rule: (\S+) at (\d+) steps", said)
+    expected = polyak.Trajectory(record).average(chosen[1], float(chosen[2]))
+    assert torch.equal(load_file(best)["weight"], expected["weight"])
+    assert page.exists()
+
+
 def test_checkpoints_instead_of_a_record(record, tmp_path, capsys):
     for step in (10, 20, 30, 40):
         torch.save({"weight": torch.full((1, 2), float(step))}, tmp_path / f"step-{step}.pt")

@@ -70,3 +70,20 @@ def test_thin(record, capsys):
     assert len(polyak.Trajectory(record).intervals) == 4
     assert run(["thin", str(record), "--keep", "3", "--by", "age"]) == 0
     assert run(["thin", str(record.parent / "nowhere"), "--keep", "3"]) == 2
+
+
+def test_the_folder_of_a_run_stands_for_the_one_record_in_it(record, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    made, search = tmp_path / "made.pt", ["--command", "echo {file} 1", "--minimize"]
+    assert run(["average", str(tmp_path), "-o", str(made), "--method", "window:length=40"]) == 0
+    assert torch.load(made)["weight"][0, 0] == 141
+    made.unlink()
+    assert run(["stop", str(tmp_path), *search]) == 0
+    (tmp_path / "other").mkdir()
+    record.rename(tmp_path / "other" / "first")
+    second = tmp_path / "other" / "second"
+    second.mkdir()
+    for one in (tmp_path / "other" / "first").glob("*.safetensors"):
+        (second / one.name).write_bytes(one.read_bytes())
+    assert run(["average", str(tmp_path), "-o", str(made), "--method", "swa"]) == 2
+    assert str(second) in capsys.readouterr().err

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from reference import accelerate_fsdp_runs
-from reference.ranks import launch
+from reference.ranks import check_said, free_port, launch, said_in
 
 import polyak
 import polyak.sharded
@@ -21,19 +19,13 @@ N_RANKS = 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("accelerate")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch(accelerate_fsdp_runs.run, N_RANKS, str(path), port)
+    launch(accelerate_fsdp_runs.run, N_RANKS, str(path), free_port())
     return path
 
 
 @pytest.mark.parametrize("name", accelerate_fsdp_runs.CHECKS)
 def test_fsdp2(folder: Path, name: str) -> None:
-    for rank in range(N_RANKS):
-        said = json.loads((folder / f"{rank}.json").read_text())
-        text = said.get(name, "was not run: an earlier one has failed, or hangs")
-        assert text == "ok", f"rank {rank}: {text}"
+    check_said(said_in(folder, N_RANKS), name)
 
 
 def test_one_process_reads_it(folder: Path) -> None:

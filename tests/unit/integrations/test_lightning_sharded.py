@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import traceback
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from reference.ranks import become_rank, free_port, launch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -124,13 +124,10 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def rank(index, folder, port):
+def rank(index, n_ranks, folder, port):
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    os.environ.update(
-        RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
-    )  # fmt: skip
+    become_rank(index, n_ranks, port, GROUP_RANK="0", TORCHELASTIC_RUN_ID="test")
     try:
         found = facts(folder)
     except BaseException:
@@ -140,18 +137,7 @@ def rank(index, folder, port):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_sharded_module_is_averaged_validated_saved_and_resumed(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank, args=(i, str(tmp_path), port)) for i in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(90)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    launch(rank, 2, str(tmp_path), free_port())
     for index in range(2):
         found = json.loads((tmp_path / f"{index}.json").read_text())
         assert "failed" not in found, found["failed"]

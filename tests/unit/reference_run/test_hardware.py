@@ -13,7 +13,7 @@ from polyak.reference_run.models import Net
 
 def test_images_and_weights_are_channels_last():
     hardware = Hardware.named("cpu")
-    images = hardware.images(torch.randn(2, 3, 8, 8))
+    images = hardware.inputs(torch.randn(2, 3, 8, 8))
     assert images.is_contiguous(memory_format=torch.channels_last)
     weight = hardware.place(Net(in_channels=3)).conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from polyak.errors import (
     UsageError,
 )
 from polyak.maths.profiles import EMA, Window
-from polyak.reference_run.arm import logits_of
+from polyak.reference_run.evaluation import logits_of
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.loop import plan, train
 from polyak.reference_run.models import Net
@@ -369,3 +369,12 @@ def test_a_stopped_run_has_the_records_of_what_is_done(short, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("scribbled over")
     train(short, tmp_path / "run", resume=True)
     assert Run(tmp_path / "run").is_finished()
+
+
+@pytest.mark.parametrize("averages", [("ema", "swa"), ("ema", "power", "swa", "wsm")])
+def test_averages_of_the_annealed_arm_are_not_those_of_the_arms_that_leave_it(
+    short, tmp_path, averages
+):
+    recipe = dataclasses.replace(short, seeds=1, averages=averages)
+    run = train(recipe, tmp_path / "run")
+    assert {final["arm"] for final in run.finals()} == set(recipe.arms)

@@ -11,7 +11,7 @@ from polyak.reference_run.recipe import Recipe, load_recipe, quick_version, ship
 def test_the_shipped_recipes():
     assert shipped_recipes() == [
         "annealing-wins", "batchnorm", "default", "fashion", "note", "paper-preresnet",
-        "paper-vgg16", "paper-wrn", "taught", "wrn",
+        "paper-vgg16", "paper-wrn", "taught", "words", "wrn",
     ]  # fmt: skip
     assert load_recipe("default") == Recipe()
     assert all(load_recipe(name).name == name for name in shipped_recipes())
@@ -74,7 +74,7 @@ def test_a_file_that_is_not_toml(tmp_path):
         ("cycle_low", 0.2, "cycle_low is 0.2, above cycle_high"),
         ("momentum", 1.0, "expected 0 <= momentum < 1"),
         ("weight_decay", -1.0, "weight_decay is -1.0"),
-        ("final_ratio", 0.0, "final_ratio is 0.0"),
+        ("final_ratio", -0.1, "final_ratio is -0.1"),
         ("constant_until", 0.98, "constant_until <= annealed_at"),
         ("branch_at", 1.0, "branch_at is 1.0"),
         ("branch_at", 0.001, "at least one epoch before and one after"),
@@ -137,3 +137,21 @@ def test_a_recipe_that_cannot_be_read_is_one_error(tmp_path):
     with pytest.raises(FormatError, match="not a TOML file") as caught:
         load_recipe(str(tmp_path / "bad.toml"))
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": ("cosine",), "swa_from": 0.99}, "averaging would begin after the last"),
+        ({"averages": ("ema", "wsm"), "arms": ("cosine",), "swa_from": 0.99}, "averaging would begin"),
+        ({"strategy": "fsdp"}, "."),
+    ],
+)  # fmt: skip
+def test_runs_of_words_that_could_not_end_are_refused(fields, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_recipe("words", fields)
+
+
+def test_a_sharded_model_is_not_copied_for_an_average():
+    with pytest.raises(ArgumentError, match="wsm, which is made in a whole copy"):
+        Recipe(averages=("ema", "wsm"), strategy="fsdp")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from polyak.reference_run.recipe import ARMS
 from polyak.report import figures
 from polyak.report.drawing import Picture, draw
 from polyak.study.paired import Estimate
@@ -39,8 +40,11 @@ def test_the_budget_draws_means_bands_and_where_annealed_runs_end(ax):
 
 
 def test_a_colour_has_one_meaning():
-    colours = [*figures.ARM_COLOURS.values(), figures.COLOURS["swa"], figures.COLOURS["ema"]]
-    assert len(set(colours)) == len(colours)
+    averages = [colour for kind, colour in figures.COLOURS.items() if kind != "iterate"]
+    for arms in ARMS.values():
+        colours = [*(figures.ARM_COLOURS[arm] for arm in arms), *averages]
+        assert len(set(colours)) == len(colours)
+    assert set(figures.FAMILY_COLOURS.values()) == set(averages)
     assert figures.colour_of("swa", "iterate") == figures.COLOURS["iterate"]
     assert figures.colour_of("cyclic", "swa") == figures.colour_of("swa", "swa")
 

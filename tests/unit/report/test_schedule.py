@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from polyak import plot_schedule
 from polyak.errors import ArgumentError, MissingExtra, OutputError
+from polyak.report.figures import ARM_COLOURS, COLOURS
 from polyak.report.schedule import save_schedule_plot
 from polyak.schedules import Constant, Cosine, CyclicLinear, Sawtooth, chain
 
@@ -47,6 +49,8 @@ def test_three_colours_and_their_names(ax):
     assert labels(ax) == ["Base LR schedule", "SWA LR schedule", "Averaged weights"]
     colours = {tuple(p.get_edgecolor()) for p in ax.patches} | {ax.lines[0].get_color()}
     assert len(colours) == 3
+    assert ax.lines[0].get_color() == COLOURS["swa"]
+    assert tuple(ax.patches[0].get_edgecolor()) == to_rgba(ARM_COLOURS["sgd"])
 
 
 def test_several_averaging_parts_are_named_once(ax):

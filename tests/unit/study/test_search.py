@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import linecache
+import math
 import random
+import sys
 import time
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import polyak
@@ -23,6 +28,8 @@ from polyak.errors import (
 )
 from polyak.study.bootstrap import MOST_DRAWN, paired_bootstrap
 from polyak.study.classify import ScaledNLL
+from polyak.study.command import Command
+from polyak.study.evaluations import model_identity
 from polyak.study.metrics import best_temperature, nll
 from polyak.study.windows import search_lengths, search_windows
 
@@ -185,6 +192,45 @@ def test_nothing_is_evaluated_twice(record, tmp_path):
     assert wider.count == more.evaluations == 25 - 16 + 5
     record.search(other := Calls(), **{**options, "name": "another"})
     assert other.count == 17
+
+
+LAYER = "import torch\n\n\nclass Layer(torch.nn.Linear):\n    def forward(self, x):\n        return {}\n"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_of_other_code_is_another(tmp_path, nested):
+    """Its layers print as before; what they compute is another thing."""
+
+    def built(result):
+        (tmp_path / "layer.py").write_text(LAYER.format(result))
+        spec = importlib.util.spec_from_file_location("layer", tmp_path / "layer.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["layer"] = module
+        linecache.checkcache()
+        return torch.nn.Sequential(module.Layer(2, 2)) if nested else module.Layer(2, 2)
+
+    before = model_identity(built("super().forward(x)"))
+    assert model_identity(built("super().forward(x)")) == before
+    assert model_identity(built("super().forward(x).relu()")) != before
+    del sys.modules["layer"]
+    assert model_identity(torch.nn.Linear(2, 2)) != model_identity(torch.nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("printed", "score"),
+    [
+        ("epoch 3: the loss is 0.35.", 0.35),
+        ("step 10\nThe score: 7.", 7.0),
+        ("of 20 \x1b[32m0.5\x1b[0m", 0.5),
+        ("epoch 3 -Infinity", -math.inf),
+        ("0.25 by version 2.1.3", 0.25),
+        ("0.25 in 12s", 0.25),
+    ],
+)
+def test_the_last_number_is_found_as_people_print_it(tmp_path, printed, score):
+    (tmp_path / "said").write_text(printed)
+    assert Command(f"cat {tmp_path / 'said'} {{file}}")("/dev/null") == score
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"key": 1}', "half", "values"])
@@ -477,7 +523,9 @@ def test_scores_of_another_length(record):
         record.search(lambda state: torch.ones(next(sizes)), minimize=True, cache=False)
 
 
-@pytest.mark.parametrize("result", [None, "good", torch.ones(2, 2), [], {"loss": 1.0}])
+@pytest.mark.parametrize(
+    "result", [None, "good", torch.ones(2, 2), torch.ones(3) + 1j, 1j, [], {"loss": 1.0}]
+)
 def test_results_that_are_no_scores(record, result):
     with pytest.raises(ArgumentError, match="expected a number, or a 1-D tensor"):
         record.search(lambda state: result, minimize=True, cache=False)
@@ -532,3 +580,21 @@ def test_what_is_no_evaluation(record, evaluate):
 def test_decays_that_cannot_be(record, options):
     with pytest.raises(ArgumentError):
         record.decay(Calls(), cache=False, **options)
+
+
+def test_files_of_a_model_without_batchnorm_need_no_refreshing(tmp_path):
+    class Reads:
+        takes_file = True
+
+        def __call__(self, path):
+            return float(load_file(path)["weight"].square().sum())
+
+    model = nn.Linear(2, 1)
+    recorder = polyak.Recorder(model, tmp_path / "record", interval=1, captures=1)
+    for _ in range(3):
+        recorder.update()
+    recorder.close()
+    found = polyak.Trajectory(tmp_path / "record").search(
+        Reads(), model=model, data=[torch.ones(4, 2)], minimize=True, quick=True
+    )
+    assert found.best.score == pytest.approx(float(model.weight.detach().square().sum()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from reference.trajectory import planned_error as obvious_error
@@ -92,14 +91,16 @@ def test_weights_sum_to_1_and_the_average_is_their_sum(recorded, walk, profile, 
 def test_windows_on_edges_read_few_files_and_are_the_mean_of_their_captures(folder, walk):
     trajectory = Trajectory(folder)
     for first, last in [(0, 32), (1, 31), (3, 30), (8, 16), (31, 32), (5, 6)]:
-        for _ in range(2):  # the second time means are there
+        for _ in range(4):  # in the end the means are there
             now = last * LENGTH
             profile = polyak.Window((last - first) * LENGTH)
             found = trajectory.average(profile, now)["first.weight"].double()
             expected = captured_mean(walk, first * LENGTH, now)
             torch.testing.assert_close(found, expected, atol=3e-6, rtol=2e-7)
         with trajectory._opened([trajectory.plan(profile, now)]) as (inputs, _):
-            assert len(inputs) - 1 <= 2 * np.log2(COUNT)
+            assert len(inputs) - 1 < 16
+    sizes = [one.stat().st_size for one in (folder / ".means").iterdir()]
+    assert 3 <= len(sizes) <= 6, sizes  # none of a few files, which are read as fast
 
 
 @pytest.mark.filterwarnings("ignore::polyak.errors.StaleStatistics")
@@ -286,3 +287,35 @@ def test_groups_do_not_reach_over_what_is_missing(folder):
     groups = grouped(found, 1)
     assert [(g[0].start, g[-1].end) for g in groups] == [(0, 300), (320, 640)]
     assert all(a.end == b.start for g in groups for a, b in itertools.pairwise(g))
+
+
+def test_a_record_is_found_in_the_folder_of_its_run(recorded, tmp_path):
+    run = tmp_path / "run"
+    first = shutil.copytree(recorded, run / "record" / "seed-0" / "swa")
+    (run / "metrics.jsonl").write_text("{}")
+    assert Trajectory(run).folder == first
+    assert Trajectory(run / "record").edges == Trajectory(recorded).edges
+    second = shutil.copytree(recorded, run / "record" / "seed-1" / "swa")
+    with pytest.raises(ArgumentError, match="holds 2 records; name the one") as refused:
+        Trajectory(run)
+    assert str(first) in str(refused.value)
+    assert str(second) in str(refused.value)
+    assert Trajectory(second).folder == second
+
+
+@pytest.mark.filterwarnings("ignore::polyak.errors.StaleStatistics")
+def test_an_average_is_made_in_the_tensors_that_are_given(folder):
+    trajectory = Trajectory(folder)
+    plan = trajectory.plan("window:length=400")
+    expected = dict(trajectory.tensors(plan))
+    fits = torch.full_like(expected["first.weight"], float("nan"))
+    row = torch.zeros(expected["first.bias"].shape[0] * 2)[::2]  # not in one row
+    wide = torch.zeros_like(expected["norm.weight"], dtype=torch.float64)
+    into = {"first.weight": fits, "first.bias": row, "norm.weight": wide}
+    found = dict(trajectory.tensors(plan, into=into))
+    assert found["first.weight"] is fits
+    assert found["first.bias"] is not row
+    assert found["norm.weight"] is not wide
+    assert row.count_nonzero() == wide.count_nonzero() == 0
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from polyak.checkpoints.merging.engine import Job, Sink, Worker
 from polyak.checkpoints.merging.execute import execute
 from polyak.checkpoints.merging.options import MergeOptions
-from polyak.checkpoints.merging.plan import ByteRuns, MergePlan
 from polyak.checkpoints.merging.prepare import (
     Input,
     Merge,
@@ -22,8 +21,8 @@ from polyak.checkpoints.merging.prepare import (
     warn_of_stale,
 )
 from polyak.checkpoints.merging.spread import Spread, spread_of, warn_of_no_basin
+from polyak.checkpoints.merging.stream import streamed
 from polyak.checkpoints.merging.weights import Method, OutputWeights
-from polyak.checkpoints.reading.stored import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -196,11 +195,16 @@ def iter_averaged_tensors(  # noqa: PLR0913 - keyword-only arguments do not coun
     base: PathLike | None = None,
     key: str | None = None,
     normalize: bool = False,
+    into: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an average one by one, to write them elsewhere: (name, tensor).
 
     The arguments and errors are those of `average_checkpoints`. One tensor is in memory at a time, if
     the caller keeps none. Tied names are yielded once.
+
+    into: tensors by name, such as a model's, in whose memory the result is made and which are yielded,
+    where their dtype and shape are the result's and their values lie in one row in the host's memory.
+    After an error some of them may be changed.
 
     >>> import tempfile, pathlib, torch
     >>> from safetensors.torch import save_file
@@ -215,33 +219,9 @@ def iter_averaged_tensors(  # noqa: PLR0913 - keyword-only arguments do not coun
     )
     with prepared(inputs, {"memory://averaged.safetensors": method}, options) as merge:
         warn_of_stale(merge, "FILE")
-        for tensor in merge.alignment.tensors:
-            memory = _Memory(tensor.nbytes)
-            runs: ByteRuns[Sink] = ByteRuns()
-            runs.add(memory, 0, tensor.nbytes)
-            plan = MergePlan([tensor], merge.plan.chunk_bytes)
-            paths = [one.path for one in merge.all_inputs]
-            worker = Worker(Job(plan, merge.rules, [[runs]], paths))
-            for index in range(len(plan)):
-                worker.merge(plan[index], checksums=False)
-            yield tensor.name, memory.as_tensor(tensor.dtype, tensor.shape)
+        yield from streamed(merge, into)
         for one in merge.all_inputs:
             one.check_unchanged()
-
-
-class _Memory:
-    """An output that stays in memory."""
-
-    def __init__(self, size: int) -> None:
-        self._bytes = bytearray(size)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._bytes[offset : offset + len(data)] = data
-
-    def as_tensor(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if not self._bytes:
-            return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
-        return torch.frombuffer(self._bytes, dtype=TORCH_DTYPES[dtype]).reshape(shape)
 
 
 def _summary(merge: Merge, seconds: float, *, published: bool) -> MergeResult:

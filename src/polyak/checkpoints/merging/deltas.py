@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.align import MergedTensor
-from polyak.checkpoints.merging.measure import gram_matrix, kth_largest_changes, per_tensor
-from polyak.checkpoints.merging.rules import Rule, SumOfDeltas, SumPerTensor
+from polyak.checkpoints.merging.measure import Inputs, gram_matrix, kth_largest_changes
+from polyak.checkpoints.merging.rules import ElectedDeltas, Rule, SumOfDeltas, SumPerTensor
+from polyak.checkpoints.reading.stored import accumulator
 from polyak.errors import ArgumentError, require
 from polyak.maths import text
 from polyak.maths.arguments import count, number
 from polyak.maths.profile import Profile
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMPY: Mapping[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Combination(ABC):
@@ -41,14 +42,8 @@ class Combination(ABC):
         """A weight per input, in the order of the call; ArgumentError where it cannot be made of these."""
 
     @abstractmethod
-    def rule(
-        self,
-        tensors: Sequence[MergedTensor],
-        weights: Sequence[float],
-        has_base: bool,
-        threads: int,
-    ) -> Rule:
-        """The rule for these tensors, whose sources begin with the base, if there is one."""
+    def rule(self, inputs: Inputs) -> Rule:
+        """The rule for these inputs, with what it has to know of them."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +82,24 @@ class Ties(Combination):
         _require_base(self, has_base)
         return _weights(self.weights, inputs, 1.0)
 
-    def rule(
-        self,
-        tensors: Sequence[MergedTensor],
-        weights: Sequence[float],
-        has_base: bool,
-        threads: int,
-    ) -> Rule:
+    def rule(self, inputs: Inputs) -> Rule:
         """The rule, with what it has to know of the inputs."""
 
+        # `hardshrink` keeps what is larger than its bound; what is as large as ours is to stay.
         def find(tensor: MergedTensor) -> list[float]:
-            return kth_largest_changes(tensor, self.density)
+            dtype = _NUMPY[accumulator(tensor.numbers[0] if tensor.numbers else tensor.dtype)]
+            least = kth_largest_changes(tensor, self.density)
+            return [
+                np.nextafter(dtype(bound), dtype(0)).item() if bound else 0.0 for bound in least
+            ]
 
-        least = per_tensor(tensors, find, threads)
+        below = inputs.each(find)
 
         def trim(delta: Tensor, name: str, index: int, begin: int) -> None:
-            # `hardshrink` keeps what is larger than its bound; what is as large as ours is to stay.
-            if bound := least[name][index]:
-                below = np.nextafter(np.array(bound, _NUMPY[delta.dtype]), 0).item()
-                torch.ops.aten.hardshrink.out(delta, below, out=delta)
+            if bound := below[name][index]:
+                torch.hardshrink(delta, bound, out=delta)
 
-        return SumOfDeltas(weights, self.scale, trim, elect=True)
+        return ElectedDeltas(inputs.weights, self.scale, trim)
 
 
 @dataclass(frozen=True)
@@ -154,20 +146,15 @@ class Dare(Combination):
         _require_base(self, has_base)
         return _weights(self.weights, inputs, 1 / inputs)
 
-    def rule(
-        self,
-        tensors: Sequence[MergedTensor],
-        weights: Sequence[float],
-        has_base: bool,
-        threads: int,
-    ) -> Rule:
+    def rule(self, inputs: Inputs) -> Rule:
         """The rule, with what it has to know of the inputs."""
 
         def drop(delta: Tensor, name: str, index: int, begin: int) -> None:
             kept = kept_at_random(self.seed, name, index, begin, len(delta), self.density)
-            delta.mul_(kept.to(delta.dtype)).div_(self.density)
+            delta.mul_(kept.to(delta.dtype))
 
-        return SumOfDeltas(weights, self.scale, drop, elect=self.elect)
+        rule = ElectedDeltas if self.elect else SumOfDeltas
+        return rule(inputs.weights, self.scale / self.density, drop)
 
 
 @dataclass(frozen=True)
@@ -188,15 +175,9 @@ class ModelStock(Combination):
         require(inputs > 1, "Model Stock needs the angle between runs; there is one input.")
         return (1 / inputs,) * inputs
 
-    def rule(
-        self,
-        tensors: Sequence[MergedTensor],
-        weights: Sequence[float],
-        has_base: bool,
-        threads: int,
-    ) -> Rule:
+    def rule(self, inputs: Inputs) -> Rule:
         """The rule, with what it has to know of the inputs."""
-        runs = len(weights)
+        runs = len(inputs.weights)
 
         def find(tensor: MergedTensor) -> list[float]:
             cosines = _cosines(gram_matrix(tensor, has_base=True))
@@ -204,7 +185,7 @@ class ModelStock(Combination):
             share = runs * mean / (1 + (runs - 1) * mean)
             return [1 - share, *[share / runs] * runs]
 
-        return SumPerTensor(per_tensor(tensors, find, threads), runs + 1)
+        return SumPerTensor(inputs.each(find), runs + 1)
 
 
 @dataclass(frozen=True)
@@ -237,21 +218,15 @@ class Slerp(Combination):
         require(inputs == 2, f"SLERP is of two inputs; there are {inputs}.")
         return (1 - self.t, self.t)
 
-    def rule(
-        self,
-        tensors: Sequence[MergedTensor],
-        weights: Sequence[float],
-        has_base: bool,
-        threads: int,
-    ) -> Rule:
+    def rule(self, inputs: Inputs) -> Rule:
         """The rule, with what it has to know of the inputs."""
 
         def find(tensor: MergedTensor) -> list[float]:
-            cosine = float(_cosines(gram_matrix(tensor, has_base=has_base))[0, 1])
-            along = _along_arc(weights, cosine)
-            return [1 - math.fsum(along), *along] if has_base else along
+            cosine = float(_cosines(gram_matrix(tensor, has_base=inputs.has_base))[0, 1])
+            along = _along_arc(inputs.weights, cosine)
+            return [1 - math.fsum(along), *along] if inputs.has_base else along
 
-        return SumPerTensor(per_tensor(tensors, find, threads), len(weights) + has_base)
+        return SumPerTensor(inputs.each(find), len(inputs.weights) + inputs.has_base)
 
 
 def parse_method(method: str) -> Profile | Combination:

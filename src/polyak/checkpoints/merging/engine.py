@@ -8,9 +8,11 @@ finite are found by one pass over each result, and explained only when found.
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.plan import VECTOR, ByteRuns, Chunk, MergePlan, Reader, Segment
-from polyak.checkpoints.merging.rules import Piece, Rule, WeightedSum
+from polyak.checkpoints.merging.rules import Part, Piece, Rule, WeightedSum
 from polyak.checkpoints.reading.stored import TORCH_DTYPES, StoredTensor, accumulator, itemsize
 from polyak.errors import NonFiniteError
 
@@ -29,6 +31,18 @@ class Sink(Protocol):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`."""
+
+
+class Memory(ABC):
+    """A sink that stays in memory, where sums are made at once: nothing need be written then."""
+
+    @abstractmethod
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`."""
+
+    @abstractmethod
+    def room(self, offset: int, length: int) -> Room:
+        """The memory of these bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +55,26 @@ class Job:
     paths: Sequence[str]
 
 
-class Buffer:
-    """Page-aligned memory that files read into and torch computes on."""
+class Room:
+    """Memory that files read into and torch computes on."""
 
-    def __init__(self, size: int) -> None:
-        self._memory = mmap.mmap(-1, max(size, 1))
-        self.bytes = memoryview(self._memory)
+    def __init__(self, memory: memoryview) -> None:
+        self.bytes = memory
         self._views: dict[torch.dtype, Tensor] = {}
 
     def as_tensor(self, dtype: torch.dtype, values: int) -> Tensor:
-        """The first values of the buffer as a tensor."""
+        """The first values in it as a tensor."""
         if dtype not in self._views:
             count = len(self.bytes) // dtype.itemsize
-            self._views[dtype] = torch.frombuffer(self._memory, dtype=dtype, count=count)
+            self._views[dtype] = torch.frombuffer(self.bytes, dtype=dtype, count=count)
         return self._views[dtype][:values]
+
+
+class Buffer(Room):
+    """Page-aligned memory of a thread's own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(memoryview(mmap.mmap(-1, max(size, 1))))
 
 
 class Worker:
@@ -84,10 +104,41 @@ class Worker:
             everywhere = range(len(self._job.outputs))
             return self._write(everywhere, chunk, self._raw.bytes[:length], checksums)
         rules = self._job.rules if segment.mean else [_newest_only(segment)]
-        self._accumulate(segment, chunk, rules)
-        return self._cast(segment, chunk, len(rules), checksums)
+        lent = self._lent(segment, chunk)
+        rows: Sequence[Sequence[Room]] = [[lent, *self._rows[0][1:]]] if lent else self._rows
+        self._accumulate(segment, chunk, rules, rows)
+        totals = [mine[0] for mine, _ in zip(rows, rules, strict=False)]
+        if not lent:
+            return self._cast(segment, chunk, totals, checksums)
+        self._check(segment, chunk, totals[0])
+        return [0]
 
-    def _accumulate(self, segment: Segment, chunk: Chunk, rules: Sequence[Rule]) -> None:
+    def _lent(self, segment: Segment, chunk: Chunk) -> Room | None:
+        """Where the one output is in memory, to be made there."""
+        outputs, size = self._job.outputs, segment.bytes_out
+        if (
+            len(outputs) > 1
+            or TORCH_DTYPES[segment.written_as] != accumulator(segment.read_as)
+            or _padded(chunk) != chunk.end - chunk.begin
+        ):
+            return None
+        place = outputs[0][chunk.segment].single_run(chunk.begin * size, chunk.end * size)
+        if place is None:
+            return None
+        sink, offset = place
+        return (
+            None
+            if not isinstance(sink, Memory)
+            else sink.room(offset, (chunk.end - chunk.begin) * size)
+        )
+
+    def _accumulate(
+        self,
+        segment: Segment,
+        chunk: Chunk,
+        rules: Sequence[Rule],
+        rooms: Sequence[Sequence[Room]],
+    ) -> None:
         """Give every input that counts somewhere to the rules, in order."""
         padded, dtype = _padded(chunk), accumulator(segment.read_as)
         begin = chunk.begin * segment.bytes_in
@@ -96,13 +147,20 @@ class Worker:
         wide = raw if raw.dtype == dtype else self._wide.as_tensor(dtype, padded)
         rows = [
             [row.as_tensor(dtype, padded) for row in mine[: rule.buffers]]
-            for mine, rule in zip(self._rows, rules, strict=False)
+            for mine, rule in zip(rooms, rules, strict=False)
         ]
         pieces = _pieces(segment, chunk) if any(rule.per_tensor for rule in rules) else ()
         begun: set[int] = set()
         for index, runs in enumerate(segment.inputs):
             counting = [k for k, one in enumerate(rules) if one.coefficients[index]]
             if not counting:
+                continue
+            if not begun and len(counting) == 1 and wide is raw:
+                # It is copied to where its sum begins: read there, it need not be.
+                first = counting[0]
+                _read(runs, begin, rooms[first][0].bytes[: len(buffer)])
+                rules[first].add(rows[first], Part(rows[first][0], index, True, pieces))
+                begun.add(first)
                 continue
             _read(runs, begin, buffer)
             # The first input of a sum is copied into its total, and the copy casts. So while no sum has
@@ -112,28 +170,34 @@ class Worker:
                 wide.copy_(raw)
             for k in counting:
                 values = wide if begun else raw
-                rules[k].add(rows[k], values, index, pieces, first=k not in begun)
+                rules[k].add(rows[k], Part(values, index, k not in begun, pieces))
             begun.update(counting)
         for rule, mine in zip(rules, rows, strict=True):
             rule.finish(mine)
 
-    def _cast(self, segment: Segment, chunk: Chunk, rules: int, checksums: bool) -> list[int]:
+    def _cast(
+        self, segment: Segment, chunk: Chunk, totals: Sequence[Room], checksums: bool
+    ) -> list[int]:
+        """Write every sum in the dtype of the output."""
         count = chunk.end - chunk.begin
         padded = _padded(chunk)
-        target = TORCH_DTYPES[segment.written_as]
+        target, dtype = TORCH_DTYPES[segment.written_as], accumulator(segment.read_as)
         crcs: list[int] = []
-        for k in range(rules):
-            total = self._rows[k][0].as_tensor(accumulator(segment.read_as), padded)
-            if not fits(total[:count], segment.written_as):
-                raise explained(self._job.paths, segment, chunk, total)
-            buffer = self._rows[k][0]
-            if target != total.dtype:
+        for k, total in enumerate(totals):
+            self._check(segment, chunk, total)
+            buffer = total
+            if target != dtype:
                 buffer = self._out
-                buffer.as_tensor(target, padded).copy_(total)
+                buffer.as_tensor(target, padded).copy_(total.as_tensor(dtype, padded))
             data = buffer.bytes[: count * segment.bytes_out]
             which = [k] if segment.mean else range(len(self._job.outputs))
             crcs += self._write(which, chunk, data, checksums)
         return crcs
+
+    def _check(self, segment: Segment, chunk: Chunk, total: Room) -> None:
+        values = total.as_tensor(accumulator(segment.read_as), chunk.end - chunk.begin)
+        if not fits(values, segment.written_as):
+            raise explained(self._job.paths, segment, chunk, values)
 
     def _write(
         self,
@@ -247,10 +311,12 @@ _LIMITS = {
 
 
 def fits(total: Tensor, dtype: str) -> bool:
-    """Whether all values are finite once written as `dtype`; one pass, and a NaN passes nothing."""
-    low, high = torch.aminmax(total)
+    """Whether all values are finite once written as `dtype`; a NaN passes nothing."""
+    # A sum is the cheapest to find, and finite only if all values are.
+    if TORCH_DTYPES[dtype] == total.dtype and math.isfinite(total.sum().item()):
+        return True
     limit = _LIMITS[dtype]
-    return -limit < low.item() and high.item() < limit
+    return -limit < total.amin().item() and total.amax().item() < limit
 
 
 def explained(

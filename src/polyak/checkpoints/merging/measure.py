@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,18 +25,28 @@ _memory = threading.local()  # buffers of each thread, for the inputs and for th
 Found = TypeVar("Found")
 
 
-def per_tensor(
-    tensors: Sequence[MergedTensor], find: Callable[[MergedTensor], Found], threads: int
-) -> Mapping[str, Found]:
-    """What `find` finds for each tensor that is averaged, by name; in threads of one torch thread each."""
-    wanted = [tensor for tensor in tensors if tensor.mean and _size(tensor)]
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = list(pool.map(find, wanted))
-    finally:
-        torch.set_num_threads(before)
-    return {tensor.name: one for tensor, one in zip(wanted, found, strict=True)}
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a combination: tensors whose sources begin with the base, if there is one.
+
+    weights: one per input, without the base.
+    """
+
+    tensors: Sequence[MergedTensor]
+    weights: Sequence[float]
+    has_base: bool
+    threads: int
+
+    def each(self, find: Callable[[MergedTensor], Found]) -> Mapping[str, Found]:
+        """What `find` finds for each tensor that is averaged, by name; in threads of one torch thread each."""
+        wanted = [tensor for tensor in self.tensors if tensor.mean and _size(tensor)]
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(self.threads, "", torch.set_num_threads, (1,)) as pool:
+                found = list(pool.map(find, wanted))
+        finally:
+            torch.set_num_threads(before)
+        return {tensor.name: one for tensor, one in zip(wanted, found, strict=True)}
 
 
 def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:

@@ -28,6 +28,7 @@ from polyak.checkpoints.merging.dcp_output import (
     warn_of_left_out,
 )
 from polyak.checkpoints.merging.engine import Job, Sink, run
+from polyak.checkpoints.merging.measure import Inputs
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.outputs import Blueprint, Contents, blueprint, by_component
 from polyak.checkpoints.merging.plan import (
@@ -195,7 +196,9 @@ class Merge:
             self._sum_of(one)
             if one.combination is None
             else one.combination.rule(
-                self.alignment.tensors, one.coefficients, self.base is not None, self.threads
+                Inputs(
+                    self.alignment.tensors, one.coefficients, self.base is not None, self.threads
+                )
             )
             for one in self.weights
         ]
@@ -211,8 +214,7 @@ class Merge:
 
     @property
     def _rows(self) -> int:
-        given = [one.combination for one in self.weights]
-        return sum(1 if one is None else one.buffers for one in given)
+        return sum((one.combination or self._sum_of(one)).buffers for one in self.weights)
 
     @property
     def threads(self) -> int:

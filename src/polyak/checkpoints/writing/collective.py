@@ -38,7 +38,7 @@ from polyak.checkpoints.writing.save import (
 from polyak.errors import ArgumentError, MismatchError, OutputError, require
 from polyak.files import as_path, refuse_existing, replacing, replacing_folder
 
-SCRATCH = 4 * 1024**2
+SCRATCH = 2 * 1024**2
 """Bytes of a piece that has to be copied before it is written: one that is strided, or on a device."""
 
 _IS_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

@@ -1,0 +1,178 @@
+"""Does averaging at a constant rate replace the decay of a language model? `polyak train words`, tuned.
+
+    python benchmarks/evidence_words.py                # trains everything: about 15 minutes on 2 quiet cores
+    python benchmarks/evidence_words.py --quick --output /tmp/words.jsonl     # a smoke test
+    python benchmarks/evidence_words.py --write-docs   # the tables into docs/should-i-average.md
+
+In the report of one run all arms have the same rate. Here the cosines over the whole, half and a quarter of the length
+and the constant rate have each their own: the best of three, equal trials, by the validation loss of a seed that is
+not reported (of the cosines' last weights, of the constant rate's EMA). Then five other seeds, on the test part of
+the text. After an interruption it continues in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyak.reference_run import Run, load_recipe, train
+from polyak.report import words
+from polyak.report.budget import Budget
+from polyak.report.tables import Finals, format_estimate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "evidence-words.jsonl"
+DOCS = ROOT / "docs" / "should-i-average.md"
+BEGIN, END = "<!-- words:begin -->", "<!-- words:end -->"
+TUNING_SEED = 100
+RATES = (0.004, 0.008, 0.016)
+ARMS = ("cosine", "half", "quarter", "constant")
+QUICK = {"epochs": 8, "epoch_size": 64, "context": 16}
+
+Records = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where runs are, how many seeds are reported, and what a smoke shortens."""
+
+    folder: Path
+    seeds: int
+    shorter: Mapping[str, Any]
+
+    def run(self, name: str, **fields: Any) -> Run:
+        """A run of the recipe with some fields, or what is there of it, finished."""
+        print(f"{name}: {fields}", flush=True)
+        recipe = load_recipe("words", {**self.shorter, **fields})
+        return train(recipe, self.folder / name, resume=True, jobs=2)
+
+
+def tune(work: Work) -> Records:
+    """The validation loss of every arm at every rate, on one seed."""
+    found = []
+    for rate in RATES:
+        run = work.run(f"rate-{rate}", rate=rate, swa_rate=rate, first_seed=TUNING_SEED, seeds=1)
+        for arm in ARMS:
+            last = run.epochs(arm=arm)[-1]["evaluations"]
+            nll = last["ema" if arm == "constant" else "iterate"]["nll"]
+            found.append({"kind": "tuning", "arm": arm, "rate": rate, "nll": nll})
+    return found
+
+
+def best_rates(tuning: Records) -> dict[str, float]:
+    """The rate of the lowest loss of each arm."""
+    return {
+        arm: min((t for t in tuning if t["arm"] == arm), key=lambda t: t["nll"])["rate"]
+        for arm in ARMS
+    }
+
+
+def measure(work: Work, rates: Mapping[str, float]) -> Records:
+    """The records of every arm at its own rate; a cosine that a run needs besides is not reported."""
+    found: Records = []
+    for rate in sorted({rates[arm] for arm in ARMS[:3]}):
+        wanted = [arm for arm in ARMS[:3] if rates[arm] == rate]
+        if "cosine" in wanted:
+            wanted.append("constant")
+        arms = [arm for arm in ARMS if arm in {"cosine", *wanted}]
+        run = work.run(
+            f"final-{rate}", rate=rate, swa_rate=rates["constant"], arms=arms, seeds=work.seeds
+        )
+        found += [record for record in run.records() if record["arm"] in wanted]
+    return found
+
+
+def budget_of(records: Records) -> Budget:
+    """The validation losses over the budget, of the seeds of which every arm was measured."""
+    done = {
+        arm: {r["seed"] for r in records if r["kind"] == "final" and r["arm"] == arm}
+        for arm in ARMS
+    }
+    seeds = set.intersection(*done.values())
+    averaged: dict[str, Any] = {}
+    annealed: dict[str, Any] = {arm: {} for arm in ARMS[:3]}
+    for record in records:
+        if record["kind"] != "epoch" or record["seed"] not in seeds:
+            continue
+        seed, epoch = record["seed"], record["epoch"]
+        for kind, values in record["evaluations"].items():
+            if record["arm"] == "constant":
+                averaged.setdefault(kind, {}).setdefault(seed, {})[epoch] = values["nll"]
+            elif kind == "iterate":
+                annealed[record["arm"]].setdefault(seed, {})[epoch] = values["nll"]
+    epochs = max(max(values) for values in averaged["iterate"].values())
+    return Budget(epochs, averaged, annealed, is_constant=True)
+
+
+def summary(records: Records) -> str:
+    """Sentences and tables, as Markdown."""
+    tuning = [r for r in records if r["kind"] == "tuning"]
+    finals = Finals(r for r in records if r["kind"] == "final")
+    best = best_rates(tuning)
+    lines = [words.verdict(finals, "constant"), ""]
+    lines += [f"- {sentence}" for sentence in words.shares(budget_of(records))]
+    lines += [f"- {sentence}" for sentence in words.lines(finals, "constant")]
+    columns = [f"{m.title} ({'%' if m.unit == 'points' else m.unit})" for m in finals.metrics]
+    lines += ["", *_row(["test part of the text", *columns]), *_row(["---"] * (len(columns) + 1))]
+    for row in finals.rows:
+        cells = (format_estimate(finals.mean(row, m.key), m.digits) for m in finals.metrics)
+        lines += _row([finals.label(row), *cells])
+    seeds = {
+        arm: len({r["seed"] for r in records if r["kind"] == "final" and r["arm"] == arm})
+        for arm in ARMS
+    }
+    told = ", ".join(f"{n} of {arm}" for arm, n in seeds.items())
+    lines += ["", f"(mean ± standard error; seeds: {told})", ""]
+    lines += [*_row(["rate: validation loss of one seed (chosen in bold)", *map(str, RATES)])]
+    lines += _row(["---"] * (len(RATES) + 1))
+    for arm in ARMS:
+        of_arm = {t["rate"]: f"{t['nll']:.3f}" for t in tuning if t["arm"] == arm}
+        lines += _row([arm, *(f"**{of_arm[r]}**" if r == best[arm] else of_arm[r] for r in RATES)])
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+def write_docs(text: str) -> None:
+    """Put the summary between its marks in the documentation."""
+    page = DOCS.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCS.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence-words"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a smoke: a few steps, 2 seeds")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into the docs")
+    given = parser.parse_args()
+    if given.quick and given.output == RESULTS:
+        parser.error("--quick needs a different --output: its figures are not evidence")
+    if given.write_docs:
+        records = [json.loads(line) for line in given.output.read_text().splitlines()]
+        write_docs(summary(records))
+        return
+    torch.set_num_threads(1)
+    work = Work(given.work, 2 if given.quick else given.seeds, QUICK if given.quick else {})
+    tuning = tune(work)
+    records = list(itertools.chain(tuning, measure(work, best_rates(tuning))))
+    given.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print(summary(records))
+
+
+if __name__ == "__main__":
+    main()
