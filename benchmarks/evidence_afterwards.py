@@ -119,9 +119,7 @@ class _Study:
 
     def reached(self, final: Record) -> Iterator[Record]:
         """From which part of the budget on the best average is as good as annealed SGD at its end."""
-        found = self.trajectory.stop(
-            self.score, model=self.arm.model, data=self.training, points=8
-        )
+        found = self.trajectory.stop(self.score, model=self.arm.model, data=self.training, points=8)
         worth = {one.until: self._test(one.profile, one.until) for one in found.answers}
         for metric in ("error", "nll_scaled"):
             enough = [t for t, metrics in worth.items() if metrics[metric] <= final[metric]]

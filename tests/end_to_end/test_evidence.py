@@ -1,5 +1,6 @@
 """`benchmarks/evidence.py`: its words and tables from records, and that a job trains what it says."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -147,11 +148,20 @@ def test_a_job_trains_every_kind_of_average(evidence, monkeypatch):
     assert stale != fresh
 
 
-def test_the_page_of_words_says_what_its_records_say(evidence):
-    import evidence_words
+def written(name):
+    """What the page says between the marks of a name."""
+    import evidence_docs
 
-    lines = evidence_words.RESULTS.read_text().splitlines()
-    told = evidence_words.summary([json.loads(line) for line in lines])
-    page = evidence_words.DOCS.read_text()
-    assert page.split(evidence_words.BEGIN)[1].split(evidence_words.END)[0].strip() == told
-    assert "| constant | **1.865** |" in told
+    page = evidence_docs.DOCS.read_text(encoding="utf-8")
+    return page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+
+
+@pytest.mark.parametrize("name", ["words", "long"])
+def test_the_page_says_what_the_records_of_a_run_say(evidence, name):
+    module = importlib.import_module(f"evidence_{name}")
+    records = [json.loads(line) for line in module.RESULTS.read_text().splitlines()]
+    assert written(name) == module.summary(records)
+
+
+def test_the_page_says_what_the_records_of_the_jobs_say(evidence):
+    assert written("evidence") == evidence.page(evidence.Results(evidence.RESULTS).records)
