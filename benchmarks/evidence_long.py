@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from evidence_docs import finals_table, rates_table, write_docs
 
-from polyak.reference_run import Run, load_recipe, train
+from polyak.reference_run import Recipe, Run, load_recipe, train
 from polyak.report import verdict
-from polyak.report.budget import budget_of
+from polyak.report.budget import ANNEALED, Budget, budget_of
 from polyak.report.tables import Finals
 
 ROOT = Path(__file__).parent.parent
@@ -73,13 +73,25 @@ def summary(records: Records) -> str:
     with tempfile.TemporaryDirectory() as folder:
         done = as_run(records, Path(folder))
         finals, budget = Finals(done.finals()), budget_of(done)
-    said = [*(verdict.shares(budget) if budget else []), *verdict.lines(finals, "swa")]
+    said = [*(shares(budget, done.recipe) if budget else []), *verdict.lines(finals, "swa")]
     said += [f"Cycles, {line}" for line in verdict.lines(finals, "cyclic")[:2]]
     lines = [verdict.verdict(finals, "swa"), "", *(f"- {sentence}" for sentence in said)]
     lines += ["", *finals_table("test images", finals)]
     lines += ["", f"(mean ± standard error, {done.recipe.seeds} seeds)", ""]
     title = "rate: validation error of one seed, % (chosen in bold)"
     return "\n".join([*lines, *rates_table(title, tuning, best_rates(tuning), "error", 2)])
+
+
+def shares(budget: Budget, recipe: Recipe) -> list[str]:
+    """From which part of the budget on each average has the error at the end of each annealed run."""
+    left = "" if budget.is_constant else f", {recipe.swa_rate:g} from half of the budget on"
+    whose = f"of the averaging run (rate {recipe.rate:g}{left})"
+    return [
+        f"The validation error at the end of SGD {ANNEALED[arm]}: the {name} {whose} "
+        f"{verdict.describe_reached(budget.reached(kind, arm))}."
+        for arm in budget.annealed
+        for kind, name in (("ema", "EMA"), ("swa", "SWA"))
+    ]
 
 
 def as_run(records: Records, folder: Path) -> Run:
