@@ -25,6 +25,7 @@ from polyak.reference_run.data import load_data
 from polyak.reference_run.evaluation import final_record
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe
+from polyak.report.numbers import count
 from polyak.study import ScaledNLL
 from polyak.study.paired import estimate, paired
 
@@ -217,7 +218,9 @@ def answers(records: Iterable[Record]) -> str:
         return ""
     seeds = sorted({r["seed"] for r in records})
     told = [_found(records), _reached(records, len(seeds)), _decays(records)]
-    return f"**Chosen afterwards** ({len(seeds)} seed(s)).\n\n" + "\n".join(f"- {t}" for t in told)
+    return f"**Chosen afterwards** ({count(len(seeds), 'seed')}).\n\n" + "\n".join(
+        f"- {t}" for t in told
+    )
 
 
 def _found(records: list[Record]) -> str:

@@ -83,7 +83,7 @@ def test_what_was_chosen_afterwards_is_told_whichever_way_it_points(evidence):
               "annealed": 13.1, "iterate": 15.0}  # fmt: skip
     worse = {**errors, "found": 13.4}
     said = evidence.page([*afterwards(0, errors, 0.5), *afterwards(1, worse, None)])
-    assert "(2 seed(s))" in said
+    assert "(2 seeds)" in said
     assert "minus the mean of the last quarter: error +0.00 ±" in said
     assert "minus the best of four live EMAs: error +1.20 ±" in said
     assert "error: 1 of 2 seeds, at 50% of the budget" in said
