@@ -18,10 +18,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from polyak.checkpoints.merging.average import average_checkpoints, iter_averaged_tensors
+from polyak.checkpoints.merging.average import (
+    MergeResult,
+    average_checkpoints,
+    iter_averaged_tensors,
+)
 from polyak.checkpoints.merging.cast import cast, widened
 from polyak.checkpoints.merging.deltas import ModelStock
 from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.outputs import begun_anew
+from polyak.checkpoints.merging.rules import StockShare
 from polyak.checkpoints.merging.weights import OutputWeights, metadata_of
 from polyak.checkpoints.reading.extra_state import is_extra, tensors_in
 from polyak.checkpoints.reading.opening import open_checkpoint
@@ -102,6 +108,7 @@ class Mixing:
         self._output, self._options, self._told = output, options, told
         self._folder = output.absolute().parent / f".{output.name}.soup"
         self._read: dict[str, int] = {}
+        self.stock: StockShare | None = None  # of the Model Stock that was made
 
     @property
     def reads(self) -> int:
@@ -144,7 +151,8 @@ class Mixing:
     def made(self, mix: Mix) -> Path:
         """The file, or folder, of a mix."""
         path = self._path(mix)
-        if path.exists():
+        is_known = mix.kind != "model-stock" or self.stock is not None
+        if path.exists() and is_known:
             return path
         if mix.kind == "grown":
             self._grow(mix.ingredients)
@@ -154,8 +162,18 @@ class Mixing:
             self._average(inputs, path, _unnamed(mix.coefficients))
         else:
             dtypes = {t.dtype for one in mix.ingredients for t in one.checkpoint.tensors.values()}
-            self._write_stock(mix, path, "float64" if "F64" in dtypes else "float32")
+            dtype = "float64" if "F64" in dtypes else "float32"
+            self._write_stock(mix, path, dtype, overwrite=True)
         return path
+
+    def share_of(self, one: Ingredient, mix: Mix) -> float:
+        """What the mix has of it; of a Model Stock over all values."""
+        share = mix.share_of(one)
+        return share if self.stock is None else share * self.stock.average
+
+    def notes(self) -> list[str]:
+        """What there is to know of how it was mixed."""
+        return [] if self.stock is None else [f"Model Stock: {self.stock}."]
 
     def keep(self, *mixes: Mix) -> None:
         """Remove all others."""
@@ -212,16 +230,20 @@ class Mixing:
         self.count(mix.ingredients)
         self.count(mix.ingredients)
         inputs = [one.checkpoint for one in mix.ingredients]
-        self._average(inputs, path, ModelStock(), dtype=dtype, base=self._options.base, **more)
+        stock = ModelStock()
+        done = self._average(inputs, path, stock, dtype=dtype, base=self._options.base, **more)
+        self.stock = done.stock[0]
 
-    def _average(self, inputs: Sequence[Checkpoint], path: Path, method: Any, **more: Any) -> None:
+    def _average(
+        self, inputs: Sequence[Checkpoint], path: Path, method: Any, **more: Any
+    ) -> MergeResult:
         options = self._options
         filters: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), begun_anew("make the soup again"):
             warnings.simplefilter(
                 "ignore"
             )  # what there is to warn of was said before the first mix
-            average_checkpoints(
+            return average_checkpoints(
                 inputs,
                 path,
                 method=method,
