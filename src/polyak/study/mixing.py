@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -118,19 +118,29 @@ class Mixing:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """While mixes are made; what a killed process has left is continued."""
-        with writing_errors(self._folder):
-            self._folder.mkdir(exist_ok=True)
         with ExitStack() as stack:
-            lock = os.open(self._folder, os.O_RDONLY)
+            lock = self._locked()
             stack.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"Another process makes this output (it holds a lock on {self._folder}). Wait for it."
-                ) from None
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
             yield
+
+    def _locked(self) -> int:
+        """A lock on the folder, which a process that ends removes: then it is made again."""
+        while True:
+            with writing_errors(self._folder):
+                self._folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                lock = os.open(self._folder, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise OutputError(
+                        f"Another process makes this output (it holds a lock on {self._folder}). Wait for it."
+                    ) from None
+                if os.path.samestat(os.fstat(lock), self._folder.stat()):
+                    stack.pop_all()
+                    return lock
 
     def subject(self, mix: Mix, what: str) -> Subject:
         """The mix, to be evaluated; made when it is needed."""
