@@ -115,6 +115,19 @@ def test_model_stock_is_its_twin(tmp_path):
     )
 
 
+def test_model_stock_says_how_much_of_the_mean_it_took(tmp_path):
+    base, inputs = runs(tmp_path)
+    outputs = {tmp_path / "stock.pt": ModelStock(), tmp_path / "mean.pt": Dare(1.0)}
+    found, none = average_checkpoints(inputs, outputs, base=base).stock
+    start, states = load_file(base), [load_file(path) for path in inputs]
+    shares = {n: combining.stock_share(w, [one[n] for one in states]) for n, w in start.items()}
+    values = {name: w.numel() for name, w in start.items()}
+    whole = sum(shares[name] * values[name] for name in start) / sum(values.values())
+    assert none is None
+    assert found.average == pytest.approx(whole, rel=1e-6)
+    assert (found.least, found.most) == pytest.approx((min(shares.values()), max(shares.values())))
+
+
 def test_model_stock_of_runs_that_part_is_the_base(tmp_path):
     base, inputs = runs(tmp_path, count=2, shapes={"w": (40, 50)})
     start = load_file(base)["w"]

@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.align import MergedTensor
-from polyak.checkpoints.merging.measure import Inputs, gram_matrix, kth_largest_changes
-from polyak.checkpoints.merging.rules import ElectedDeltas, Rule, SumOfDeltas, SumPerTensor
+from polyak.checkpoints.merging.measure import (
+    Inputs,
+    gram_matrix,
+    kth_largest_changes,
+    values_of,
+)
+from polyak.checkpoints.merging.rules import (
+    ElectedDeltas,
+    Rule,
+    StockShare,
+    SumOfDeltas,
+    SumPerTensor,
+)
 from polyak.checkpoints.reading.stored import accumulator
 from polyak.errors import ArgumentError, require
 from polyak.maths import text
@@ -36,6 +47,8 @@ class Combination(ABC):
     """Rows of a chunk that its rule needs."""
     reads: ClassVar[int] = 2
     """How often the inputs are read."""
+    is_weighted: ClassVar[bool] = True
+    """Whether the weight of an input is more than its place in a mean."""
 
     @abstractmethod
     def weights_of(self, inputs: int, *, has_base: bool) -> tuple[float, ...]:
@@ -169,6 +182,8 @@ class ModelStock(Combination):
     Source: Jang et al. 2024, arXiv 2403.19522.
     """
 
+    is_weighted: ClassVar[bool] = False
+
     def weights_of(self, inputs: int, *, has_base: bool) -> tuple[float, ...]:
         """A weight per input."""
         _require_base(self, has_base)
@@ -185,7 +200,11 @@ class ModelStock(Combination):
             share = runs * mean / (1 + (runs - 1) * mean)
             return [1 - share, *[share / runs] * runs]
 
-        return SumPerTensor(inputs.each(find), runs + 1)
+        found = inputs.each(find)
+        rule = SumPerTensor(found, runs + 1)
+        if found:
+            rule.stock = _stock_share({name: 1 - one[0] for name, one in found.items()}, inputs)
+        return rule
 
 
 @dataclass(frozen=True)
@@ -258,6 +277,12 @@ def kept_at_random(
     numbers.advance(begin // 2)  # each step gives two numbers of 32 bits
     raw = numbers.random_raw(values // 2 + 2).view(np.uint32)[begin % 2 :][:values]
     return torch.from_numpy((raw <= np.uint32(round(density * 2**32) - 1)).astype(np.float32))
+
+
+def _stock_share(shares: Mapping[str, float], inputs: Inputs) -> StockShare:
+    sizes = {tensor.name: values_of(tensor) for tensor in inputs.tensors if tensor.name in shares}
+    average = math.fsum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    return StockShare(average, min(shares.values()), max(shares.values()))
 
 
 def _along_arc(weights: Sequence[float], cosine: float) -> list[float]:

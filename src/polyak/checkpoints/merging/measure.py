@@ -39,7 +39,7 @@ class Inputs:
 
     def each(self, find: Callable[[MergedTensor], Found]) -> Mapping[str, Found]:
         """What `find` finds for each tensor that is averaged, by name; in threads of one torch thread each."""
-        wanted = [tensor for tensor in self.tensors if tensor.mean and _size(tensor)]
+        wanted = [tensor for tensor in self.tensors if tensor.mean and values_of(tensor)]
         before = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(self.threads, "", torch.set_num_threads, (1,)) as pool:
@@ -53,8 +53,8 @@ def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
     """Products of every two inputs (of their differences to the first, if that is the base), in float64."""
     inputs = range(len(tensor.sources))
     total = np.zeros((len(inputs) - has_base,) * 2)
-    for begin in range(0, _size(tensor), _PIECE):
-        end = min(begin + _PIECE, _size(tensor))
+    for begin in range(0, values_of(tensor), _PIECE):
+        end = min(begin + _PIECE, values_of(tensor))
         rows = torch.empty(len(inputs), end - begin, dtype=torch.float64)
         for index in inputs:
             rows[index] = _read(tensor, index, begin, end, "input")
@@ -70,7 +70,7 @@ def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:
     Exactly: a sample brackets each, and one pass over all values counts what is outside of the brackets and
     keeps what is inside. Values that equal a bound are only counted, however many they are.
     """
-    size, inputs = _size(tensor), range(1, len(tensor.sources))
+    size, inputs = values_of(tensor), range(1, len(tensor.sources))
     kept = max(1, int(density * size))
     if kept == size:
         return [0.0] * len(tensor.sources)
@@ -121,7 +121,7 @@ class _Counts:
 
 def _samples(tensor: MergedTensor) -> dict[int, Any]:
     """Per input some of its changes, in runs from everywhere, sorted."""
-    size, inputs = _size(tensor), range(1, len(tensor.sources))
+    size, inputs = values_of(tensor), range(1, len(tensor.sources))
     runs: dict[int, list[Any]] = {index: [] for index in inputs}
     for begin in range(0, size, max(_RUN, size // (_SAMPLE // _RUN))):
         for index, changes in _changes(tensor, inputs, begin, min(begin + _RUN, size)):
@@ -162,7 +162,8 @@ def _read(tensor: MergedTensor, index: int, begin: int, end: int, buffer: str) -
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype])
 
 
-def _size(tensor: MergedTensor) -> int:
+def values_of(tensor: MergedTensor) -> int:
+    """How many values it has."""
     source = tensor.sources[-1]
     dtype = tensor.numbers[0] if tensor.numbers else tensor.dtype
     return 0 if source is None else source.nbytes // itemsize(dtype)
