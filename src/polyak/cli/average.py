@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.prepare import Merge, PathLike
     from polyak.checkpoints.merging.selection import Found, Selection
     from polyak.checkpoints.merging.spread import Spread
-    from polyak.checkpoints.merging.weights import Method
+    from polyak.checkpoints.merging.weights import Method, OutputWeights
 
 _WIDE = 10_000
 
@@ -342,21 +342,26 @@ def _print_inputs(
     for one in merge.blueprints:
         table.add_column(Text(one.target.name), justify="right")
     for index, given in enumerate(merge.inputs):
-        shares = [f"{one.coefficients[index]:.4g}" for one in merge.weights]
+        shares = [_share(one, index) for one in merge.weights]
         step = "?" if given.step is None else str(given.step)
         times = [f"{measured[1][index]:.6g}"] if measured else []
         table.add_row(Text(given.path), step, *times, *shares)
-    table.add_row(
-        "effective samples",
-        *[""] * (2 if measured else 1),
-        *[f"{one.effective_samples:.3g}" for one in merge.weights],
-    )
+    blank = [""] * (2 if measured else 1)
+    if not all(one.combination for one in merge.weights):
+        samples = ["" if w.combination else f"{w.effective_samples:.3g}" for w in merge.weights]
+        table.add_row("effective samples", *blank, *samples)
     if spread is not None and any(one is not None for one in spread.relative):
         apart = ["" if one is None else f"{one:.2%}" for one in spread.relative]
-        table.add_row("spread (RMS, of the mean)", *[""] * (2 if measured else 1), *apart)
+        table.add_row("spread (RMS, of the mean)", *blank, *apart)
     console.print(table)
     for path, why in left_out.items():
         console.print(f"Left out: {path}: {why}", markup=False, soft_wrap=True)
+
+
+def _share(one: OutputWeights, index: int) -> str:
+    if one.combination is not None and not one.combination.is_weighted:
+        return "by tensor"
+    return f"{one.coefficients[index]:.4g}"
 
 
 def _print_plan(console: Console, merge: Merge) -> None:
@@ -377,14 +382,14 @@ def _print_done(console: Console, done: MergeResult) -> None:
     if not done.published:
         console.print("This part is done; the last of the others will publish the result.")
         return
-    for path, weights in zip(done.outputs, done.weights, strict=True):
+    for path, weights, stock in zip(done.outputs, done.weights, done.stock, strict=True):
         counted = sum(weight != 0 for weight in weights.coefficients)
-        console.print(
-            f"{path}: {weights.label} of {counted} checkpoints "
-            f"({weights.effective_samples:.3g} effective), {done.tensors} tensors",
-            soft_wrap=True,
-            markup=False,
-        )
+        effective = "" if weights.combination else f" ({weights.effective_samples:.3g} effective)"
+        lines = [
+            f"{path}: {weights.label} of {counted} checkpoints{effective}, {done.tensors} tensors"
+        ]
+        lines += [] if stock is None else [f"  {stock}"]
+        console.print("\n".join(lines), soft_wrap=True, markup=False)
     console.print(
         f"{_size(done.bytes_read)} read, {_size(done.bytes_written)} written in {done.seconds:.1f} s"
     )

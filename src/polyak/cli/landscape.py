@@ -49,8 +49,9 @@ class Placed:
             from polyak.checkpoints.intervals import the_record
 
             found["cache"] = the_record(self.trajectory) / ".scores"
-        elif found["cache"] is None and self.output:
-            found["cache"] = self.output[0].absolute().parent / ".scores"
+        elif found["cache"] is None:
+            beside = self.output[0].absolute().parent if self.output else Path.cwd()
+            found["cache"] = beside / ".scores"
         return found
 
 

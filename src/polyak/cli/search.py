@@ -185,12 +185,13 @@ def _write(record: Trajectory, found: Found, scorer: Scorer, asked: Asked, path:
 
     from polyak.batchnorm.layers import norm_layers
     from polyak.batchnorm.update_file import update_bn_file
+    from polyak.checkpoints.merging.outputs import begun_anew
     from polyak.errors import StaleStatistics
     from polyak.objects import call_object
 
     model = call_object(scorer.model) if scorer.model and scorer.data else None
     refresh = model is not None and bool(norm_layers(model))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), begun_anew("search again: known scores are kept"):
         if refresh:
             warnings.simplefilter("ignore", StaleStatistics)
         best = found.best

@@ -24,7 +24,7 @@ def number(what: str, value: float) -> float:
     """
     if type(value) is float:
         return value
-    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
+    if type(value) is int or (isinstance(value, Real) and not isinstance(value, bool | np.bool_)):
         try:
             plain = float(value)
         except OverflowError:

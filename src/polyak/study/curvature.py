@@ -250,9 +250,11 @@ def _products(
 
 
 def _hessian_times(loss: Tensor, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    # A gradient of 1 that needs one itself: of a constant, a function that is differentiable once leaves no mark.
+    one = torch.ones_like(loss, requires_grad=True)
     try:
         gradient = torch.autograd.grad(
-            loss, parameters, create_graph=True, materialize_grads=True, allow_unused=True
+            loss, parameters, one, create_graph=True, materialize_grads=True, allow_unused=True
         )
         slope = torch.stack([(g * v).sum() for g, v in zip(gradient, parts, strict=True)]).sum()
         _refuse_ends(slope)
