@@ -24,6 +24,7 @@ from evidence_docs import finals_table, rates_table, write_docs
 from polyak.reference_run import Recipe, Run, load_recipe, train
 from polyak.report import verdict
 from polyak.report.budget import ANNEALED, Budget, budget_of
+from polyak.report.sentences import how_measured, when
 from polyak.report.tables import Finals
 
 ROOT = Path(__file__).parent.parent
@@ -59,12 +60,11 @@ def tune(work: Path, shorter: dict[str, Any]) -> Records:
 
 def best_rates(tuning: Records) -> dict[str, float]:
     """The rate of the lowest error of each arm."""
-    return {
-        arm: min((t for t in tuning if t["arm"] == arm), key=lambda t: (t["error"], t["nll"]))[
-            "rate"
-        ]
-        for arm in CHOSEN_BY
-    }
+    found = {}
+    for arm in CHOSEN_BY:
+        trials = [trial for trial in tuning if trial["arm"] == arm]
+        found[arm] = min(trials, key=lambda trial: (trial["error"], trial["nll"]))["rate"]
+    return found
 
 
 def summary(records: Records) -> str:
@@ -86,12 +86,14 @@ def shares(budget: Budget, recipe: Recipe) -> list[str]:
     """From which part of the budget on each average has the error at the end of each annealed run."""
     left = "" if budget.is_constant else f", {recipe.swa_rate:g} from half of the budget on"
     whose = f"of the averaging run (rate {recipe.rate:g}{left})"
-    return [
-        f"The validation error at the end of SGD {ANNEALED[arm]}: the {name} {whose} "
-        f"{verdict.describe_reached(budget.reached(kind, arm))}."
-        for arm in budget.annealed
-        for kind, name in (("ema", "EMA"), ("swa", "SWA"))
-    ]
+    said = []
+    for arm in budget.annealed:
+        reached = [budget.reached(kind, arm) for kind in ("ema", "swa")]
+        said.append(
+            f"The validation error at the end of SGD {ANNEALED[arm]} is reached by the EMA {whose} "
+            f"{when(reached[0])}, by its SWA {when(reached[1])} {how_measured(reached)}."
+        )
+    return said
 
 
 def as_run(records: Records, folder: Path) -> Run:
