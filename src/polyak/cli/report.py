@@ -68,7 +68,7 @@ def compare(
         recipe_table(chosen),
         *(result_table(finals, metric) for metric in metrics_of(finals)),
     ]:
-        columns = [Column(Text(name)) for name in grid.columns]
+        columns = [Column(Text(head.text)) for head in grid.columns]
         printed = Table(*columns, title=Text(grid.caption), title_justify="left")
         for row in grid.rows:
             printed.add_row(row.label, *(Text(cell.text) for cell in row.cells))

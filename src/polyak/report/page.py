@@ -58,11 +58,19 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The head of a column; its unit stands in a line of its own."""
+
+    text: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """A table as the page shows it."""
 
     caption: str
-    columns: list[str]
+    columns: list[Head]
     rows: list[Line]
 
 
@@ -128,7 +136,7 @@ def value_table(finals: Finals) -> Table:
     ]
     where = finals.terms.tested_on.removeprefix("the ").capitalize()
     caption = f"{where}; mean ± standard error over {count(finals.n_seeds, 'seed')}."
-    return Table(caption, ["weights", *(_column(m) for m in finals.metrics)], rows)
+    return Table(caption, [Head("weights"), *(_head(m) for m in finals.metrics)], rows)
 
 
 def difference_table(finals: Finals) -> Table:
@@ -142,11 +150,15 @@ def difference_table(finals: Finals) -> Table:
         f"Difference to {finals.terms.baseline_name}, paired seed by seed; mean ± half the 95% interval "
         "(Student's t)."
     )
-    return Table(caption, ["weights", *(m.title for m in finals.metrics)], rows)
+    return Table(caption, [Head("weights"), *(_head(m, m.unit) for m in finals.metrics)], rows)
 
 
-def _column(metric: Metric) -> str:
-    return f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit})"
+def _head(metric: Metric, unit: str = "") -> Head:
+    return Head(metric.title, unit or _unit(metric))
+
+
+def _unit(metric: Metric) -> str:
+    return "%" if metric.unit == "points" else metric.unit
 
 
 def _value(finals: Finals, row: ArmWeights, metric: Metric, best: dict[str, float]) -> Cell:
@@ -206,7 +218,8 @@ def _describe_differences(finals: Finals) -> str:
         f"{text} A difference is coloured if its 95% interval, as shown, does not reach 0; of {comparisons} "
         f"comparisons about {max(1, round(comparisons / 20))} would be coloured by chance. With "
         f"{finals.n_seeds} seeds an interval extends {factor:.1f} standard errors to each side, so a "
-        "difference without colour is not shown to be zero either."
+        "difference without colour is not shown to be zero either. One without ± is the same in all seeds: it "
+        "shows no spread, and has no colour."
     )
 
 
@@ -250,7 +263,7 @@ def write_comparison(
     finals = {name: Finals(run.finals()) for name, run in runs.items()}
     results, *parts = render(
         [
-            Section("What each is worth", describe_results(finals), _pictures(finals)),
+            Section("What each is worth", describe_results(finals), result_pictures(finals)),
             *(
                 part
                 for run in runs.values()
@@ -302,7 +315,7 @@ def recipe_table(runs: dict[str, Run]) -> Table:
         if field != "name" and len({str(recipe[field]) for recipe in recipes.values()}) > 1
     ]
     caption = "Fields in which the recipes differ" + ("." if rows else ": none.")
-    return Table(caption, ["field", *recipes], rows)
+    return Table(caption, [Head("field"), *map(Head, recipes)], rows)
 
 
 def metrics_of(finals: dict[str, Finals]) -> tuple[Metric, ...]:
@@ -317,8 +330,8 @@ def result_table(finals: dict[str, Finals], metric: Metric) -> Table:
         Line(label, [_cell(f, row, metric, min(means)) for f in finals.values()])
         for row, label in _all_rows(finals).items()
     ]
-    caption = f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit}); mean ± standard error."
-    return Table(caption, ["weights", *finals], rows)
+    caption = f"{metric.title} ({_unit(metric)}); mean ± standard error."
+    return Table(caption, [Head("weights"), *map(Head, finals)], rows)
 
 
 def describe_results(finals: dict[str, Finals]) -> str:
@@ -354,7 +367,8 @@ def _cell(finals: Finals, row: ArmWeights, metric: Metric, best: float) -> Cell:
     return Cell(format_estimate(value, metric.digits), "best" if value.mean == best else "")
 
 
-def _pictures(finals: dict[str, Finals]) -> list[Picture]:
+def result_pictures(finals: dict[str, Finals]) -> list[Picture]:
+    """The results of runs side by side, a picture for each of the first two metrics."""
     rows = _all_rows(finals)
     pictures = []
     for metric in metrics_of(finals)[:2]:
@@ -366,7 +380,7 @@ def _pictures(finals: dict[str, Finals]) -> list[Picture]:
             plot_results,
             labels=list(rows.values()),
             values=values,
-            xlabel=f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit})",
+            xlabel=f"{metric.title} ({_unit(metric)})",
         )
         alt = f"{metric.title} of every run's weights, with standard errors"
         pictures.append(Picture(f"results-{metric.key}", alt, draw))

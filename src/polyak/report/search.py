@@ -13,7 +13,7 @@ from polyak.files import refuse_existing, replacing
 from polyak.maths.text import parse_profile
 from polyak.report.drawing import Picture
 from polyak.report.numbers import as_shown, decimals, percent, rounded
-from polyak.report.page import Cell, Line, Table, environment
+from polyak.report.page import Cell, Head, Line, Table, environment
 from polyak.report.search_figures import plot_along, plot_lengths, plot_windows
 from polyak.report.sections import Section, render
 from polyak.study.found import QUESTIONS, Comparison, Found, Scored
@@ -131,7 +131,7 @@ def score_table(found: Found) -> Table:
         "the record."
     )
     columns = ["average", "begins", "ends", "score", "held out", "planned error", ""]
-    return Table(caption, columns, rows)
+    return Table(caption, [*map(Head, columns)], rows)
 
 
 def slider(found: Found) -> dict[str, Any] | None:
@@ -171,7 +171,7 @@ def _pictures(found: Found) -> list[Picture]:
             best=100 * found.best.until / found.end,
             ylabel=title,
         )
-        return [Picture(found.question, alt, draw, (6.0, 3.4))]
+        return [Picture(found.question, alt, draw)]
     pictures = []
     windows = [one for one in found.scored if one.start is not None and not one.failed]
     if windows:
@@ -186,12 +186,12 @@ def _pictures(found: Found) -> list[Picture]:
             minimize=found.minimize,
         )
         alt = f"The scores of {len(windows)} windows by where they begin and end"
-        pictures.append(Picture("windows", alt, draw, (5.0, 4.2)))
+        pictures.append(Picture("windows", alt, draw, (4.2, 4.2)))
     curves = _curves(found)
     if curves:
         lines = {k: one.score for k, one in found.references.items() if not one.failed}
         draw = partial(plot_lengths, curves=curves, references=lines, unit=found.unit, ylabel=title)
-        pictures.append(Picture("lengths", "The score by mean age, by family", draw, (5.0, 4.2)))
+        pictures.append(Picture("lengths", "The score by mean age, by family", draw, (4.2, 3.6)))
     return pictures
 
 
