@@ -27,6 +27,7 @@ from polyak.study.search import check_options
 from polyak.study.trajectory import Trajectory
 
 Points = Mapping[str, Weights] | Sequence[Weights] | Trajectory
+_MOST_POINTS = 1_000_000
 _ROUNDING = 1e-6  # of a distance; nearer to a line than that, or than float32 tells, is on it
 
 
@@ -79,6 +80,7 @@ def scan_line(
     names = [a.name for a in (anchors[::2] if curved else anchors)]
     share = bezier if curved else _polyline(len(anchors))
     segments = len(names) - 1
+    _check_number(segments * points + 2 * beyond * points, "beyond= or points=")
     positions = _positions(segments, points, beyond)
     shares = [share(t) for t in positions.tolist()]
     subjects = [
@@ -123,6 +125,7 @@ def scan_plane(
     """
     require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
     at_least_three("points", points)
+    _check_number(points**2, "points=")
     principal, model = None, judging.get("model")
     if isinstance(inputs, Trajectory):
         principal = principal_points(inputs)
@@ -183,10 +186,11 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
 
     """
     at_least_one("rays", rays)
-    require(count("points", points) >= 2, f"points is {points}; expected 2 or more.")
+    count("points", points, 2)
     count("seed", seed)
     anchors = _anchors(inputs, key, ("last", "mean"), judging.get("model"))
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
+    _check_number(len(anchors) * rays * points, "rays= or points=")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     directions = Directions(measuring.frame, normalize, seed)
     if reach is None:
@@ -438,6 +442,14 @@ def _means(scores: Sequence[Tensor]) -> Floats:
     return np.array([float(s.mean()) for s in scores])
 
 
+def _check_number(points: float, names: str) -> None:
+    require(
+        points <= _MOST_POINTS,
+        f"That would be {points:.4g} points, each of which is evaluated; expected at most {_MOST_POINTS:,}. Use a "
+        f"smaller {names}.",
+    )
+
+
 def at_least_three(name: str, value: int) -> None:
     """Raise ArgumentError for fewer."""
-    require(count(name, value) >= 3, f"{name} is {value!r}; expected a whole number of at least 3.")
+    count(name, value, 3)
