@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Flag, Many, Whole
+from polyak.cli.converters import Flag, Many, MaybeWhole, each, file_or_folder
 from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
@@ -53,10 +53,10 @@ class Inputs:
 
     """
 
-    last: Whole = None
+    last: MaybeWhole = None
     steps: str | None = None
-    every: Whole = None
-    best: Whole = None
+    every: MaybeWhole = None
+    best: MaybeWhole = None
     metric: str | None = None
     scores: Path | None = None
     steps_unit: str | None = None
@@ -94,7 +94,13 @@ class Outputs:
     """
 
     output: Annotated[
-        list[Path], Parameter(name=["--output", "-o"], negative="", consume_multiple=False)
+        list[Path],
+        Parameter(
+            name=["--output", "-o"],
+            negative="",
+            consume_multiple=False,
+            converter=each(file_or_folder),
+        ),
     ]
     method: Annotated[list[str], Many] | None = None
     weights: Annotated[list[str], Many] | None = None
@@ -141,7 +147,7 @@ class Tensors:
     key: str | None = None
     shard_size: str | None = None
     format: str | None = None
-    dcp_files: Whole = None
+    dcp_files: MaybeWhole = None
     dcp_key: str | None = None
     keep_state: Annotated[bool, Flag] = False
 
@@ -164,7 +170,7 @@ class Work:
     """
 
     max_memory: str = "128MiB"
-    threads: Whole = None
+    threads: MaybeWhole = None
     part: str | None = None
     resume: Annotated[bool, Flag] = False
     verify: Annotated[bool, Flag] = False

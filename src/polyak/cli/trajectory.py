@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import Whole
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def average_record(
         console.print(f"{target}: {done.tensors} tensors", soft_wrap=True, markup=False)
 
 
-def thin(folder: Path, *, keep: int, by: Literal["evenly", "age"] = "evenly") -> None:
+def thin(folder: Path, *, keep: Whole, by: Literal["evenly", "age"] = "evenly") -> None:
     """Merge neighbouring intervals of a record, in place.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak.errors import require
-from polyak.files import refuse_existing, replacing
+from polyak.files import file_target, replacing
 from polyak.maths.text import parse_profile
 from polyak.report.drawing import Picture
 from polyak.report.numbers import as_shown, decimals, percent, rounded
@@ -35,8 +35,7 @@ def write_search(
     """
     several = [found] if isinstance(found, Found) else list(found)
     require(bool(several), "There is nothing to write a page of; expected what a search found.")
-    target = Path(path)
-    refuse_existing(target, overwrite=overwrite)
+    target = file_target(path, overwrite=overwrite)
     context = {
         "title": " · ".join(QUESTIONS[one.question] for one in several),
         "parts": [
