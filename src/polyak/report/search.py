@@ -93,6 +93,8 @@ def _honest(found: Found) -> list[str]:
 
 
 def _sentence(one: Comparison) -> str:
+    if one.same:
+        return f"The best is {one.against} itself."
     noise = ", within noise" if one.within_noise else ""
     return f"Minus {one.against}: {one.difference:+.4g} ({one.low:+.4g} to {one.high:+.4g}{noise})."
 
