@@ -226,9 +226,9 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.intervals import is_record_or_run
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
+    from polyak.checkpoints.merging.record_or_checkpoints import means_record
     from polyak.checkpoints.merging.selection import find_checkpoints
 
     console = Console(highlight=False)
@@ -241,7 +241,7 @@ def average(
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
-    if len(inputs) == 1 and is_record_or_run(inputs[0]):
+    if means_record(inputs):
         if shared:
             raise ArgumentError(
                 "A record is averaged by one process. Run the same command without torchrun."

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from polyak.cli.converters import Flag, MaybeWhole, NewFile, Whole
 from polyak.cli.scorer import Scorer
-from polyak.errors import ArgumentError, PolyakError
+from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
     from polyak.study.found import Found
@@ -198,19 +198,14 @@ def _write(record: Trajectory, found: Found, scorer: Scorer, asked: Asked, path:
 
 
 def _opened(inputs: tuple[str, ...]) -> Trajectory:
-    from polyak.checkpoints.intervals import is_record, records_in
+    from polyak.checkpoints.merging.record_or_checkpoints import means_record
     from polyak.study.trajectory import Trajectory
 
     if not inputs:
         raise ArgumentError("There is no input; name the record of a run, or its checkpoints.")
-    if len(inputs) == 1 and (is_record(inputs[0]) or not _may_be_checkpoints(inputs[0])):
+    if means_record(inputs) or (len(inputs) == 1 and not _may_be_checkpoints(inputs[0])):
         return Trajectory(inputs[0])
-    try:
-        return Trajectory.from_checkpoints(inputs)
-    except PolyakError:
-        if len(inputs) == 1 and Path(inputs[0]).is_dir() and records_in(Path(inputs[0])):
-            return Trajectory(inputs[0])  # the folder of a run, without weights of its own
-        raise
+    return Trajectory.from_checkpoints(inputs)
 
 
 def _may_be_checkpoints(text: str) -> bool:

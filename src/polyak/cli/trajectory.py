@@ -65,7 +65,7 @@ def thin(folder: Path, *, keep: Whole, by: Literal["evenly", "age"] = "evenly") 
     """Merge neighbouring intervals of a record, in place.
 
     Args:
-        folder: The record of a run, as polyak.Recorder writes it.
+        folder: The record of a run, as polyak.Recorder writes it, or the folder of a run that holds one.
         keep: How many intervals to keep.
         by: evenly: all about equally long. age: the longer the older they are, for averages that end
             with the run.
@@ -73,9 +73,11 @@ def thin(folder: Path, *, keep: Whole, by: Literal["evenly", "age"] = "evenly") 
     """
     from rich.console import Console
 
+    from polyak.checkpoints.intervals import the_record
     from polyak.checkpoints.thinning import thin_record
 
-    gone = thin_record(folder, keep, by=by)
+    record = the_record(folder)
+    gone = thin_record(record, keep, by=by)
     Console(highlight=False).print(
-        f"{folder}: {gone} files merged into their neighbours", soft_wrap=True, markup=False
+        f"{record}: {gone} files merged into their neighbours", soft_wrap=True, markup=False
     )

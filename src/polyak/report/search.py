@@ -95,10 +95,12 @@ def _honest(found: Found) -> list[str]:
 
 def _sentence(one: Comparison) -> str:
     """With as many decimals as the interval has to say; within noise is what reaches 0 as it is shown."""
+    if one.same:
+        return f"The best is {one.against} itself."
     if one.low is None or one.high is None:
         return f"Minus {one.against}: {rounded(one.difference, decimals(one.difference, 2), signed=True)}."
     if one.low == one.high == one.difference == 0:
-        return f"The best scores as {one.against} does on every example, if it is not that."
+        return f"The best scores as {one.against} does on every example."
     digits = decimals((one.high - one.low) / 2, 2)
     difference, low, high = (
         rounded(value, digits, signed=True) for value in (one.difference, one.low, one.high)
