@@ -172,13 +172,11 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
         "swa": "its SWA",
     }
     averaged = {
-        kind: Band(label, *mean_curve(budget.averaged[kind]))
+        label: Band(*mean_curve(budget.averaged[kind]))
         for kind, label in labels.items()
         if kind in budget.averaged
     }
-    annealed = {
-        arm: Band(ANNEALED[arm], *mean_curve(values)) for arm, values in budget.annealed.items()
-    }
+    annealed = {ANNEALED[arm]: Band(*mean_curve(values)) for arm, values in budget.annealed.items()}
     is_text = finals.terms != IMAGES
     plot = partial(
         plot_budget,
@@ -187,7 +185,7 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
         ylabel="validation loss (nats per byte)" if is_text else "validation error (%)",
         ylim=_limits(averaged, annealed),
     )
-    shown = ", ".join(band.label for band in (*averaged.values(), *annealed.values()))
+    shown = ", ".join([*averaged, *annealed])
     alt = (
         f"Validation {'loss' if is_text else 'error'} over the budget: {shown}; means over "
         f"{count(finals.n_seeds, 'seed')}"
