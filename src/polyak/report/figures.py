@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FEWEST = 10
 """The smallest number of predictions for which the accuracy of a bin is drawn."""
 
-_CHARACTERS_PER_INCH, _HANDLE = 14, 5
+_CHARACTERS_PER_INCH, _HANDLE = 13, 5
 """About as many characters of a legend stand in an inch; the line before a name takes the place of some."""
 
 
@@ -58,7 +58,7 @@ def legend_above(ax: Axes, title: str = "", order: Sequence[str] = ()) -> None:
     first, second = names[: (len(names) + 1) // 2], names[(len(names) + 1) // 2 :]
     needed = sum(max(map(len, column), default=0) + _HANDLE for column in (first, second))
     ax.legend(
-        handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2,
+        handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2, markerscale=0.8,
         title=title or None, ncols=2 if second and needed <= characters else 1,
     )  # fmt: skip
 

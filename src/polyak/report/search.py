@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from polyak.errors import require
-from polyak.files import refuse_existing, replacing
+from polyak.files import file_target, replacing
 from polyak.maths.text import parse_profile
 from polyak.report.drawing import Picture
 from polyak.report.numbers import as_shown, decimals, percent, rounded
-from polyak.report.page import Cell, Line, Table, environment
+from polyak.report.page import Cell, Head, Line, Table, environment
 from polyak.report.search_figures import plot_along, plot_lengths, plot_windows
 from polyak.report.sections import Section, render
 from polyak.study.found import QUESTIONS, Comparison, Found, Scored
@@ -35,8 +35,7 @@ def write_search(
     """
     several = [found] if isinstance(found, Found) else list(found)
     require(bool(several), "There is nothing to write a page of; expected what a search found.")
-    target = Path(path)
-    refuse_existing(target, overwrite=overwrite)
+    target = file_target(path, overwrite=overwrite)
     context = {
         "title": " · ".join(QUESTIONS[one.question] for one in several),
         "parts": [
@@ -96,10 +95,12 @@ def _honest(found: Found) -> list[str]:
 
 def _sentence(one: Comparison) -> str:
     """With as many decimals as the interval has to say; within noise is what reaches 0 as it is shown."""
+    if one.same:
+        return f"The best is {one.against} itself."
     if one.low is None or one.high is None:
         return f"Minus {one.against}: {rounded(one.difference, decimals(one.difference, 2), signed=True)}."
     if one.low == one.high == one.difference == 0:
-        return f"The best scores as {one.against} does on every example, if it is not that."
+        return f"The best scores as {one.against} does on every example."
     digits = decimals((one.high - one.low) / 2, 2)
     difference, low, high = (
         rounded(value, digits, signed=True) for value in (one.difference, one.low, one.high)
@@ -131,7 +132,7 @@ def score_table(found: Found) -> Table:
         "the record."
     )
     columns = ["average", "begins", "ends", "score", "held out", "planned error", ""]
-    return Table(caption, columns, rows)
+    return Table(caption, [*map(Head, columns)], rows)
 
 
 def slider(found: Found) -> dict[str, Any] | None:
@@ -171,7 +172,7 @@ def _pictures(found: Found) -> list[Picture]:
             best=100 * found.best.until / found.end,
             ylabel=title,
         )
-        return [Picture(found.question, alt, draw, (6.0, 3.4))]
+        return [Picture(found.question, alt, draw)]
     pictures = []
     windows = [one for one in found.scored if one.start is not None and not one.failed]
     if windows:
@@ -186,12 +187,12 @@ def _pictures(found: Found) -> list[Picture]:
             minimize=found.minimize,
         )
         alt = f"The scores of {len(windows)} windows by where they begin and end"
-        pictures.append(Picture("windows", alt, draw, (5.0, 4.2)))
+        pictures.append(Picture("windows", alt, draw, (4.2, 4.2)))
     curves = _curves(found)
     if curves:
         lines = {k: one.score for k, one in found.references.items() if not one.failed}
         draw = partial(plot_lengths, curves=curves, references=lines, unit=found.unit, ylabel=title)
-        pictures.append(Picture("lengths", "The score by mean age, by family", draw, (5.0, 4.2)))
+        pictures.append(Picture("lengths", "The score by mean age, by family", draw, (4.2, 3.6)))
     return pictures
 
 

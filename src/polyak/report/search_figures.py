@@ -44,7 +44,7 @@ def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
     )  # fmt: skip
     for (name, (start, end)), (shape, size) in zip(marks.items(), _MARKS, strict=False):
         ax.plot(
-            [start], [end], shape, ms=size, mfc="none", mec=_colour_of(name), mew=1.8, label=name, ls="",
+            [start], [end], shape, ms=size, mfc="none", color=_colour_of(name), mew=1.8, label=name, ls="",
         )  # fmt: skip
     top = max(ends)
     ax.plot([min(starts), top], [min(starts), top], color=GREY, lw=0.8, ls=":")

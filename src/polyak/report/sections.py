@@ -88,6 +88,8 @@ def schedule_section(run: Run) -> Section:
         total = run.recipe.last_epoch(arm) * steps
         at = np.arange(run.recipe.first_epoch(arm) * steps, total)
         name = curve_name((arm, "iterate"), _terms(run))
+        if arm in AVERAGING_ARMS:
+            name = f"iterate, {arm_name(arm)}"
         rates[name] = (at + 1) / steps, np.array([schedule(int(step)) for step in at])
         ends[arm] = _rates(run.recipe, arm, float(rates[name][1].max()))
         points = [p for p in schedule.averaging_points() if p <= total]

@@ -38,6 +38,8 @@ def difference(name: str, other: str, value: Estimate | None, unit: str, digits:
     half = value.half_width()
     if half is None:
         seeds = "a single seed" if value.n == 1 else f"each of {count(value.n, 'seed')}"
+        if not as_shown(value.mean, digits):
+            return f"{name} and {other} are the same in {seeds}, as far as the digits go"
         return f"{name} is {where} {other} in {seeds}, which shows no spread"
     seeds = count(value.n, "seed")
     if found(value, digits) == 0:

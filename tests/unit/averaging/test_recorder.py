@@ -337,7 +337,9 @@ def test_only_a_capture_waits_for_the_disk(tmp_path, monkeypatch, captures, dt, 
     released, sync = threading.Event(), files.sync
     monkeypatch.setattr(files, "sync", lambda path: released.wait(9) and sync(path))
     made = record(Scalar(), tmp_path, round(10 / dt), dt=dt, interval=10, captures=captures)
-    for step in range(round(goes_on / dt)):  # up to the next capture, though the file is not written
+    for step in range(
+        round(goes_on / dt)
+    ):  # up to the next capture, though the file is not written
         made.model.go(11 + step)
         made.update(dt)
     assert made.time == 10 + round(goes_on / dt) * dt
