@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
 
 
 class NotOffered(Exception):  # noqa: N818 - an answer, not an error
@@ -50,10 +54,34 @@ class Running:
         raise NotOffered
 
 
+class Posterior:
+    """One SWAG of a model, of rank 20, in some library; its draws are those of its default scale."""
+
+    def collect(self) -> None:
+        """Take the model's current weights."""
+        raise NotOffered
+
+    def deviations(self) -> Tensor:
+        """The standard deviation of each weight, as its draws use it."""
+        raise NotOffered
+
+    def draws(self, count: int) -> Tensor:
+        """That many draws, a vector each."""
+        raise NotOffered
+
+    def drawn(self, batches: list[Tensor]) -> nn.Module:
+        """A draw with the BatchNorm statistics that the library measures for it."""
+        raise NotOffered
+
+
 class Peer:
     """A library. What it does not override, it does not offer."""
 
     name = ""
+
+    @property
+    def version(self) -> str:
+        return version(self.name)
 
     def ema(self, model: nn.Module, decay: float) -> Running:
         """A plain EMA of constant decay, updated by hand, beginning at the first update."""
@@ -98,14 +126,53 @@ class Peer:
         """For frameworks that own the loop: run it their way, and return that check's figure."""
         raise NotOffered
 
+    def swag(self, model: nn.Module) -> Posterior:
+        """SWAG of rank 20."""
+        raise NotOffered
 
-def all_peers() -> list[Peer]:
-    """polyak first, then the others; each needs its library installed."""
+    def combine(self, method: str, base: State | None, runs: list[State], **how: Any) -> State:
+        """ "mean", "ties", "dare" (both with a density), "model-stock" or "slerp" (t) of runs, in float32."""
+        raise NotOffered
+
+    def greedy(self, runs: list[State], score: Callable[[State], float]) -> State:
+        """A greedy soup; higher scores are better."""
+        raise NotOffered
+
+    def mean_of_adapters(self, base: nn.Module, folders: list[str]) -> Tensor:
+        """What the mean of LoRA adapters, as exact as is offered, adds to the weight of layer "0"."""
+        raise NotOffered
+
+
+def all_peers(subject: str) -> list[Peer]:
+    """polyak first, then the others that do this and are there."""
+    from peers.polyak_average import Polyak
+
+    others = {"SWAG": _swags, "combinations": _mergers}.get(subject, _averagers)
+    return [Polyak(), *others()]
+
+
+def _averagers() -> list[Peer]:
     from peers.diffusers_ema import Diffusers
     from peers.ema_pytorch_ema import EmaPytorch
     from peers.lightning_callback import Lightning
-    from peers.polyak_average import Polyak
     from peers.torch_ema_ema import TorchEma
     from peers.torch_swa_utils import Torch
 
-    return [Polyak(), Torch(), EmaPytorch(), TorchEma(), Diffusers(), Lightning()]
+    return [Torch(), EmaPytorch(), TorchEma(), Diffusers(), Lightning()]
+
+
+def _swags() -> list[Peer]:
+    if "SWAG_WHEELS" not in os.environ:
+        return []
+    from peers.swag_classes import SwaGaussian, TorchUncertainty
+
+    return [SwaGaussian(), TorchUncertainty()]
+
+
+def _mergers() -> list[Peer]:
+    from peers.mergekit_command import Mergekit
+    from peers.model_soups_script import ModelSoups
+    from peers.peft_merging import Peft
+
+    given = {"MERGEKIT": Mergekit, "MODEL_SOUPS": ModelSoups}
+    return [*(kind() for name, kind in given.items() if name in os.environ), Peft()]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import polyak
-from peers import NotOffered, Peer, Running
+from peers import NotOffered, Peer, Posterior, Running, State
 
 
 class _Average(Running):
@@ -44,6 +48,32 @@ class _Average(Running):
 
     def held(self) -> list[Tensor]:
         return list(self.average.state_dict()["tensors"].values())
+
+
+class _Swag(Posterior):
+    def __init__(self, model: nn.Module) -> None:
+        self.swag = polyak.SWAG(model, rank=20)
+
+    def collect(self) -> None:
+        self.swag.update()
+
+    def deviations(self) -> Tensor:
+        return _vector(self.swag.state_dict()["variance"].values()).sqrt()
+
+    def draws(self, count: int) -> Tensor:
+        drawn = []
+        for _ in range(count):
+            with self.swag.sample() as model:
+                drawn.append(_vector(model.parameters()))
+        return torch.stack(drawn)
+
+    def drawn(self, batches: list[Tensor]) -> nn.Module:
+        with self.swag.sample(update_bn=batches) as model:
+            return copy.deepcopy(model)
+
+
+def _vector(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
 class Polyak(Peer):
@@ -93,3 +123,46 @@ class Polyak(Peer):
                 return model.weight.item()
         average.copy_to(model)
         return model.weight.item()
+
+    def swag(self, model: nn.Module) -> Posterior:
+        return _Swag(model)
+
+    def combine(self, method: str, base: State | None, runs: list[State], **how: Any) -> State:
+        from polyak.checkpoints import Dare, ModelStock, Slerp, Ties, average_checkpoints
+
+        kinds: dict[str, Any] = {"ties": Ties, "dare": Dare, "model-stock": ModelStock}
+        kinds |= {"slerp": Slerp}
+        with tempfile.TemporaryDirectory() as folder:
+            paths = _saved(runs, folder)
+            start = None if base is None else _saved([base], folder, "base")[0]
+            made = "swa" if method == "mean" else kinds[method](**how)
+            output = Path(folder, "merged.pt")
+            average_checkpoints(paths, output, method=made, base=start)
+            merged: State = torch.load(output)
+            return merged
+
+    def greedy(self, runs: list[State], score: Callable[[State], float]) -> State:
+        from polyak.study import make_soup
+
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "soup.pt")
+            make_soup(_saved(runs, folder), output, score, maximize=True, cache=False)
+            soup: State = torch.load(output)
+            return soup
+
+    def mean_of_adapters(self, base: nn.Module, folders: list[str]) -> Tensor:
+        from peft import PeftModel
+
+        from polyak.checkpoints import merge_adapters
+
+        with tempfile.TemporaryDirectory() as folder:
+            merge_adapters(folders, Path(folder, "mean"))
+            model = PeftModel.from_pretrained(base, str(Path(folder, "mean")))
+            return model.base_model.model[0].get_delta_weight("default")
+
+
+def _saved(states: list[State], folder: str, name: str = "run") -> list[Path]:
+    paths = [Path(folder, f"{name}-{number}.pt") for number in range(len(states))]
+    for state, path in zip(states, paths, strict=True):
+        torch.save(dict(state), path)
+    return paths

@@ -32,3 +32,14 @@ def test_the_table_can_tell_right_from_wrong(conformance: object) -> None:
 
     chosen = [c for c in conformance.CHECKS if c.title.startswith(("integer", "a frozen layer"))]
     assert [conformance.outcome(check, Torch())["result"] for check in chosen] == ["fails"] * 2
+
+
+def test_rows_of_a_peer_that_is_not_there_stay(conformance: object) -> None:
+    rows = conformance.with_absent([])
+    ties = next(c.title for c in conformance.CHECKS if c.title.startswith("TIES keeps"))
+    kept = {row["peer"]: row for row in rows if row["check"] == ties}
+    assert set(kept) == {"polyak", "mergekit", "model-soups", "peft"}
+    again = conformance.with_absent([{**kept["polyak"], "version": "2"}])
+    found = {row["peer"]: row for row in again if row["check"] == ties}
+    assert found == {**kept, "polyak": {**kept["polyak"], "version": "2"}}
+    assert any("mergekit 0.1.5" in line for line in conformance.markdown(again))

@@ -38,11 +38,15 @@ def cosine(one, other):
     return float((one * other).sum() / (one.norm() * other.norm()))
 
 
-def model_stock(base, inputs):
+def stock_share(base, inputs):
     found, count = deltas(base, inputs), len(inputs)
     pairs = [cosine(found[i], found[j]) for i in range(count) for j in range(i)]
     mean = max(0.0, sum(pairs) / len(pairs))
-    t = count * mean / (1 + (count - 1) * mean)
+    return count * mean / (1 + (count - 1) * mean)
+
+
+def model_stock(base, inputs):
+    t, count = stock_share(base, inputs), len(inputs)
     return (1 - t) * base.double() + t * sum(x.double() for x in inputs) / count
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Flag, Many, Whole
+from polyak.cli.converters import Flag, Many, MaybeWhole, each, file_or_folder
 from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from polyak.checkpoints.merging.prepare import Merge, PathLike
     from polyak.checkpoints.merging.selection import Found, Selection
     from polyak.checkpoints.merging.spread import Spread
-    from polyak.checkpoints.merging.weights import Method
+    from polyak.checkpoints.merging.weights import Method, OutputWeights
 
 _WIDE = 10_000
 
@@ -53,10 +53,10 @@ class Inputs:
 
     """
 
-    last: Whole = None
+    last: MaybeWhole = None
     steps: str | None = None
-    every: Whole = None
-    best: Whole = None
+    every: MaybeWhole = None
+    best: MaybeWhole = None
     metric: str | None = None
     scores: Path | None = None
     steps_unit: str | None = None
@@ -94,7 +94,13 @@ class Outputs:
     """
 
     output: Annotated[
-        list[Path], Parameter(name=["--output", "-o"], negative="", consume_multiple=False)
+        list[Path],
+        Parameter(
+            name=["--output", "-o"],
+            negative="",
+            consume_multiple=False,
+            converter=each(file_or_folder),
+        ),
     ]
     method: Annotated[list[str], Many] | None = None
     weights: Annotated[list[str], Many] | None = None
@@ -141,7 +147,7 @@ class Tensors:
     key: str | None = None
     shard_size: str | None = None
     format: str | None = None
-    dcp_files: Whole = None
+    dcp_files: MaybeWhole = None
     dcp_key: str | None = None
     keep_state: Annotated[bool, Flag] = False
 
@@ -164,7 +170,7 @@ class Work:
     """
 
     max_memory: str = "128MiB"
-    threads: Whole = None
+    threads: MaybeWhole = None
     part: str | None = None
     resume: Annotated[bool, Flag] = False
     verify: Annotated[bool, Flag] = False
@@ -220,9 +226,9 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.intervals import is_record_or_run
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
+    from polyak.checkpoints.merging.record_or_checkpoints import means_record
     from polyak.checkpoints.merging.selection import find_checkpoints
 
     console = Console(highlight=False)
@@ -235,7 +241,7 @@ def average(
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
-    if len(inputs) == 1 and is_record_or_run(inputs[0]):
+    if means_record(inputs):
         if shared:
             raise ArgumentError(
                 "A record is averaged by one process. Run the same command without torchrun."
@@ -342,21 +348,26 @@ def _print_inputs(
     for one in merge.blueprints:
         table.add_column(Text(one.target.name), justify="right")
     for index, given in enumerate(merge.inputs):
-        shares = [f"{one.coefficients[index]:.4g}" for one in merge.weights]
+        shares = [_share(one, index) for one in merge.weights]
         step = "?" if given.step is None else str(given.step)
         times = [f"{measured[1][index]:.6g}"] if measured else []
         table.add_row(Text(given.path), step, *times, *shares)
-    table.add_row(
-        "effective samples",
-        *[""] * (2 if measured else 1),
-        *[f"{one.effective_samples:.3g}" for one in merge.weights],
-    )
+    blank = [""] * (2 if measured else 1)
+    if not all(one.combination for one in merge.weights):
+        samples = ["" if w.combination else f"{w.effective_samples:.3g}" for w in merge.weights]
+        table.add_row("effective samples", *blank, *samples)
     if spread is not None and any(one is not None for one in spread.relative):
         apart = ["" if one is None else f"{one:.2%}" for one in spread.relative]
-        table.add_row("spread (RMS, of the mean)", *[""] * (2 if measured else 1), *apart)
+        table.add_row("spread (RMS, of the mean)", *blank, *apart)
     console.print(table)
     for path, why in left_out.items():
         console.print(f"Left out: {path}: {why}", markup=False, soft_wrap=True)
+
+
+def _share(one: OutputWeights, index: int) -> str:
+    if one.combination is not None and not one.combination.is_weighted:
+        return "by tensor"
+    return f"{one.coefficients[index]:.4g}"
 
 
 def _print_plan(console: Console, merge: Merge) -> None:
@@ -377,14 +388,14 @@ def _print_done(console: Console, done: MergeResult) -> None:
     if not done.published:
         console.print("This part is done; the last of the others will publish the result.")
         return
-    for path, weights in zip(done.outputs, done.weights, strict=True):
+    for path, weights, stock in zip(done.outputs, done.weights, done.stock, strict=True):
         counted = sum(weight != 0 for weight in weights.coefficients)
-        console.print(
-            f"{path}: {weights.label} of {counted} checkpoints "
-            f"({weights.effective_samples:.3g} effective), {done.tensors} tensors",
-            soft_wrap=True,
-            markup=False,
-        )
+        effective = "" if weights.combination else f" ({weights.effective_samples:.3g} effective)"
+        lines = [
+            f"{path}: {weights.label} of {counted} checkpoints{effective}, {done.tensors} tensors"
+        ]
+        lines += [] if stock is None else [f"  {stock}"]
+        console.print("\n".join(lines), soft_wrap=True, markup=False)
     console.print(
         f"{_size(done.bytes_read)} read, {_size(done.bytes_written)} written in {done.seconds:.1f} s"
     )

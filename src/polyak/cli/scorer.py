@@ -30,7 +30,7 @@ class Scorer:
         minimize: Lower scores are better.
         maximize: Higher scores are better.
         holdout: The share of the examples that does not choose, on which averages are compared.
-        cache: The folder of known scores; by default .scores in the record, or beside the output.
+        cache: The folder of known scores; by default .scores in the record, beside the output, or here.
         timeout: Seconds for one evaluation.
 
     """

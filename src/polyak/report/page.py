@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from polyak.errors import ArgumentError
-from polyak.files import refuse_existing, replacing, writing_errors
+from polyak.files import file_target, replacing, writing_errors
 from polyak.reference_run.flatness import Landscape, stored_landscape
 from polyak.reference_run.run import Run
 from polyak.report import sentences
@@ -75,24 +75,28 @@ class Table:
 
 
 def write_report(
-    folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder and return the page's path.
 
-    With `path` the page is written there.
+    With `path` the page is written there, in place of a file if `overwrite`.
 
     The page needs no network and no script, and has a sentence under each picture. Everything on it
     is drawn from what the run has stored: the surface around its solutions appears once
     `polyak.reference_run.measure_landscape` has measured it. The questions to its record are asked when the
-    page is first written; their scores are kept in the record. An older page is replaced.
+    page is first written; their scores are kept in the record. The run's own page is replaced.
 
     Raises:
         ArgumentError: the folder is not a run, or none of its arms has finished.
         FormatError: a file of the run is damaged.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or `path` exists and `overwrite` is False.
         MissingExtra: matplotlib is not installed.
 
     """
+    target = None if path is None else file_target(path, overwrite=overwrite)
     run = Run(folder)
     finals = Finals(run.finals())
     if not finals.rows:
@@ -107,7 +111,7 @@ def write_report(
     _write_pngs([*first, *(d for part in parts for d in part.drawings)], run.folder / "figures")
     context = _context(run, finals, land, parts) | {"opening": opening}
     html = environment().get_template("report.html.j2").render(context)
-    return write_page(html, run.folder / "report.html" if path is None else Path(path))
+    return write_page(html, target or run.folder / "report.html")
 
 
 def environment() -> Environment:
@@ -258,7 +262,7 @@ def write_comparison(
         MissingExtra: matplotlib is not installed.
 
     """
-    refuse_existing(Path(path), overwrite=overwrite)
+    target = file_target(path, overwrite=overwrite)
     runs = named_runs(folders)
     finals = {name: Finals(run.finals()) for name, run in runs.items()}
     results, *parts = render(
@@ -279,7 +283,7 @@ def write_comparison(
         "runs": {name: [parts.pop(0), parts.pop(0)] for name in runs},
     }
     html = environment().get_template("compare.html.j2").render(context)
-    return write_page(html, Path(path))
+    return write_page(html, target)
 
 
 def named_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polyak.errors import ArgumentError
-from polyak.files import refuse_existing, replacing
+from polyak.files import file_target, replacing
 from polyak.report.drawing import GREY, INK, style
 from polyak.report.figures import plot_plane, plot_rays
 from polyak.study.scans import LineScan, PlaneScan, RayScan
@@ -73,9 +73,7 @@ def check_scan_targets(paths: Sequence[Path], *, overwrite: bool) -> None:
         if path.suffix.lower() in _PICTURES:
             with style():  # raises where there is no matplotlib
                 pass
-        if not path.absolute().parent.is_dir():
-            raise ArgumentError(f"There is no folder {path.parent} for {path.name}. Make it first.")
-        refuse_existing(path, overwrite=overwrite)
+        file_target(path, overwrite=overwrite)
     if len({path.absolute() for path in paths}) < len(paths):
         raise ArgumentError("The same output is named twice. Name each once.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyak.errors import ArgumentError, require
-from polyak.files import replacing
+from polyak.files import file_target, replacing
 from polyak.maths.arguments import at_least_one
 from polyak.maths.schedules import MOST_STEPS, Schedule, check_schedule
 from polyak.report.drawing import style
@@ -61,6 +61,7 @@ def save_schedule_plot(
     or cannot be written.
     """
     steps = _length(schedule, steps)
+    file_target(path, overwrite=overwrite)
     with style():
         from matplotlib.figure import Figure
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak.errors import require
-from polyak.files import refuse_existing, replacing
+from polyak.files import file_target, replacing
 from polyak.maths.text import parse_profile
 from polyak.report.drawing import Picture
 from polyak.report.numbers import as_shown, decimals, percent, rounded
@@ -35,8 +35,7 @@ def write_search(
     """
     several = [found] if isinstance(found, Found) else list(found)
     require(bool(several), "There is nothing to write a page of; expected what a search found.")
-    target = Path(path)
-    refuse_existing(target, overwrite=overwrite)
+    target = file_target(path, overwrite=overwrite)
     context = {
         "title": " · ".join(QUESTIONS[one.question] for one in several),
         "parts": [
@@ -96,10 +95,12 @@ def _honest(found: Found) -> list[str]:
 
 def _sentence(one: Comparison) -> str:
     """With as many decimals as the interval has to say; within noise is what reaches 0 as it is shown."""
+    if one.same:
+        return f"The best is {one.against} itself."
     if one.low is None or one.high is None:
         return f"Minus {one.against}: {rounded(one.difference, decimals(one.difference, 2), signed=True)}."
     if one.low == one.high == one.difference == 0:
-        return f"The best scores as {one.against} does on every example, if it is not that."
+        return f"The best scores as {one.against} does on every example."
     digits = decimals((one.high - one.low) / 2, 2)
     difference, low, high = (
         rounded(value, digits, signed=True) for value in (one.difference, one.low, one.high)

@@ -203,12 +203,14 @@ class Cook:
             evaluations=evaluator.evaluations,
             cached=evaluator.cached,
             reads=self.mixing.reads,
-            notes=(*self._notes, *dict.fromkeys(evaluator.notes)),
+            notes=(*self.mixing.notes(), *self._notes, *dict.fromkeys(evaluator.notes)),
         )
 
     def _portion(self, one: Ingredient, mix: Mix) -> Portion:
         own, held = self._means(self.evaluator.scores(self.mixing.single(one)))
-        return Portion(one.path, mix.share_of(one), own, held, self._score_with.get(one.path))
+        return Portion(
+            one.path, self.mixing.share_of(one, mix), own, held, self._score_with.get(one.path)
+        )
 
     def _means(self, scores: Tensor) -> tuple[float, float | None]:
         """On the examples that choose, and on those that are held out."""

@@ -154,7 +154,10 @@ def lanczos(
         which in ("largest", "smallest", "magnitude"),
         f"which is {which!r}; expected 'largest', 'smallest' or 'magnitude'.",
     )
-    require(number("tolerance", tolerance) > 0, f"tolerance is {tolerance:g}; expected above 0.")
+    require(
+        0 < number("tolerance", tolerance) < 1,
+        f"tolerance is {tolerance:g}; expected a fraction above 0 and below 1.",
+    )
     size = len(start)
     require(k <= size, f"k is {k}; there are {size} parameters, so at most {size} eigenvalues.")
     most = min(size, max(iterations, k))
@@ -250,9 +253,11 @@ def _products(
 
 
 def _hessian_times(loss: Tensor, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    # A gradient of 1 that needs one itself: of a constant, a function that is differentiable once leaves no mark.
+    one = torch.ones_like(loss, requires_grad=True)
     try:
         gradient = torch.autograd.grad(
-            loss, parameters, create_graph=True, materialize_grads=True, allow_unused=True
+            loss, parameters, one, create_graph=True, materialize_grads=True, allow_unused=True
         )
         slope = torch.stack([(g * v).sum() for g, v in zip(gradient, parts, strict=True)]).sum()
         _refuse_ends(slope)

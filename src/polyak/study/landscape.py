@@ -76,7 +76,13 @@ class Plane:
 
     @classmethod
     def through(cls, first: Tensor, second: Tensor, third: Tensor) -> Plane:
-        """The plane through three points; raises ArgumentError if they are on one line."""
+        """The plane through three points; raises ArgumentError if they are on one line, or two are the same."""
+        named = (("first", first), ("second", second), ("third", third))
+        for (one, a), (other, b) in itertools.combinations(named, 2):
+            if torch.equal(a, b):
+                raise ArgumentError(
+                    f"The {one} and the {other} point are the same. Pass three checkpoints that differ."
+                )
         along, across = second - first, third - first
         length = along.norm()
         u = along / length

@@ -11,17 +11,23 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from polyak.checkpoints.merging.average import average_checkpoints, iter_averaged_tensors
+from polyak.checkpoints.merging.average import (
+    MergeResult,
+    average_checkpoints,
+    iter_averaged_tensors,
+)
 from polyak.checkpoints.merging.cast import cast, widened
 from polyak.checkpoints.merging.deltas import ModelStock
 from polyak.checkpoints.merging.options import MergeOptions
+from polyak.checkpoints.merging.outputs import begun_anew
+from polyak.checkpoints.merging.rules import StockShare
 from polyak.checkpoints.merging.weights import OutputWeights, metadata_of
 from polyak.checkpoints.reading.extra_state import is_extra, tensors_in
 from polyak.checkpoints.reading.opening import open_checkpoint
@@ -102,6 +108,7 @@ class Mixing:
         self._output, self._options, self._told = output, options, told
         self._folder = output.absolute().parent / f".{output.name}.soup"
         self._read: dict[str, int] = {}
+        self.stock: StockShare | None = None  # of the Model Stock that was made
 
     @property
     def reads(self) -> int:
@@ -111,19 +118,29 @@ class Mixing:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """While mixes are made; what a killed process has left is continued."""
-        with writing_errors(self._folder):
-            self._folder.mkdir(exist_ok=True)
         with ExitStack() as stack:
-            lock = os.open(self._folder, os.O_RDONLY)
+            lock = self._locked()
             stack.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"Another process makes this output (it holds a lock on {self._folder}). Wait for it."
-                ) from None
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
             yield
+
+    def _locked(self) -> int:
+        """A lock on the folder, which a process that ends removes: then it is made again."""
+        while True:
+            with writing_errors(self._folder):
+                self._folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                lock = os.open(self._folder, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise OutputError(
+                        f"Another process makes this output (it holds a lock on {self._folder}). Wait for it."
+                    ) from None
+                if os.path.samestat(os.fstat(lock), self._folder.stat()):
+                    stack.pop_all()
+                    return lock
 
     def subject(self, mix: Mix, what: str) -> Subject:
         """The mix, to be evaluated; made when it is needed."""
@@ -144,7 +161,8 @@ class Mixing:
     def made(self, mix: Mix) -> Path:
         """The file, or folder, of a mix."""
         path = self._path(mix)
-        if path.exists():
+        is_known = mix.kind != "model-stock" or self.stock is not None
+        if path.exists() and is_known:
             return path
         if mix.kind == "grown":
             self._grow(mix.ingredients)
@@ -154,8 +172,18 @@ class Mixing:
             self._average(inputs, path, _unnamed(mix.coefficients))
         else:
             dtypes = {t.dtype for one in mix.ingredients for t in one.checkpoint.tensors.values()}
-            self._write_stock(mix, path, "float64" if "F64" in dtypes else "float32")
+            dtype = "float64" if "F64" in dtypes else "float32"
+            self._write_stock(mix, path, dtype, overwrite=True)
         return path
+
+    def share_of(self, one: Ingredient, mix: Mix) -> float:
+        """What the mix has of it; of a Model Stock over all values."""
+        share = mix.share_of(one)
+        return share if self.stock is None else share * self.stock.average
+
+    def notes(self) -> list[str]:
+        """What there is to know of how it was mixed."""
+        return [] if self.stock is None else [f"Model Stock: {self.stock}."]
 
     def keep(self, *mixes: Mix) -> None:
         """Remove all others."""
@@ -212,16 +240,20 @@ class Mixing:
         self.count(mix.ingredients)
         self.count(mix.ingredients)
         inputs = [one.checkpoint for one in mix.ingredients]
-        self._average(inputs, path, ModelStock(), dtype=dtype, base=self._options.base, **more)
+        stock = ModelStock()
+        done = self._average(inputs, path, stock, dtype=dtype, base=self._options.base, **more)
+        self.stock = done.stock[0]
 
-    def _average(self, inputs: Sequence[Checkpoint], path: Path, method: Any, **more: Any) -> None:
+    def _average(
+        self, inputs: Sequence[Checkpoint], path: Path, method: Any, **more: Any
+    ) -> MergeResult:
         options = self._options
         filters: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), begun_anew("make the soup again"):
             warnings.simplefilter(
                 "ignore"
             )  # what there is to warn of was said before the first mix
-            average_checkpoints(
+            return average_checkpoints(
                 inputs,
                 path,
                 method=method,

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from polyak.errors import ArgumentError, NonFiniteError, require
 from polyak.maths.arguments import at_least_one, count, number
 from polyak.study.bootstrap import paired_bootstrap
 from polyak.study.curves import Curve, bezier, control_point
 from polyak.study.directions import Directions, Normalize
-from polyak.study.evaluator import Evaluator, Judging, Subject
+from polyak.study.evaluator import Evaluator, Judging, PathLike, Subject
 from polyak.study.filling import Weights
 from polyak.study.frame import Anchor, Floats, Frame, anchors_of, counted
 from polyak.study.principal import named_points, principal_points
 from polyak.study.scans import Barrier, LineScan, PlaneScan, RayScan
 from polyak.study.scores import FOLDER
-from polyak.study.search import check_options
 from polyak.study.trajectory import Trajectory
 
 Points = Mapping[str, Weights] | Sequence[Weights] | Trajectory
+_MOST_POINTS = 1_000_000
 _ROUNDING = 1e-6  # of a distance; nearer to a line than that, or than float32 tells, is on it
 
 
-def scan_line(
+def scan_line(  # noqa: PLR0913 - keyword-only arguments do not count
     inputs: Points | Curve,
     evaluate: Callable[..., Any],
     *,
@@ -38,7 +39,14 @@ def scan_line(
     points: int = 21,
     beyond: float = 0.0,
     key: str | None = None,
-    **judging: Any,
+    model: Module | None = None,
+    data: Iterable[Any] | None = None,
+    minimize: bool = False,
+    maximize: bool = False,
+    holdout: float = 0.5,
+    cache: PathLike | bool | None = None,
+    timeout: float | None = None,
+    name: str | None = None,
 ) -> LineScan:
     r"""Scores on the way through checkpoints, and the barrier between each and the next.
 
@@ -52,8 +60,15 @@ def scan_line(
         points: On each segment, its two ends included.
         beyond: How far to go on beyond the first and the last, as a fraction of a segment.
         key: Where the weights are inside the files, as for `open_checkpoint`.
-        judging: `model`, `data`, `minimize`, `maximize`, `holdout`, `cache`, `timeout` and `name` of
-            `Trajectory.search`.
+        model: The model to evaluate, in evaluation mode; it gets its own weights back.
+        data: Training batches, to refresh the model's BatchNorm statistics at each point.
+        minimize: Lower scores are better.
+        maximize: Higher scores are better; needed unless the function has the name of a known metric.
+        holdout: The share of the examples that a barrier is measured on and its position not chosen on.
+        cache: A folder for scores, which another scan of the same points then knows; by default one in the
+            record of a `Trajectory`, and none for checkpoints.
+        timeout: Seconds for one evaluation.
+        name: What tells this evaluation from others where its code does not: a closure, an object.
 
     Raises:
         ArgumentError: Fewer than two checkpoints, the same one twice, an option outside its domain, and what
@@ -72,13 +87,18 @@ def scan_line(
     at_least_three("points", points)
     require(0 <= number("beyond", beyond) < math.inf, f"beyond is {beyond:g}; expected 0 or more.")
     curved = isinstance(inputs, Curve) or curve is not None
-    anchors = _line_anchors(inputs, curve, key, judging.get("model"))
+    judging = Judging(
+        model=model, data=data, minimize=minimize, maximize=maximize,
+        holdout=holdout, cache=cache, timeout=timeout, name=name,
+    )  # fmt: skip
+    anchors = _line_anchors(inputs, curve, key, model)
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     gram = measuring.frame.gram()
     _refuse_same(anchors, gram)
     names = [a.name for a in (anchors[::2] if curved else anchors)]
     share = bezier if curved else _polyline(len(anchors))
     segments = len(names) - 1
+    _check_number(segments * points + 2 * beyond * points, "beyond= or points=")
     positions = _positions(segments, points, beyond)
     shares = [share(t) for t in positions.tolist()]
     subjects = [
@@ -95,14 +115,21 @@ def scan_line(
     )  # fmt: skip
 
 
-def scan_plane(
+def scan_plane(  # noqa: PLR0913 - as above
     inputs: Points,
     evaluate: Callable[..., Any],
     *,
     points: int = 11,
     margin: float = 0.2,
     key: str | None = None,
-    **judging: Any,
+    model: Module | None = None,
+    data: Iterable[Any] | None = None,
+    minimize: bool = False,
+    maximize: bool = False,
+    holdout: float = 0.5,
+    cache: PathLike | bool | None = None,
+    timeout: float | None = None,
+    name: str | None = None,
 ) -> PlaneScan:
     r"""Scores on a plane: through three checkpoints, or a trajectory's own.
 
@@ -116,14 +143,26 @@ def scan_plane(
         points: On each side of the square.
         margin: Beyond the outermost checkpoint on each side, as a fraction of the extent.
         key: Where the weights are inside the files, as for `open_checkpoint`.
-        judging: As for `scan_line`.
+        model: As for `scan_line`, and so are `data` to `name`.
+        data: See `model`.
+        minimize: See `model`.
+        maximize: See `model`.
+        holdout: See `model`.
+        cache: See `model`.
+        timeout: See `model`.
+        name: See `model`.
 
     Raises what `scan_line` raises, and ArgumentError for fewer than three checkpoints, or three on one line.
 
     """
     require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
     at_least_three("points", points)
-    principal, model = None, judging.get("model")
+    _check_number(points**2, "points=")
+    judging = Judging(
+        model=model, data=data, minimize=minimize, maximize=maximize,
+        holdout=holdout, cache=cache, timeout=timeout, name=name,
+    )  # fmt: skip
+    principal = None
     if isinstance(inputs, Trajectory):
         principal = principal_points(inputs)
     anchors = principal.anchors if principal else anchors_of(inputs, key=key, model=model)  # type: ignore[arg-type]
@@ -161,7 +200,14 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     normalize: Normalize = None,
     seed: int = 0,
     key: str | None = None,
-    **judging: Any,
+    model: Module | None = None,
+    data: Iterable[Any] | None = None,
+    minimize: bool = False,
+    maximize: bool = False,
+    holdout: float = 0.5,
+    cache: PathLike | bool | None = None,
+    timeout: float | None = None,
+    name: str | None = None,
 ) -> RayScan:
     """Scores along random rays from each of one or more checkpoints, in the same directions from each.
 
@@ -177,16 +223,28 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
             those of Li et al. 2018: as long as the weights, filter by filter, with tensors of one dimension at rest.
         seed: Of the directions.
         key: Where the weights are inside the files, as for `open_checkpoint`.
-        judging: As for `scan_line`.
+        model: As for `scan_line`, and so are `data` to `name`.
+        data: See `model`.
+        minimize: See `model`.
+        maximize: See `model`.
+        holdout: See `model`.
+        cache: See `model`.
+        timeout: See `model`.
+        name: See `model`.
 
     With `model` the directions change its parameters and no float buffer. Raises what `scan_line` raises.
 
     """
     at_least_one("rays", rays)
-    require(count("points", points) >= 2, f"points is {points}; expected 2 or more.")
+    count("points", points, 2)
     count("seed", seed)
-    anchors = _anchors(inputs, key, ("last", "mean"), judging.get("model"))
+    judging = Judging(
+        model=model, data=data, minimize=minimize, maximize=maximize,
+        holdout=holdout, cache=cache, timeout=timeout, name=name,
+    )  # fmt: skip
+    anchors = _anchors(inputs, key, ("last", "mean"), model)
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
+    _check_number(len(anchors) * rays * points, "rays= or points=")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     directions = Directions(measuring.frame, normalize, seed)
     if reach is None:
@@ -212,11 +270,9 @@ class _Measuring:
         self,
         anchors: list[Anchor],
         evaluate: Callable[..., Any],
-        judging: dict[str, Any],
+        how: Judging,
         inputs: Points | Curve,
     ) -> None:
-        check_options(judging)
-        how = Judging(**judging)
         self.frame = Frame(anchors, how.model)
         kept = (
             inputs.folder / FOLDER
@@ -295,10 +351,12 @@ class _Axes:
         first, second, third = (a.name for a in frame.anchors[:3])
         self._length = math.sqrt(gram[1, 1])
         rounding = 2 * sum(_resolution(a, frame) for a in frame.anchors[:3])
-        if self._length == 0:
-            raise ArgumentError(
-                f"{first} and {second} are the same weights. Pass three that differ."
-            )
+        for one, other in itertools.combinations(range(3), 2):
+            if _are_same(frame.anchors, gram, one, other):
+                names = [frame.anchors[i].name for i in (one, other)]
+                raise ArgumentError(
+                    f"{names[0]} and {names[1]} are the same weights. Pass three that differ."
+                )
         self._along = float(gram[1, 2] / gram[1, 1])
         self._height = math.sqrt(max(0.0, gram[2, 2] - self._along * gram[1, 2]))
         if self._height <= max(_ROUNDING * math.sqrt(gram[2, 2]), rounding):
@@ -379,14 +437,16 @@ def _line_anchors(
 
 def _refuse_same(anchors: Sequence[Anchor], gram: Floats) -> None:
     for i, (one, other) in enumerate(itertools.pairwise(anchors)):
-        if (
-            gram[i, i] + gram[i + 1, i + 1] - 2 * gram[i, i + 1] <= 0
-            or one.content == other.content
-        ):
+        if _are_same(anchors, gram, i, i + 1):
             raise ArgumentError(
                 f"{one.name} and {other.name} are the same weights; there is no line between them. Name "
                 "different checkpoints."
             )
+
+
+def _are_same(anchors: Sequence[Anchor], gram: Floats, i: int, j: int) -> bool:
+    apart = gram[i, i] + gram[j, j] - 2 * gram[i, j]
+    return bool(apart <= 0 or anchors[i].content == anchors[j].content)
 
 
 def _polyline(size: int) -> Callable[[float], list[float]]:
@@ -438,6 +498,14 @@ def _means(scores: Sequence[Tensor]) -> Floats:
     return np.array([float(s.mean()) for s in scores])
 
 
+def _check_number(points: float, names: str) -> None:
+    require(
+        points <= _MOST_POINTS,
+        f"That would be {points:.4g} points, each of which is evaluated; expected at most {_MOST_POINTS:,}. Use a "
+        f"smaller {names}.",
+    )
+
+
 def at_least_three(name: str, value: int) -> None:
     """Raise ArgumentError for fewer."""
-    require(count(name, value) >= 3, f"{name} is {value!r}; expected a whole number of at least 3.")
+    count(name, value, 3)

@@ -152,7 +152,9 @@ def _unscored(plan: Planned, mixing: Mixing) -> Soup:
     warn_of_stale(plan.merge)
     mix = as_planned(plan)
     mixing.publish_unscored(mix, f"{plan.method} soup")
-    portions = [Portion(one.path, mix.share_of(one), None, None) for one in plan.ingredients]
+    portions = [
+        Portion(one.path, mixing.share_of(one, mix), None, None) for one in plan.ingredients
+    ]
     return Soup(
         output=plan.target,
         method=plan.method,
@@ -165,4 +167,5 @@ def _unscored(plan: Planned, mixing: Mixing) -> Soup:
         evaluations=0,
         cached=0,
         reads=mixing.reads,
+        notes=tuple(mixing.notes()),
     )

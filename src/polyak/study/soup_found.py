@@ -31,7 +31,8 @@ class SoupPlan:
 class Portion:
     """An ingredient of a soup.
 
-    coefficient: 0 if it was left out. score, held_out: its own, on the examples that choose and on the others.
+    coefficient: 0 if it was left out; of a Model Stock, whose tensors have their own, the mean over all values.
+    score, held_out: its own, on the examples that choose and on the others.
     score_with: of the soup that it was tried in, by `greedy`. None where nothing was evaluated.
     """
 

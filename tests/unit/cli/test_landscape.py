@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import programs
 from torch import nn
 
 import polyak
@@ -81,10 +82,9 @@ def test_a_line_its_files_and_a_finer_one_later(folder, capsys):
 @STALE
 def test_a_program_judges_a_plane(folder, capsys):
     (folder / "eval.py").write_text(
-        "import sys\nfrom safetensors.numpy import load_file\n"  # torch takes seconds to import
-        "print(float((load_file(sys.argv[1])['0.weight'].astype(float) ** 2).sum()))\n"
+        f"{programs.READS}print(sum(v * v for v in read(sys.argv[1], '0.weight')[1]))\n"
     )
-    command = [f"--command={sys.executable} eval.py {{file}}", "--minimize"]
+    command = [f"--command={sys.executable} -I -S eval.py {{file}}", "--minimize"]
     assert (
         run(
             ["landscape", "plane", "a.pt", "b.pt", "c.pt", *command, "--points", "3", "-o", "p.csv"]
@@ -226,3 +226,13 @@ def test_curvature_of_each_checkpoint(folder, capsys):
     assert not said.out  # it is refused before anything is computed
     assert run(["landscape", "curvature", "a.pt", *flags, "--k", "0"]) == 2
     assert "--k is 0" in words(capsys)
+
+
+@STALE
+def test_without_an_output_scores_are_kept_in_the_folder_that_one_is_in(folder, capsys):
+    asked = ["landscape", "line", "a.pt", "b.pt", "--points", "5", *PLAIN]
+    assert run(asked) == 0
+    assert "5 evaluations, 0 more were known" in capsys.readouterr().out
+    assert run(asked) == 0
+    assert "0 evaluations, 5 more were known" in capsys.readouterr().out
+    assert (folder / ".scores").is_dir()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from reference import programs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -87,10 +88,9 @@ def test_a_function_the_page_and_the_best_average(record, tmp_path, capsys):
 
 def test_a_program(record, tmp_path, capsys):
     (tmp_path / "eval.py").write_text(
-        "import sys\nfrom safetensors.torch import load_file\n"
-        "print('loss of 3 batches:', abs(float(load_file(sys.argv[1])['weight'][0, 0]) - 80))\n"
-    )  # fmt: skip
-    command = f"{sys.executable} eval.py {{file}}"
+        f"{programs.READS}print('loss of 3 batches:', abs(read(sys.argv[1], 'weight')[1][0] - 80))\n"
+    )
+    command = f"{sys.executable} -I -S eval.py {{file}}"
     flags = ["--command", command, "--minimize", "--evaluations", "2", "--quick"]
     assert run(["search", str(record), *flags]) == 0
     assert re.search(r"swa:start=80\b", capsys.readouterr().out)

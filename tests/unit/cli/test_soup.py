@@ -63,7 +63,9 @@ def test_methods_and_options(folder, capsys):
         run(["soup", "run-b", "run-c", "-o", "s.pt", "--method", "model-stock", "--base", "run-a"])
         == 0
     )
-    assert "model-stock soup of 2 of 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "model-stock soup of 2 of 2" in said
+    assert "of the mean of the inputs, the rest of the base" in said
 
 
 @pytest.mark.parametrize(

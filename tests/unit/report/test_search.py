@@ -56,6 +56,10 @@ def test_what_it_says():
     said = describe(FOUND)
     assert "from 40 to 80 steps, score 0.30000" in said
     assert "Minus SWA of the last quarter: +0.10 (−0.10 to +0.30, within noise)." in said
+    itself = Comparison("best", "the last interval", 0.0, 0.0, 0.0, same=True)
+    said = describe(dataclasses.replace(FOUND, comparisons=(itself,)))
+    assert "The best is the last interval itself." in said
+    assert "within noise" not in said
     number = dataclasses.replace(FOUND, examples=None)
     assert "one number, so there is no interval" in describe(number)
     assert "100% of the run, is the earliest" in describe(along("stop"))

@@ -130,13 +130,19 @@ def test_plane_basis_projection_and_grid(points):
     assert grid.values["loss"][1, 2] == pytest.approx(bowl_loss(plane.point(2.0, 1.0).numpy()))
 
 
-@pytest.mark.parametrize("third", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("third", [-1.0, 0.5, 3.0])
 def test_three_points_on_one_line_are_no_plane(points, third):
     on_line = points[0] + third * (points[1] - points[0])
     with pytest.raises(ArgumentError, match="one line"):
         Plane.through(points[0], points[1], on_line)
-    with pytest.raises(ArgumentError, match="one line"):
-        Plane.through(points[0], points[0], points[1])
+
+
+@pytest.mark.parametrize(
+    ("places", "which"), [((0, 0, 1), "first and the second"), ((0, 1, 0), "first and the third"), ((0, 1, 1), "second and the third")]
+)  # fmt: skip
+def test_two_points_that_are_the_same_are_named(points, places, which):
+    with pytest.raises(ArgumentError, match=f"The {which} point are the same"):
+        Plane.through(*(points[place] for place in places))
 
 
 class Normed(nn.Module):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import errno
 import fcntl
 import os
 import random
+import resource
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
-from reference import soups
+from reference import combining, programs, soups
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -182,14 +186,27 @@ def test_a_mix_of_equal_ingredients_is_one_of_them():
     assert curvature_of([1.0, 1.0], np.zeros((2, 2)), (0.5, 0.5), 1.0) == 0.0
 
 
+def share_of_the_mean(base, paths):
+    """What Model Stock takes of it, over all values."""
+    start, runs = torch.load(base), [load_file(path) for path in paths]
+    shares = [
+        start[name].numel() * combining.stock_share(start[name], [run[name] for run in runs])
+        for name in ("layer.weight", "layer.bias")
+    ]
+    return sum(shares) / SIZE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scored", [True, False])
 def test_uniform_and_model_stock_are_those_of_the_average(tmp_path, dtype, scored):
     paths = written(tmp_path, vectors(3), dtype=dtype)
-    (base,) = written(tmp_path / "..", [vectors(1)[0]], ".pt", dtype)
+    (base,) = written(tmp_path / "..", [vectors(4)[3]], ".pt", dtype)
     evaluate = Distance(0.0) if scored else None
     make_soup(paths, tmp_path / "uniform.pt", evaluate, method="uniform")
-    make_soup(paths, tmp_path / "stock.pt", evaluate, method="model-stock", base=base)
+    stock = make_soup(paths, tmp_path / "stock.pt", evaluate, method="model-stock", base=base)
+    exact = share_of_the_mean(base, paths)
+    assert stock.ingredients[0].coefficient == pytest.approx(exact / 3)
+    assert f"Model Stock: {exact:.1%} of the mean of the inputs" in str(stock)
     thirds = [1 / 3] * 3
     average_checkpoints(paths, {tmp_path / "mean.pt": thirds})
     average_checkpoints(paths, tmp_path / "by-engine.pt", method=ModelStock(), base=base)
@@ -330,25 +347,26 @@ def test_batchnorm_statistics_are_those_of_the_soup(tmp_path):
         make_soup(paths, tmp_path / "folder", evaluate, model=model, data=data, minimize=True)
 
 
-EVAL = """
-import sys
-from safetensors.torch import load_file
-weights = load_file(sys.argv[1])
-open("asked", "a").write(sys.argv[1] + " " + str(weights["layer.bias"].dtype) + "\\n")
-print("score", float(weights["layer.bias"].double().square().sum()))
+EVAL = (
+    programs.READS
+    + """
+dtype, bias = read(sys.argv[1], "layer.bias")
+open("asked", "a").write(sys.argv[1] + " " + dtype + "\\n")
+print("score", sum(value * value for value in bias))
 """
+)
 
 
 def test_a_program_gets_files_of_the_form_of_the_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = written(tmp_path, vectors(3, 1), ".pt", torch.bfloat16)
     (tmp_path / "eval.py").write_text(EVAL)
-    command = Command("python eval.py {file}")
+    command = Command(f"{sys.executable} -I -S eval.py {{file}}")
     soup = make_soup(paths, "soup.safetensors", command, minimize=True)
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
     assert len(asked) == 5
     assert all(path.endswith(".safetensors") for path, _ in asked)
-    assert [dtype for _, dtype in asked] == ["torch.bfloat16"] * 3 + ["torch.float32"] * 2
+    assert [dtype for _, dtype in asked] == ["BF16"] * 3 + ["F32"] * 2
     assert load_file("soup.safetensors")["layer.bias"].dtype == torch.bfloat16
     assert soup.reads == 2
 
@@ -499,3 +517,40 @@ def test_two_processes_do_not_make_one_output(tmp_path):
     os.close(held)
     make_soup(paths, tmp_path / "soup.pt", Distance(0.0))
     assert not (tmp_path / ".soup.pt.soup").exists()
+
+
+@pytest.mark.parametrize("late", ["flock", "open"])
+def test_a_process_that_ends_in_between_takes_nothing_from_this_one(tmp_path, monkeypatch, late):
+    """It removes the hidden folder, before this process opens it or before it has the lock on it."""
+    module = {"flock": fcntl, "open": os}[late]
+    original, removed = getattr(module, late), []
+
+    def removing(first, *more, **options):
+        folder = tmp_path / ".soup.pt.soup"
+        if not removed and folder.exists() and (late == "flock" or first == folder):
+            removed.append(folder.rmdir())
+        return original(first, *more, **options)
+
+    monkeypatch.setattr(module, late, removing)
+    make_soup(two(tmp_path), tmp_path / "soup.pt", Distance(0.0))
+    assert len(removed) == 1
+    assert (tmp_path / "soup.pt").exists()
+
+
+@pytest.mark.parametrize("method", ["greedy", "uniform"])
+def test_a_full_disk_is_told_without_an_option_that_there_is_not(tmp_path, method):
+    paths = two(tmp_path)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(
+            OutputError, match=r"File too large.*and make the soup again\.$"
+        ) as caught:
+            make_soup(paths, tmp_path / "soup.pt", Distance(0.0), method=method, cache=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert caught.value.errno == errno.EFBIG
+    assert not (tmp_path / "soup.pt").exists()
+    make_soup(paths, tmp_path / "soup.pt", Distance(0.0), method=method)

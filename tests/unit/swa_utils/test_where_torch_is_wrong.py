@@ -116,6 +116,35 @@ def test_counters_and_masks_are_of_the_newest_model() -> None:
     assert average.module.scale == 500.5
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_integers_that_never_change_keep_their_values(decay: float) -> None:
+    class Frozen(nn.Linear):
+        """Quantised weights are bytes in a parameter, positions are integers in a buffer."""
+
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            codes = torch.arange(256, dtype=torch.uint8)
+            self.codes = nn.Parameter(codes, requires_grad=False)
+            self.register_buffer("positions", torch.arange(512))
+
+    model = Frozen()
+    made = [
+        library.AveragedModel(
+            model, use_buffers=True, multi_avg_fn=library.get_ema_multi_avg_fn(decay)
+        )
+        for library in (ours, torchs)
+    ]
+    for average in made:
+        for _ in range(3):
+            average.update_parameters(model)
+    average, theirs = (average.module for average in made)
+    assert torch.equal(average.codes, model.codes)
+    assert torch.equal(average.positions, model.positions)
+    # torch 2.13.0 cuts the fraction off: findings/ema-of-4bit-weights.sh
+    assert (theirs.codes != model.codes).sum() > 40
+    assert (theirs.positions != model.positions).sum() > 90
+
+
 def test_a_model_that_grew_is_refused_by_name_and_nothing_changes() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     average, theirs = ours.AveragedModel(model), torchs.AveragedModel(model)

@@ -20,6 +20,7 @@ from polyak.checkpoints.merging.prepare import (
     warn_of_lost_state,
     warn_of_stale,
 )
+from polyak.checkpoints.merging.rules import StockShare
 from polyak.checkpoints.merging.spread import Spread, spread_of, warn_of_no_basin
 from polyak.checkpoints.merging.stream import streamed
 from polyak.checkpoints.merging.weights import Method, OutputWeights
@@ -32,7 +33,8 @@ class MergeResult:
     outputs: the paths. inputs: the paths, oldest first. weights: those of the inputs, per output.
     tensors: how many each output holds. bytes_read, bytes_written, seconds: of the whole.
     published: False when this was one of several parts and others are still at work.
-    batchnorm: `none`, `stale` or `refreshed`.
+    batchnorm: `none`, `stale` or `refreshed`. stock: of each output that is a Model Stock, how much of the
+    mean it took; None for others, and where an earlier call had made it.
     """
 
     outputs: tuple[Path, ...]
@@ -44,6 +46,7 @@ class MergeResult:
     seconds: float
     published: bool
     batchnorm: str
+    stock: tuple[StockShare | None, ...]
 
 
 def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -235,4 +238,5 @@ def _summary(merge: Merge, seconds: float, *, published: bool) -> MergeResult:
         seconds=seconds,
         published=published,
         batchnorm=merge.batchnorm,
+        stock=merge.stock,
     )

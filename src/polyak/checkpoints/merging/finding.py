@@ -55,7 +55,7 @@ class Finder:
             return [self._open(path)]
         folder, parts = Path(path), part_folders(Place(path))
         entries = [one for one in sorted(folder.iterdir()) if one.name not in parts]
-        files = [str(one) for one in entries if _is_weights_file(one)]
+        files = [str(one) for one in entries if is_weights_file(one)]
         runs = [str(one) for one in entries if _is_numbered_checkpoint(one)]
         opened = [self._open(one) for one in runs]
         if files and all(map(average_rank, opened)):
@@ -151,7 +151,8 @@ def _has_weights(folder: Path) -> bool:
     return not folder.name.startswith(".")
 
 
-def _is_weights_file(path: Path) -> bool:
+def is_weights_file(path: Path) -> bool:
+    """Whether a file in a folder may hold weights, by its name."""
     name = path.name
     if not path.is_file() or name.startswith((".", *_NOT_WEIGHTS)) or _SHARD.search(name):
         return False

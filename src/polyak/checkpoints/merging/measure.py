@@ -20,6 +20,8 @@ from polyak.checkpoints.reading.stored import TORCH_DTYPES, accumulator, itemsiz
 
 _PIECE = 1 << 16
 _SAMPLE, _RUN = 1 << 15, 1 << 8
+_SUMMED = 1 << 9  # products that are summed in float32
+_SMALL = 1e-25  # a sum of squares of a piece, of which the largest are far from the smallest number
 _memory = threading.local()  # buffers of each thread, for the inputs and for the base
 
 Found = TypeVar("Found")
@@ -39,7 +41,7 @@ class Inputs:
 
     def each(self, find: Callable[[MergedTensor], Found]) -> Mapping[str, Found]:
         """What `find` finds for each tensor that is averaged, by name; in threads of one torch thread each."""
-        wanted = [tensor for tensor in self.tensors if tensor.mean and _size(tensor)]
+        wanted = [tensor for tensor in self.tensors if tensor.mean and values_of(tensor)]
         before = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(self.threads, "", torch.set_num_threads, (1,)) as pool:
@@ -50,18 +52,38 @@ class Inputs:
 
 
 def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
-    """Products of every two inputs (of their differences to the first, if that is the base), in float64."""
-    inputs = range(len(tensor.sources))
-    total = np.zeros((len(inputs) - has_base,) * 2)
-    for begin in range(0, _size(tensor), _PIECE):
-        end = min(begin + _PIECE, _size(tensor))
-        rows = torch.empty(len(inputs), end - begin, dtype=torch.float64)
-        for index in inputs:
-            rows[index] = _read(tensor, index, begin, end, "input")
-        if has_base:
-            rows = rows[1:] - rows[0]
-        total += (rows @ rows.T).numpy()
+    """Products of every two inputs (of their differences to the first, if that is the base), in float64.
+
+    Those of float32 or less are summed in float32 over short runs: within 3e-7 of the product of two norms.
+    """
+    inputs, dtype = len(tensor.sources) - has_base, _dtype(tensor)
+    total = np.zeros((inputs, inputs))
+    rows = torch.empty(inputs, min(_PIECE, values_of(tensor)), dtype=dtype)
+    for begin in range(0, values_of(tensor), _PIECE):
+        end = min(begin + _PIECE, values_of(tensor))
+        base = _read(tensor, 0, begin, end, "base").to(dtype) if has_base else None
+        for row, index in zip(rows, range(has_base, len(tensor.sources)), strict=True):
+            values = _read(tensor, index, begin, end, "input")
+            if base is None:
+                row[: end - begin] = values
+            else:
+                torch.sub(values, base, out=row[: end - begin])
+        total += _products(rows[:, : end - begin])
     return total
+
+
+def _products(rows: Tensor) -> Any:
+    """Of every two rows; in float64 throughout where float32 would round squares to 0 or to infinity."""
+    if rows.dtype == torch.float32:
+        even = rows.shape[1] // _SUMMED * _SUMMED
+        runs = rows[:, :even].reshape(len(rows), -1, _SUMMED).transpose(0, 1)
+        rest = rows[:, even:]
+        found = torch.bmm(runs, runs.mT).double().sum(0) + (rest @ rest.T).double()
+        squares = found.diagonal()
+        if bool(((squares > _SMALL) & squares.isfinite()).all()):
+            return found.numpy()
+    wide = rows.double()
+    return (wide @ wide.T).numpy()
 
 
 def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:
@@ -70,7 +92,7 @@ def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:
     Exactly: a sample brackets each, and one pass over all values counts what is outside of the brackets and
     keeps what is inside. Values that equal a bound are only counted, however many they are.
     """
-    size, inputs = _size(tensor), range(1, len(tensor.sources))
+    size, inputs = values_of(tensor), range(1, len(tensor.sources))
     kept = max(1, int(density * size))
     if kept == size:
         return [0.0] * len(tensor.sources)
@@ -121,7 +143,7 @@ class _Counts:
 
 def _samples(tensor: MergedTensor) -> dict[int, Any]:
     """Per input some of its changes, in runs from everywhere, sorted."""
-    size, inputs = _size(tensor), range(1, len(tensor.sources))
+    size, inputs = values_of(tensor), range(1, len(tensor.sources))
     runs: dict[int, list[Any]] = {index: [] for index in inputs}
     for begin in range(0, size, max(_RUN, size // (_SAMPLE // _RUN))):
         for index, changes in _changes(tensor, inputs, begin, min(begin + _RUN, size)):
@@ -142,11 +164,16 @@ def _changes(
     tensor: MergedTensor, inputs: Iterable[int], begin: int, end: int
 ) -> Iterator[tuple[int, Any]]:
     """Of each of these inputs |x - base|, until the next is taken, in the dtype that sums run in."""
-    dtype = accumulator(tensor.numbers[0]) if tensor.numbers else torch.float32
+    dtype = _dtype(tensor)
     base = _read(tensor, 0, begin, end, "base").to(dtype)
     for index in inputs:
         values = _read(tensor, index, begin, end, "input").to(dtype)
         yield index, values.sub_(base).abs_().numpy()
+
+
+def _dtype(tensor: MergedTensor) -> torch.dtype:
+    """That sums of its values run in."""
+    return accumulator(tensor.numbers[0]) if tensor.numbers else torch.float32
 
 
 def _read(tensor: MergedTensor, index: int, begin: int, end: int, buffer: str) -> Tensor:
@@ -162,7 +189,8 @@ def _read(tensor: MergedTensor, index: int, begin: int, end: int, buffer: str) -
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype])
 
 
-def _size(tensor: MergedTensor) -> int:
+def values_of(tensor: MergedTensor) -> int:
+    """How many values it has."""
     source = tensor.sources[-1]
     dtype = tensor.numbers[0] if tensor.numbers else tensor.dtype
     return 0 if source is None else source.nbytes // itemsize(dtype)

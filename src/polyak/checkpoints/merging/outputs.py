@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -169,6 +169,17 @@ def _places(
 def staging_errors(path: Path) -> AbstractContextManager[None]:
     """As `writing_errors`, for what a resumed merge continues."""
     return writing_errors(path, _RETRY)
+
+
+@contextmanager
+def begun_anew(how: str) -> Iterator[None]:
+    """For callers that cannot continue a merge: their errors say `how` to begin again, and no `resume=True`."""
+    try:
+        yield
+    except OutputError as error:
+        said = OutputError(str(error).replace(_RETRY, how))
+        said.errno = error.errno
+        raise said from None
 
 
 class Staged:

@@ -38,7 +38,7 @@ from polyak.checkpoints.merging.plan import (
     bytes_to_read,
     in_writing_order,
 )
-from polyak.checkpoints.merging.rules import Rule, WeightedSum
+from polyak.checkpoints.merging.rules import Rule, StockShare, WeightedSum
 from polyak.checkpoints.merging.weights import (
     Method,
     OutputWeights,
@@ -202,6 +202,12 @@ class Merge:
             )
             for one in self.weights
         ]
+
+    @property
+    def stock(self) -> tuple[StockShare | None, ...]:
+        """Of each output, as far as its rule was needed."""
+        rules: list[Rule] = self.__dict__.get("rules", [])
+        return tuple(rule.stock for rule in rules) or (None,) * len(self.weights)
 
     def _sum_of(self, one: OutputWeights) -> Rule:
         """The base's coefficient is what the others leave of 1: avg = base + sum c (x - base)."""

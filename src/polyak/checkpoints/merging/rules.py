@@ -32,16 +32,32 @@ class Part(NamedTuple):
     pieces: Iterable[Piece] = ()
 
 
+@dataclass(frozen=True)
+class StockShare:
+    """How much of the mean Model Stock took, the rest being the base: of all values, and of single tensors."""
+
+    average: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.average:.1%} of the mean of the inputs, the rest of the base ({self.least:.1%} to "
+            f"{self.most:.1%} by tensor)"
+        )
+
+
 class Rule(ABC):
     """What one output is.
 
     coefficients: 0 for an input that need not be read. per_tensor: whether it is told which tensors are
-    in a chunk.
+    in a chunk. stock: of Model Stock.
     """
 
     coefficients: Sequence[float]
     buffers: int
     per_tensor: bool
+    stock: StockShare | None = None
 
     @abstractmethod
     def add(self, rows: Sequence[Tensor], part: Part) -> None:
