@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from polyak.report.sentences import found
+from polyak.report.sentences import found as is_found
 from polyak.report.tables import format_estimate as shown
 from polyak.study.paired import Estimate, estimate, paired
 
@@ -215,4 +215,4 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def format_estimate(value: Estimate, digits: int, *, half: bool = True) -> str:
     """Mean ± standard error, or a difference ± half its 95% interval, bold if that does not contain 0."""
     text = shown(value, digits, signed=half)
-    return f"**{text}**" if half and found(value, digits) else text
+    return f"**{text}**" if half and is_found(value, digits) else text
