@@ -57,7 +57,7 @@ def test_what_it_says():
     assert "from 40 to 80 steps, score 0.3" in said
     assert "+0.1 (-0.1 to +0.3, within noise)" in said
     number = dataclasses.replace(FOUND, examples=None)
-    assert "one number, so there is no interval" in describe(number)
+    assert "No examples were held out, so there is no interval" in describe(number)
     assert "100% of the run, is the earliest" in describe(along("stop"))
     assert "differs from the last by more than noise" in describe(along("stop"))
     assert "not its weights" in describe(along("decay"))
