@@ -1,5 +1,6 @@
 #!/bin/sh
-# Every test and figure that needs a GPU, in ten minutes; prints the table that was asked for.
+# Every test and figure that needs a GPU, in about ten minutes (twelve and a half at most); prints the table that was
+# asked for. Exits with 1 if any part failed or ran out of its time.
 #
 #     benchmarks/gpu.sh [folder]      # figures.jsonl and the log of the tests go there; /tmp/polyak-gpu
 #
@@ -12,8 +13,15 @@ PYTHONPATH="$PWD/src:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH PYTHONUNBUFFERED=1
 status=0
 
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/card.txt"
-python3 -c 'import torch; print("torch", torch.__version__)' | tee -a "$out/card.txt"
+# What a command prints goes to a file and is shown; a pipe to tee would hide that the command failed.
+shown() {
+    file=$1
+    shift
+    "$@" >"$file" || status=1
+    cat "$file"
+}
+shown "$out/card.txt" nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+shown "$out/torch.txt" python3 -c 'import torch; print("torch", torch.__version__)'
 
 # The conftest of the root runs the documentation, which needs more than a GPU.
 check() {
@@ -28,6 +36,7 @@ check 120 "-p reference.on_gpu -p reference.on_host tests/laws/test_averages.py"
 
 echo "== figures"
 timeout 270 python3 benchmarks/update.py --device cuda --peers --rounds 20 >"$out/figures.jsonl" || status=1
-python3 benchmarks/gpu_table.py "$out/figures.jsonl" | tee "$out/table.md"
-timeout 30 python3 benchmarks/update_bn.py --device cuda | tee -a "$out/figures.jsonl" || status=1
+shown "$out/table.md" timeout 30 python3 benchmarks/gpu_table.py "$out/figures.jsonl"
+shown "$out/update-bn.jsonl" timeout 30 python3 benchmarks/update_bn.py --device cuda
+cat "$out/update-bn.jsonl" >>"$out/figures.jsonl"
 exit $status

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # diffusers 0.42.1 with torch 2.13.0: `EMAModel.save_pretrained` of the autoencoder of FLUX.2
 #
-# Guess:   `EMAModel(model.parameters(), model_cls=..., model_config=...)` follows a model, and `save_pretrained` writes that
+# Guess:   `EMAModel(model.parameters(), model_cls=..., model_config=...)` follows a model; `save_pretrained` writes that
 #          model with averaged weights.
 # Reality: It holds parameters only. `save_pretrained` builds a new model from the configuration, copies the averaged
 #          parameters into it and writes that, with every buffer as it was initialised. `AutoencoderKLFlux2` keeps the
 #          statistics by which its latents are normalised in the buffers of a BatchNorm without parameters: the
-#          folder says mean 0 and variance 1. `from_pretrained` takes it without a warning.
+#          folder says mean 0 and variance 1. Neither saving nor loading says anything of it.
 # Matters: Encoding and decoding still work, so reconstructions look right. Latents that a pipeline normalises by
 #          `vae.bn`, or those that a transformer was trained on, are then shifted and scaled by another amount. What has
 #          buffers must be saved as `ema.copy_to(model.parameters())` and `model.save_pretrained`.

@@ -6,9 +6,9 @@
 # Reality: The first snapshot counts twice. `update_wrapper` sets its counter to 1 when it copies the first weights,
 #          adds 1 at the end of the same call, and divides by counter + 1: of two snapshots the first weighs 2/3 and the
 #          second 1/3, of n the first weighs 2 / (n + 1).
-# Matters: The first snapshot is the oldest, taken while the rate is still falling. With the usual handful of cycles
+# Matters: The first snapshot is the oldest, often taken while the rate is still falling. With the usual handful of cycles
 #          the average leans on it (of five, by a third instead of a fifth), loses part of what SWA is for, and no
-#          error shows: it is a plausible set of weights. Results published as SWA are of something else.
+#          error shows: it is a plausible set of weights.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

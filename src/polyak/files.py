@@ -29,6 +29,31 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         )
 
 
+def file_target(path: object, *, overwrite: bool) -> Path:
+    """The path of a file to be written, for a check before hours of work.
+
+    Raises OutputError for a folder or a name that ends in a slash, a folder that is missing, and where a file
+    exists and overwriting was not asked for.
+    """
+    target = as_path(path)
+    if names_folder(path) or os.path.isdir(target):  # noqa: PTH112 - as in refuse_existing
+        raise OutputError(
+            f"{path} is a folder; expected the name of a file, like {target / 'name'}."
+        )
+    refuse_existing(target, overwrite=overwrite)
+    with writing_errors(target):
+        if not target.parent.is_dir():
+            raise OutputError(
+                f"There is no folder {target.parent} for {target.name}. Make the folder first."
+            )
+    return target
+
+
+def names_folder(path: object) -> bool:
+    """Whether a path is written as that of a folder, by its last slash, which `Path` forgets."""
+    return isinstance(path, str | os.PathLike) and os.fspath(path).endswith(("/", os.sep))
+
+
 @contextmanager
 def writing_errors(path: str | os.PathLike[str], retry: str = "try again") -> Iterator[None]:
     """Turn an OSError of the block into one OutputError that names `path` and what to do.

@@ -41,6 +41,9 @@ def test_a_run_prints_its_results_and_where_they_are(there, capsys):
     assert polyak("train", *SHORT, "--seeds", "2") == 0
     output = capsys.readouterr().out
     assert "Running recipe default in runs/default" in output
+    assert (
+        "Data: few_images:few: 200 images to train on, 60 to validate on, 60 to test on" in output
+    )
     assert "14 epochs in all: 2 seeds of sgd, half, swa; 1 thread" in output
     assert "seed 1 half   epoch   2/2  rate" in output
     assert " left to train" in output
@@ -87,7 +90,19 @@ def test_a_custom_recipe(there):
         (["--rate", "-1"], 2, "rate is -1.0; expected a positive"),
         (["--cycle-low", "0.5"], 2, "--cycle-low is 0.5, above --cycle-high"),
         (["--cycle-epochs", "0"], 2, "--cycle-epochs is 0"),
-        (["--data-folder", "/nowhere"], 1, "has neither train-images-idx3-ubyte nor"),
+        (
+            ["--data-folder", "/nowhere"],
+            2,
+            "--data-folder is '/nowhere', and there is no such folder",
+        ),
+        (["--data-folder", "taken"], 1, "found letter.txt; expected the four IDX files"),
+        (
+            ["--data-folder", "few_images.py"],
+            2,
+            "there is no such folder; expected one with the four",
+        ),
+        (["paper-wrn"], 2, "neither --data-folder nor data is given. Pass --data-folder FOLDER"),
+        (["paper-vgg16", "--quick"], 2, "is for images that polyak does not ship"),
         (["--data", "few_images:fwe"], 2, "has nothing at fwe"),
         (["--model", "nothing_there:build"], 2, "no module 'nothing_there'"),
         (["--output", "taken"], 1, "taken is not empty"),
@@ -106,8 +121,12 @@ def test_a_custom_recipe(there):
         (["--resume", "--output", "nowhere"], 2, "There is no run in nowhere to resume"),
         (["--resume"], 2, "There is no run in runs/default to resume"),
         ([*SHORT, "--swa-rate", "1e9", "--seeds", "1"], 1, "Seed 0, arm swa, epoch 3:"),
-        (["--jobs", "0"], 2, "--jobs is 0; expected 1 or more"),
-        (["--threads", "-1"], 2, "--threads is -1; expected 1 or more"),
+        (["--jobs", "0"], 2, "--jobs is 0; expected 1 to 1024"),
+        (["--threads", "0"], 2, "--threads is 0; expected 1 to 1024"),
+        (["--threads", "0", "--resume", "-o", "nowhere"], 2, "--threads is 0"),
+        (["--threads", "100000"], 2, "--threads is 100000; expected 1 to 1024"),
+        ([*SHORT, "--epoch-size", "32"], 2, "--batch-size is 64, and there are 32 training images"),
+        ([*SHORT, "--epoch-size", "201"], 2, "--epoch-size is 201, and there are 200"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:An interval of the record")  # the record says it first
@@ -115,8 +134,10 @@ def test_bad_input_is_one_message_and_an_exit_code(there, capsys, arguments, cod
     (there / "taken").mkdir()
     (there / "taken" / "letter.txt").write_text("dear")
     assert polyak("train", *arguments) == code
-    errors = " ".join(capsys.readouterr().err.split())
+    shown = capsys.readouterr()
+    errors = " ".join(shown.err.split())
     assert message in errors
+    assert bool(shown.out) is ("--swa-rate" in arguments), "a refusal comes before anything is said"
     assert "Traceback" not in errors
 
 
@@ -146,7 +167,7 @@ def test_ctrl_c_says_how_to_continue(there, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("polyak.cli.train_display.train", interrupt)
+    monkeypatch.setattr("polyak.reference_run.loop._trained", interrupt)
     assert polyak("train", *SHORT, "--output", "my run") == 130
     assert "Continue with: polyak train --resume --output 'my run'" in capsys.readouterr().err
 
@@ -214,18 +235,15 @@ import resource, sys
 from pathlib import Path
 from polyak.cli import app
 from polyak.reference_run import loop
-from polyak.cli import train_display
 
-original = loop.train
-def full_after_two(*arguments, watch, **options):
-    seen = []
-    def watching(record, done):
-        watch(record, done)
-        seen.append(record)
-        if len(seen) == 2:  # from here on no file may grow past this: a full disk, to the writer
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return original(*arguments, watch=watching, **options)
-train_display.train = full_after_two
+original = loop.Board.take
+seen = []
+def full_after_two(board, leg, records):
+    original(board, leg, records)
+    seen.append(records)
+    if len(seen) == 2:  # from here on no file may grow past this: a full disk, to the writer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+loop.Board.take = full_after_two
 sys.exit(app.run(sys.argv[1:]))
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from reference import sharded_scored
 from reference.ranks import run_checks
 from reference.sharded_runs import (
     EMA,
@@ -202,6 +203,7 @@ def check_records_that_are_refused(folder: Path) -> None:
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in globals().items() if name[:6] == "check_"}
+CHECKS |= sharded_scored.CHECKS
 
 
 def run(rank: int, n_ranks: int, folder: str, port: int) -> None:

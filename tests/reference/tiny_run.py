@@ -1,5 +1,6 @@
 """A run folder made in a moment: random weights and made-up records in the format of `polyak train`."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 import polyak
 from polyak.reference_run.arm import steps_per_epoch
-from polyak.reference_run.recipe import Recipe
+from polyak.reference_run.recipe import Recipe, load_recipe
 from polyak.reference_run.recording import record_folder
 from polyak.reference_run.run import Run, weights_path
 
@@ -41,6 +42,26 @@ def make_run(folder, *, arms=("sgd", "half", "swa", "cyclic"), **fields):
     return folder
 
 
+def make_words_run(folder, **fields):
+    """The same of a language model, on a text beside the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    text = folder.parent / "text.txt"
+    text.write_bytes(b"It was the Whiteness of the whale that above all things appalled me. " * 100)
+    given = {
+        "name": folder.name, "epochs": EPOCHS, "epoch_size": 64, "batch_size": 16, "context": 16, "seeds": SEEDS,
+        "data": str(text), "device": "cpu",
+    }  # fmt: skip
+    recipe = dataclasses.replace(load_recipe("words"), **given | fields)
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    records = [
+        r for seed in range(SEEDS) for arm in recipe.arms for r in _records(recipe, seed, arm)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    _write_weights(Run(folder), "constant")
+    return folder
+
+
 def write_record(folder, arm="swa"):
     """The record of a walk from initial weights, an interval for each step."""
     run = Run(folder)
@@ -55,27 +76,40 @@ def write_record(folder, arm="swa"):
 
 
 def _kinds(arm):
-    kinds = {"sgd": ("iterate", "ema"), "half": ("iterate",)}
+    averages = ("iterate", "swa", "ema", "power", "wsm")
+    kinds = {"sgd": ("iterate", "ema"), "half": ("iterate",), "quarter": ("iterate",)}
+    kinds |= {"cosine": averages, "constant": averages}
     return kinds.get(arm, ("iterate", "swa", "ema"))
 
 
 def _records(recipe, seed, arm):
     for epoch in range(recipe.first_epoch(arm) + 1, recipe.last_epoch(arm) + 1):
-        shift = {"iterate": 0.2, "swa": 0.0, "ema": 0.1}
+        shift = {"iterate": 0.2, "swa": 0.0, "ema": 0.1, "power": 0.12}
         values = {
             kind: {"error": 14 + shift[kind] + 8 / epoch + seed / 9, "nll": 0.4 + 1 / epoch}
             for kind in _kinds(arm)
-            if kind != "swa" or epoch >= recipe.swa_epoch
+            if kind in ("iterate", "ema", "power") or (kind == "swa" and epoch >= recipe.swa_epoch)
         }
         yield {
             "kind": "epoch", "seed": seed, "arm": arm, "epoch": epoch, "step": epoch, "rate": 0.05,
             "train_loss": 1 / epoch, "evaluations": values, "averaged": "swa" in values,
         }  # fmt: skip
     for index, kind in enumerate(_kinds(arm)):
-        yield _final(seed, arm, kind, 13.5 + 0.1 * seed - 0.3 * index + 0.05 * math.sin(9 * seed))
+        yield _final(
+            recipe.task,
+            seed,
+            arm,
+            kind,
+            13.5 + 0.1 * seed - 0.3 * index + 0.05 * math.sin(9 * seed),
+        )
 
 
-def _final(seed, arm, kind, error):
+def _final(task, seed, arm, kind, error):
+    if task == "words":
+        return {
+            "kind": "final", "seed": seed, "arm": arm, "weights": kind, "error": error, "nll": error / 30,
+            "int8_rise": error / 40, "int4_rise": 3 * error,
+        }  # fmt: skip
     bins = {
         "confidence": [(b + 0.5) / 15 for b in range(15)],
         "accuracy": [(b + 0.2) / 15 for b in range(15)],

@@ -517,6 +517,13 @@ def lightning_module_with_other_weights(folder):
     in_lightning(program, folder)
 
 
+@case(PolyakWarning)
+def probabilities_where_logits_belong(folder):
+    polyak.study.nll(
+        torch.rand(4, 3).softmax(1), torch.zeros(4).long()
+    )  # the line that is to be named
+
+
 @case(StaleStatistics)
 def search_of_a_model_with_statistics(folder):
     model = network()

@@ -194,7 +194,8 @@ class RunningAverage(Accumulator):
             return None
         # The replays of a CUDA graph run no host code, which is what opens blocks and folds them.
         if self._options.capturable or not _is_small(before, now):
-            self._close_block(before)
+            if self.block_is_open:
+                self._close_block(before)
             return Update(self._groups, now.share)
         if not self.block_is_open:
             # The first weights enter with 1 whatever the profile says: until one has, no block. This
@@ -320,9 +321,8 @@ class RunningAverage(Accumulator):
         self.block_start, self.block_updates, self.block_is_open = before.time, 0, True
 
     def _close_block(self, before: Clock) -> None:
-        if self.block_is_open:
-            self._fold(before)
-            self.block_is_open = False  # what the fold rounded off is below the next rounding
+        self._fold(before)
+        self.block_is_open = False  # what the fold rounded off is below the next rounding
 
     def _make_block(self) -> None:
         if not self.block:

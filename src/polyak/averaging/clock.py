@@ -10,6 +10,7 @@ as 0-d float64 tensors: a skipped step moves it by 0 and enters with share 0, an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from polyak.maths.profile import Profile
 Number = float | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clock:
     """One moment of an average. `advance` gives the next; nothing here changes in place."""
 
@@ -44,9 +45,9 @@ class Clock:
 
         Raises ArgumentError unless `dt` is positive and finite.
         """
-        if not 0 < dt < float("inf"):
+        if not 0 < dt < math.inf:
             raise ArgumentError(f"dt is {dt}; expected the positive time since the last update.")
-        if real is not None or self.on_device:
+        if real is not None or isinstance(self.time, Tensor):
             return self._advanced_on_device(dt, real)
         return self._advanced_on_host(dt)
 
@@ -93,24 +94,14 @@ class Clock:
     def _advanced_on_host(self, dt: float) -> Clock:
         first = self.count == 0
         waits = first and self.profile.initial_mass(0.0) == 1
-        time = float(self.time) + (0.0 if waits else dt)
-        time_if_none_skipped = self.time_if_none_skipped + (0.0 if waits else dt)
-        if time <= self.profile.start and not waits:
-            return replace(
-                self, time=time, dt=dt, share=0.0, time_if_none_skipped=time_if_none_skipped
-            )
-        share = 1.0 if first else self.profile.share(time, dt)
-        sum_squared_shares = float(self.sum_squared_shares) * (1 - share) ** 2 + share**2
-        count = int(self.count) + 1
-        return replace(
-            self,
-            time=time,
-            dt=dt,
-            share=share,
-            count=count,
-            sum_squared_shares=sum_squared_shares,
-            time_if_none_skipped=time_if_none_skipped,
-        )
+        step = 0.0 if waits else dt
+        time, if_none_skipped = float(self.time) + step, self.time_if_none_skipped + step
+        share, count, squares = 0.0, self.count, self.sum_squared_shares
+        if waits or time > self.profile.start:
+            share = 1.0 if first else self.profile.share(time, dt)
+            squares = float(squares) * (1 - share) ** 2 + share**2
+            count = int(count) + 1
+        return Clock(self.profile, time, dt, share, count, squares, if_none_skipped)
 
     def _advanced_on_device(self, dt: float, real: Tensor | None) -> Clock:
         # As on the host, but every `if` is a `where`: nothing may wait to learn what was skipped. The

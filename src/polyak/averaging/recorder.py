@@ -28,7 +28,7 @@ from polyak.averaging.recorder_options import (
     size,
 )
 from polyak.averaging.tracker import Member, Tracker
-from polyak.errors import NonFiniteError, UsageError, require, warn
+from polyak.errors import ArgumentError, NonFiniteError, UsageError, require, warn
 from polyak.files import as_path
 from polyak.maths.arguments import at_least_one, number
 from polyak.maths.planning import Span
@@ -119,7 +119,7 @@ class Recorder:
         self._time = 0.0
         self._unread: Tensor | float = 0.0  # time that the device knows, as steps may be skipped
         self._latest = 0.0  # the time if none was
-        self._quiet_until = 0.0  # a time before which nothing can be due
+        self._next_middle = self._next_edge = 0.0  # nothing is due before either
         self._start = 0.0  # of the present interval,
         self._covered = 0.0  # up to where captures stand for it,
         self._captures = 0  # and how many
@@ -146,7 +146,7 @@ class Recorder:
         self._read_time()
         return self._time
 
-    def update(self, dt: float = 1, *, real: bool | Tensor = True) -> None:
+    def update(self, dt: float = 1.0, *, real: bool | Tensor = True) -> None:
         """The weights have moved on by `dt`, in `unit`; `real` as for `Average.update`.
 
         Call it after every step: when weights are due they are taken. A file that could not be written
@@ -157,7 +157,8 @@ class Recorder:
         """
         if self._closed:
             raise UsageError("update() after close(): the record is complete. Make a new Recorder.")
-        self._tracker.take_due()
+        if self._member.attachment is not None:
+            self._tracker.take_due()
         self._advance(dt, real)
 
     def attach(
@@ -243,7 +244,8 @@ class Recorder:
         slots = named_tensors(self.model).slots
         self._captures = found["captures"]
         self._carry = {n: part_of(t, slots[n].tensor) for n, t in dict(found["carry"]).items()}
-        self._unread, self._latest, self._quiet_until = 0.0, self._time, 0.0
+        self._unread, self._latest = 0.0, self._time
+        self._next_middle = self._next_edge = 0.0
         self._state_start = self._start
         self._closed = False
 
@@ -279,12 +281,10 @@ class Recorder:
         return rank() == 0
 
     def _advance(self, dt: float, real: bool | Tensor = True) -> None:
-        if real is True and type(dt) in (int, float) and 0 < dt < self._quiet_until - self._latest:
-            self._time += dt
-            self._latest += dt
-            return
-        dt = float(number("dt", dt))
-        require(0 < dt < math.inf, f"dt is {dt}; expected the positive time since the last update.")
+        if type(dt) is not float:
+            dt = float(number("dt", dt))
+        if not 0 < dt < math.inf:
+            raise ArgumentError(f"dt is {dt}; expected the positive time since the last update.")
         if real is False:
             return
         if isinstance(real, Tensor):
@@ -293,27 +293,43 @@ class Recorder:
             self._time += dt
         self._latest += dt
         # Where only the device knows what was skipped, it is asked when something is due, not every step.
-        if self._is_due(self._latest, dt):
-            self._read_time()
-            if self._is_due(self._time, dt):
-                self._take(dt)
-        self._quiet_until = self._next_middle_or_edge()
+        if self._latest >= self._next_edge or self._latest - dt / 2 >= self._next_middle:
+            self._take_if_due(dt)
 
     def _read_time(self) -> None:
         self._time += float(self._unread)
         self._unread, self._latest = 0.0, self._time
 
-    def _is_due(self, time: float, dt: float) -> bool:
-        return self._cells(time, dt) > self._covered_cells or self._ends(time)
+    def _take_if_due(self, dt: float) -> None:
+        if isinstance(self._unread, Tensor):
+            self._read_time()
+        cells = self._cells(self._time, dt)
+        is_due = cells > self._covered_cells
+        if is_due or self._ends():
+            self._tracker.refuse_during_loan("update()")
+            self._settle()
+            if is_due:
+                self._capture(self._time if dt >= self._cell else cells * self._cell)
+            if self._ends() and self._captures:
+                self._write()
+        self._note_when_due()
 
-    def _ends(self, time: float) -> bool:
-        """Whether the present interval ends at this time or before."""
-        return self._place(time) > self._place(max(self._start, self._tried))
+    def _ends(self) -> bool:
+        """Whether the present interval has ended."""
+        return self._place(self._time) > self._place(self._last_edge)
 
-    def _next_middle_or_edge(self) -> float:
-        middle = (self._covered_cells + (1 if self._per_interval == 1 else 0.5)) * self._cell
-        edge = (self._place(max(self._start, self._tried)) + 1) * self._interval
-        return min(middle, edge) - 2 * TINY * self._interval
+    @property
+    def _last_edge(self) -> float:
+        """Up to where intervals are written, or are being written, or could not be."""
+        return max(self._start, self._tried, 0.0 if self._writing is None else self._writing.end)
+
+    def _note_when_due(self) -> None:
+        """Nothing is due before the next cell has its middle behind it, or the interval its end."""
+        safely = 2 * TINY * self._interval
+        self._next_edge = (self._place(self._last_edge) + 1) * self._interval - safely
+        self._next_middle = math.inf
+        if self._per_interval > 1:
+            self._next_middle = (self._covered_cells + 0.5) * self._cell - safely
 
     def _cells(self, time: float, dt: float) -> int:
         """How many of the cells that captures stand for have their middle behind them.
@@ -332,15 +348,6 @@ class Recorder:
     @property
     def _covered_cells(self) -> int:
         return math.floor(self._covered / self._cell + TINY)
-
-    def _take(self, dt: float) -> None:
-        self._tracker.refuse_during_loan("update()")
-        self._settle()
-        cells = self._cells(self._time, dt)
-        if cells > self._covered_cells:
-            self._capture(self._time if dt >= self._cell else cells * self._cell)
-        if self._ends(self._time) and self._captures:
-            self._write()
 
     def _capture(self, until: float) -> None:
         """The present weights stand for the time from the last ones to `until`."""

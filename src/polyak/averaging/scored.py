@@ -19,6 +19,7 @@ from polyak.errors import ArgumentError, FormatError, NonFiniteError, UsageError
 from polyak.maths.overfit_window import OverfitWindow
 from polyak.maths.profiles import SWA
 from polyak.tensors.modes import evaluation_mode
+from polyak.tensors.ranks import ShardRanks
 
 State = dict[str, Any]
 _SUMS = ("time", "count", "time_if_none_skipped")
@@ -31,6 +32,8 @@ class SWAD:
     an `Average` of the window so far. The weights between two losses are one segment; the window holds the
     segments from the one that ends where the window begins to the one that ends where it ends, each weight counted
     equally. Until it begins, the average is of the newest segment; once it has ended, further weights do not count.
+
+    On a sharded model (FSDP2) every rank calls `score`, and the mean of their losses counts.
 
     It holds up to `n_end` + 3 copies of the averaged weights (`n_start` + 3 if that is more).
 
@@ -103,7 +106,7 @@ class SWAD:
         Raises UsageError if no weights were taken since the last one, ArgumentError for anything but a number
         or for losses that are not positive where the window begins.
         """
-        value = _number(loss)
+        value = _number_on_all(loss, self.average.model)
         if self.ended:
             self.losses.append(value)
             return
@@ -178,6 +181,7 @@ class TwoTailed:
 
     A short one and a long one. Whenever the short one is at least as good on validation data, it becomes the long
     one, and a new short one begins. `average`, the long one, is the answer at any moment: no start has to be chosen.
+    On a sharded model (FSDP2) every rank calls `score`, and the mean of their scores counts.
 
     Args:
         model: As for `Average`.
@@ -247,7 +251,7 @@ class TwoTailed:
 
     def choose(self, short: float, long: float) -> bool:
         """As `score`, from the scores of `short` and `average` that you have evaluated yourself."""
-        short, long = _number(short), _number(long)
+        short, long = (_number_on_all(score, self.average.model) for score in (short, long))
         if math.isnan(short) and math.isnan(long):
             raise NonFiniteError(
                 "Both averages have a score that is NaN. Check the data and the learning rate."
@@ -334,6 +338,11 @@ def _number(score: Any) -> float:
         raise ArgumentError(
             f"The score is a {type(score).__name__}; expected a number, or a tensor of one for each example."
         ) from None
+
+
+def _number_on_all(score: Any, model: Module) -> float:
+    """Of the ranks of a sharded model the mean: each decides alike, or shards would be of different averages."""
+    return ShardRanks(model.parameters()).mean(_number(score))
 
 
 def _check_keys(state: Any, keys: Sequence[str], what: str) -> None:

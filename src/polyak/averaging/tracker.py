@@ -162,17 +162,17 @@ class Tracker:
         if not self._may_average():
             return
         self.tensors.note_frozen()
-        if any(now.on_device or now.share for now in moments):
-            with torch.no_grad():
-                self.prepare()
-                self._accumulate(members, moments)
+        due = [m for m in zip(members, moments, strict=True) if m[1].on_device or m[1].share]
+        if due:
+            self.prepare()
+            self._accumulate(members, due)
         for member, now in zip(members, moments, strict=True):
             before = member.clock
             member.clock = now.copied_into(before) if capturing else now
             if member.fed and (now.on_device or now.share):
                 for one in member.fed:
                     one.after_update(before)
-        if not self._is_ordered():
+        if self._background is not None and not self._is_ordered():
             self.wait_before_step()
 
     def prepare(self) -> None:
@@ -302,25 +302,22 @@ class Tracker:
             return False
         return True
 
-    def _accumulate(self, members: Sequence[Member], moments: Sequence[Clock]) -> None:
-        pairs = [
-            (member.accumulator, member.clock, now)
-            for member, now in zip(members, moments, strict=True)
-            if member.accumulator is not None
-        ]
-        due = [m for m, now in zip(members, moments, strict=True) if now.on_device or now.share]
-        taken = None if self._gathered is None else self._gathered.take()
-        copies = [] if taken else [member.statistics for member in due]
+    def _accumulate(self, members: Sequence[Member], due: Sequence[tuple[Member, Clock]]) -> None:
+        pairs = [(m.accumulator, m.clock, now) for m, now in due if m.accumulator is not None]
+        taken, copies = None, list[list[Tensor]]()
+        if self._gathered is not None:
+            taken = self._gathered.take()
+        elif self.tensors.statistics:
+            copies = [member.statistics for member, _ in due]
         if self._background is not None:
             work = partial(_carry_out, self._grouped, pairs)
             self._background.start(work, partial(_set_clocks, [(m, m.clock) for m in members]))
         else:
             _carry_out(self._grouped, pairs, copies)
-        self._note_statistics(due, taken)
+        if self.tensors.statistics:
+            self._note_statistics([member for member, _ in due], taken)
 
     def _note_statistics(self, due: Sequence[Member], taken: Taken | None) -> None:
-        if not self.tensors.statistics:
-            return
         for member in due:
             member.newest = taken
             member.fresh_layers, member.measured_buffers = set(), {}
@@ -346,7 +343,9 @@ class Tracker:
         # The replays of a CUDA graph run no host code, which is what tells them apart later.
         in_one_call = self._grouped.copies_statistics or self.options.capturable
         apart = read is not None or not in_one_call
-        self._gathered = Gathered(self.tensors.statistics) if apart else None
+        self._gathered = (
+            Gathered(self.tensors.statistics) if apart and self.tensors.statistics else None
+        )
         for accumulator in held:
             accumulator.regroup(live, self._grouped)
         self._grouped_at = self.tensors.generation
@@ -370,7 +369,7 @@ class Tracker:
         )
 
     def _is_capturing(self, members: Sequence[Member]) -> bool:
-        if self._device().type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if not self.tensors.live[0].is_cuda or not torch.cuda.is_current_stream_capturing():
             return False
         if not self.options.capturable:
             raise UsageError(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import FLOATS, Checkpoint
-from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError
+from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError, require
 from polyak.maths.planning import Span
 
 NAME = re.compile(r"interval-(\d{1,15})\.safetensors")
@@ -117,20 +117,6 @@ def records_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def is_record_or_run(path: object) -> bool:
-    """Whether this is a record, or the folder of a run with a record inside and no weights beside it."""
-    if is_record(path):
-        return True
-    folder = Path(str(path))
-    if not folder.is_dir() or not records_in(folder):
-        return False
-    try:
-        open_checkpoint(folder).close()
-    except (PolyakError, OSError):
-        return True
-    return False
-
-
 def scan_intervals(folder: Path) -> Scan:
     """The intervals in a folder by their time, without leftovers of merges."""
     found: list[Interval] = []
@@ -204,13 +190,14 @@ def _described(path: Path, number: int, opened: Checkpoint) -> Interval:
 
 
 def the_record(folder: Path) -> Path:
-    """The folder, or the one record in it. Raises ArgumentError if there are several."""
+    """The folder, or the one record in it. Raises ArgumentError if there are several, or no folder."""
+    require(folder.is_dir(), f"There is no folder {folder}. Check the path.")
     inside = records_in(folder)
     if len(inside) > 1:
         named = "".join(f"\n  {path}" for path in inside[:12])
         more = f"\n  and {len(inside) - 12} more" if len(inside) > 12 else ""
         raise ArgumentError(
-            f"{folder} holds {len(inside)} records; name the one to average:{named}{more}"
+            f"{folder} holds {len(inside)} records; name the one that is meant:{named}{more}"
         )
     return inside[0] if inside else folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from polyak.checkpoints.intervals import Interval, merge_intervals, scan_intervals
+from polyak.checkpoints.intervals import Interval, merge_intervals, scan_intervals, the_record
 from polyak.errors import ArgumentError, FormatError, require
 from polyak.files import as_path
 from polyak.maths.arguments import at_least_one
@@ -24,20 +24,20 @@ def thin_record(
     the same call continues.
 
     Args:
-        folder: The record.
+        folder: The record, or the folder of a run that holds one.
         keep: How many intervals to keep; nothing happens if there are not more.
         by: `"evenly"`, all about equally long, which serves averages that end anywhere; `"age"`, in
             proportion to how long ago they were, which serves those that end with the run.
         progress: Called with the number of merges done and the number of all.
 
     Raises:
-        ArgumentError: not a record, or another word for `by`.
+        ArgumentError: no record or several, or another word for `by`.
         FormatError: a damaged interval; nothing is merged then.
         OutputError: the folder cannot be written to.
 
     """
     require(by in ("evenly", "age"), f"by is {by!r}; expected 'evenly' or 'age'.")
-    path = as_path(folder)
+    path = the_record(as_path(folder))
     found = scan_intervals(path)
     if found.damaged:
         listed = "\n".join(f"  {name}: {why}" for name, why in found.damaged.items())

@@ -7,14 +7,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Whole
+from polyak.cli.converters import MaybeWhole
 
 
 def merge_adapters(
     *inputs: str,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     weights: str | None = None,
-    rank: Whole = None,
+    rank: MaybeWhole = None,
     base: Path | None = None,
     overwrite: bool = False,
 ) -> None:

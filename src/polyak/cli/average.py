@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Flag, Many, Whole
+from polyak.cli.converters import Flag, Many, MaybeWhole, each, file_or_folder
 from polyak.cli.trajectory import Record, average_record
 from polyak.errors import ArgumentError
 
@@ -53,10 +53,10 @@ class Inputs:
 
     """
 
-    last: Whole = None
+    last: MaybeWhole = None
     steps: str | None = None
-    every: Whole = None
-    best: Whole = None
+    every: MaybeWhole = None
+    best: MaybeWhole = None
     metric: str | None = None
     scores: Path | None = None
     steps_unit: str | None = None
@@ -94,7 +94,13 @@ class Outputs:
     """
 
     output: Annotated[
-        list[Path], Parameter(name=["--output", "-o"], negative="", consume_multiple=False)
+        list[Path],
+        Parameter(
+            name=["--output", "-o"],
+            negative="",
+            consume_multiple=False,
+            converter=each(file_or_folder),
+        ),
     ]
     method: Annotated[list[str], Many] | None = None
     weights: Annotated[list[str], Many] | None = None
@@ -141,7 +147,7 @@ class Tensors:
     key: str | None = None
     shard_size: str | None = None
     format: str | None = None
-    dcp_files: Whole = None
+    dcp_files: MaybeWhole = None
     dcp_key: str | None = None
     keep_state: Annotated[bool, Flag] = False
 
@@ -164,7 +170,7 @@ class Work:
     """
 
     max_memory: str = "128MiB"
-    threads: Whole = None
+    threads: MaybeWhole = None
     part: str | None = None
     resume: Annotated[bool, Flag] = False
     verify: Annotated[bool, Flag] = False
@@ -220,9 +226,9 @@ def average(
     """
     from rich.console import Console
 
-    from polyak.checkpoints.intervals import is_record_or_run
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
+    from polyak.checkpoints.merging.record_or_checkpoints import means_record
     from polyak.checkpoints.merging.selection import find_checkpoints
 
     console = Console(highlight=False)
@@ -235,7 +241,7 @@ def average(
         raise ArgumentError("--shard-size is for outputs that are folders; these are single files.")
     options = MergeOptions(**_options(which, outputs, tensors, work))
     options = replace(options, part=work.part or shared)
-    if len(inputs) == 1 and is_record_or_run(inputs[0]):
+    if means_record(inputs):
         if shared:
             raise ArgumentError(
                 "A record is averaged by one process. Run the same command without torchrun."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
+
+from polyak.files import names_folder
 
 
 def whole_number(type_: Any, tokens: Sequence[Token]) -> int:
@@ -28,7 +31,35 @@ def seed_range(type_: Any, tokens: Sequence[Token]) -> dict[str, int]:
     return {"first_seed": int(first), "seeds": int(end) - int(first)}
 
 
-Whole = Annotated[int | None, Parameter(converter=whole_number)]
+def file_name(type_: Any, tokens: Sequence[Token]) -> Path:
+    """A file to be written: `Path` would forget the slash by which a folder is named."""
+    (token,) = tokens
+    if names_folder(token.value):
+        raise ValueError(f"{token.value!r} names a folder; expected the name of a file.")
+    return Path(token.value)
+
+
+def file_or_folder(type_: Any, tokens: Sequence[Token]) -> Path:
+    """As `file_name` where the suffix is a file's; another name is that of a folder."""
+    from polyak.checkpoints.writing.layouts import TORCH_SUFFIXES
+
+    (token,) = tokens
+    path = Path(token.value)
+    is_file = path.suffix.lower() in (".safetensors", *TORCH_SUFFIXES)
+    return file_name(type_, tokens) if is_file else path
+
+
+def each(converter: Callable[[Any, Sequence[Token]], Path]) -> Callable[..., list[Path]]:
+    """A converter of an option that is repeated; the parser would drop the message of an element's own."""
+    return lambda type_, tokens: [converter(Path, [token]) for token in tokens]
+
+
+Whole = Annotated[int, Parameter(converter=whole_number)]
+MaybeWhole = Annotated[int | None, Parameter(converter=whole_number)]
+NewFile = Annotated[Path, Parameter(converter=file_name)]
+"""A file to be written."""
+New = Annotated[Path, Parameter(converter=file_or_folder)]
+"""What is written: a file, or a folder, as its suffix says."""
 Flag = Parameter(negative="")
 """Of a switch without a --no-...."""
 Many = Parameter(negative="", consume_multiple=False)

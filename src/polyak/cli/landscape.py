@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from polyak.cli.converters import Flag
+from polyak.cli.converters import Flag, NewFile, Whole, each, file_name
 from polyak.cli.scorer import Scorer
 from polyak.errors import ArgumentError
 
@@ -38,7 +38,10 @@ class Placed:
     trajectory: Path | None = None
     key: str | None = None
     output: Annotated[
-        list[Path], Parameter(name=["--output", "-o"], consume_multiple=False, negative="")
+        list[Path],
+        Parameter(
+            name=["--output", "-o"], consume_multiple=False, negative="", converter=each(file_name)
+        ),
     ] = field(default_factory=list)
     overwrite: Annotated[bool, Flag] = False
 
@@ -62,7 +65,7 @@ _SCORER, _PLACED = Scorer(), Placed()
 def line(
     *inputs: str,
     curve: Path | None = None,
-    points: int = 21,
+    points: Whole = 21,
     beyond: float = 0.0,
     scorer: Scorer = _SCORER,
     placed: Placed = _PLACED,
@@ -87,7 +90,7 @@ def line(
 @landscape.command
 def plane(
     *inputs: str,
-    points: int = 11,
+    points: Whole = 11,
     margin: float = 0.2,
     scorer: Scorer = _SCORER,
     placed: Placed = _PLACED,
@@ -110,11 +113,11 @@ def plane(
 @landscape.command
 def rays(  # noqa: PLR0913 - each one is an option
     *inputs: str,
-    rays: int = 10,
-    points: int = 6,
+    rays: Whole = 10,
+    points: Whole = 6,
     reach: float | None = None,
     normalize: Literal["filter"] | None = None,
-    seed: int = 0,
+    seed: Whole = 0,
     scorer: Scorer = _SCORER,
     placed: Placed = _PLACED,
 ) -> None:
@@ -149,8 +152,8 @@ def connect(  # noqa: PLR0913 - each one is an option
     model: str,
     loss: str,
     data: str,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    epochs: int = 10,
+    output: Annotated[NewFile, Parameter(name=["--output", "-o"])],
+    epochs: Whole = 10,
     rate: float = 0.05,
     key: str | None = None,
     overwrite: Annotated[bool, Flag] = False,
@@ -193,9 +196,9 @@ def curvature(  # noqa: PLR0913 - each one is an option
     model: str,
     loss: str,
     data: str,
-    k: int = 1,
+    k: Whole = 1,
     which: Literal["largest", "smallest", "magnitude"] = "largest",
-    iterations: int = 100,
+    iterations: Whole = 100,
     tolerance: float = 1e-3,
     key: str | None = None,
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import NewFile
 from polyak.errors import ArgumentError
 from polyak.maths.schedules import MOST_STEPS
 from polyak.maths.text import parse_schedule
@@ -26,7 +26,7 @@ _POINTS_SHOWN = 12
 
 def schedule(
     *pieces: str,
-    plot: Annotated[Path | None, Parameter(name="--plot")] = None,
+    plot: NewFile | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Print a learning-rate schedule and when it averages the weights, or draw it.
@@ -48,6 +48,10 @@ def schedule(
         raise ArgumentError(
             f"These are {chain.total} steps; at most {MOST_STEPS} are listed and drawn."
         )
+    if plot is not None:
+        from polyak.report.schedule import save_schedule_plot
+
+        save_schedule_plot(chain, plot, overwrite=overwrite)
     console = Console(highlight=False)
     console.print(_pieces(chain))
     console.print(_points(chain))
@@ -57,9 +61,6 @@ def schedule(
                 f"Note: no cycle of {piece} ends within its {steps} steps.", soft_wrap=True
             )
     if plot is not None:
-        from polyak.report.schedule import save_schedule_plot
-
-        save_schedule_plot(chain, plot, overwrite=overwrite)
         console.print(f"Picture: {plot}", soft_wrap=True)
 
 

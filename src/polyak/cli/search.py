@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Flag, Whole
+from polyak.cli.converters import Flag, MaybeWhole, NewFile, Whole
 from polyak.cli.scorer import Scorer
-from polyak.errors import ArgumentError, PolyakError
+from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
     from polyak.study.found import Found
@@ -33,8 +33,8 @@ class Asked:
 
     since: float | None = None
     until: float | None = None
-    report: Path | None = None
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+    report: NewFile | None = None
+    output: Annotated[NewFile | None, Parameter(name=["--output", "-o"])] = None
     overwrite: Annotated[bool, Flag] = False
 
 
@@ -55,7 +55,7 @@ class Searched:
 
     """
 
-    evaluations: Whole = None
+    evaluations: MaybeWhole = None
     quick: Annotated[bool, Flag] = False
     family: Annotated[
         list[Literal["windows", "half-lives", "power", "annealed"]] | None,
@@ -101,7 +101,7 @@ def search(
 
 def decay(
     *trajectory: str,
-    points: int = 8,
+    points: Whole = 8,
     length: float | None = None,
     shape: Literal["sqrt", "linear", "cosine"] = "sqrt",
     scorer: Scorer = _SCORER,
@@ -125,8 +125,8 @@ def decay(
 
 def stop(
     *trajectory: str,
-    points: int = 8,
-    evaluations: int = 4,
+    points: Whole = 8,
+    evaluations: Whole = 4,
     scorer: Scorer = _SCORER,
     asked: Asked = _ASKED,
 ) -> None:
@@ -165,18 +165,15 @@ def _answer(
 def _check_targets(asked: Asked) -> None:
     """Refuse what could not be written, before hours of evaluations."""
     from polyak.checkpoints.writing.save import check_target
-    from polyak.files import refuse_existing
+    from polyak.files import file_target
 
     if asked.output is not None:
         check_target(asked.output, overwrite=asked.overwrite)
     if asked.report is not None:
-        refuse_existing(asked.report, overwrite=asked.overwrite)
+        file_target(asked.report, overwrite=asked.overwrite)
     given = [path.absolute() for path in (asked.output, asked.report) if path is not None]
     if len(set(given)) < len(given):
         raise ArgumentError(f"--output and --report are the same file, {asked.output}. Name two.")
-    for path in given:
-        if not path.parent.is_dir():
-            raise ArgumentError(f"There is no folder {path.parent} for {path.name}. Make it first.")
 
 
 def _write(record: Trajectory, found: Found, scorer: Scorer, asked: Asked, path: Path) -> None:
@@ -201,19 +198,14 @@ def _write(record: Trajectory, found: Found, scorer: Scorer, asked: Asked, path:
 
 
 def _opened(inputs: tuple[str, ...]) -> Trajectory:
-    from polyak.checkpoints.intervals import is_record, records_in
+    from polyak.checkpoints.merging.record_or_checkpoints import means_record
     from polyak.study.trajectory import Trajectory
 
     if not inputs:
         raise ArgumentError("There is no input; name the record of a run, or its checkpoints.")
-    if len(inputs) == 1 and (is_record(inputs[0]) or not _may_be_checkpoints(inputs[0])):
+    if means_record(inputs) or (len(inputs) == 1 and not _may_be_checkpoints(inputs[0])):
         return Trajectory(inputs[0])
-    try:
-        return Trajectory.from_checkpoints(inputs)
-    except PolyakError:
-        if len(inputs) == 1 and Path(inputs[0]).is_dir() and records_in(Path(inputs[0])):
-            return Trajectory(inputs[0])  # the folder of a run, without weights of its own
-        raise
+    return Trajectory.from_checkpoints(inputs)
 
 
 def _may_be_checkpoints(text: str) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from polyak.cli.average import notices
-from polyak.cli.converters import Flag, Many, Whole
+from polyak.cli.converters import Flag, Many, MaybeWhole, New
 from polyak.cli.inspect import size
 from polyak.cli.scorer import Scorer
 
@@ -44,7 +43,7 @@ class Made:
 
     """
 
-    output: Annotated[Path, Parameter(name=["--output", "-o"])]
+    output: Annotated[New, Parameter(name=["--output", "-o"])]
     method: Literal["greedy", "uniform", "learned", "model-stock"] = "greedy"
     base: str | None = None
     key: str | None = None
@@ -53,7 +52,7 @@ class Made:
     exclude: Annotated[list[str], Many] | None = None
     shard_size: str = "5GB"
     max_memory: str = "128MiB"
-    threads: Whole = None
+    threads: MaybeWhole = None
     overwrite: Annotated[bool, Flag] = False
     dry_run: Annotated[bool, Flag] = False
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import seed_range, whole_number
+from polyak.cli.converters import MaybeWhole, seed_range, whole_number
 from polyak.errors import ArgumentError
 from polyak.reference_run.recipe import Recipe, load_recipe, quick_version
 
@@ -53,8 +53,8 @@ def train(  # noqa: PLR0913 - keyword-only arguments do not count
     quick: Annotated[bool, Parameter(negative="")] = False,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
-    jobs: Annotated[int | None, Parameter(converter=whole_number)] = None,
-    threads: Annotated[int | None, Parameter(converter=whole_number)] = None,
+    jobs: MaybeWhole = None,
+    threads: MaybeWhole = None,
     fields: Annotated[Fields | None, Parameter(name="*", group="Recipe fields")] = None,
 ) -> None:
     """Train on real images or a text, annealed and with weight averaging at the same budget, and compare.

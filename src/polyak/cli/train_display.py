@@ -17,14 +17,16 @@ from rich.live import Live
 from rich.table import Table
 
 from polyak.errors import MissingExtra, OutputError
+from polyak.reference_run.data import load_data
 from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.hardware import Hardware
-from polyak.reference_run.loop import Watch, plan, train
-from polyak.reference_run.placement import Placement
+from polyak.reference_run.loop import Watch, plan, ready, train
+from polyak.reference_run.placement import Placement, check_placement
 from polyak.reference_run.ranks import joined
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run, recorded_threads
 from polyak.report.numbers import count, rounded
+from polyak.report.opening import describe_data
 from polyak.report.page import write_report
 from polyak.report.tables import IMAGES, Finals, Metric, format_estimate
 
@@ -60,6 +62,7 @@ def carry_out(
 
     Of several processes only the first one prints.
     """
+    check_placement(threads, jobs)
     with joined(recipe.strategy, Hardware.named(recipe.device).device) as ranks:
         folder = ranks.first(choose_folder)
         if ranks.count > 1:
@@ -82,18 +85,23 @@ def _train(
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
-    before = Run(folder).records() if resume and (folder / "recipe.toml").exists() else []
-    verb = "Resuming" if before else "Running"
-    console.print(f"{verb} recipe {recipe.name} in {folder}", highlight=False)
-    console.print(describe_work(recipe, placement), highlight=False)
-    try:
-        with _display(console, recipe, before) as watch:
-            return console, train(recipe, folder, resume=resume, watch=watch, jobs=placement.jobs)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "Stopped; finished epochs are kept. Continue with: "
-            f"polyak train --resume --output {shlex.quote(str(folder))}"
-        ) from None
+    with ready(recipe, folder, resume=resume, jobs=placement.jobs) as begin:
+        before = Run(folder).records()
+        verb = "Resuming" if before else "Running"
+        for line in (
+            f"{verb} recipe {recipe.name} in {folder}",
+            f"Data: {describe_data(recipe, load_data(recipe))}",
+            describe_work(recipe, placement),
+        ):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        try:
+            with _display(console, recipe, before) as watch:
+                return console, begin(watch)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Stopped; finished epochs are kept. Continue with: "
+                f"polyak train --resume --output {shlex.quote(str(folder))}"
+            ) from None
 
 
 def describe_work(recipe: Recipe, placement: Placement) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
+from polyak.cli.converters import Whole
 from polyak.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ def average_record(
         console.print(f"{target}: {done.tensors} tensors", soft_wrap=True, markup=False)
 
 
-def thin(folder: Path, *, keep: int, by: Literal["evenly", "age"] = "evenly") -> None:
+def thin(folder: Path, *, keep: Whole, by: Literal["evenly", "age"] = "evenly") -> None:
     """Merge neighbouring intervals of a record, in place.
 
     Args:
-        folder: The record of a run, as polyak.Recorder writes it.
+        folder: The record of a run, as polyak.Recorder writes it, or the folder of a run that holds one.
         keep: How many intervals to keep.
         by: evenly: all about equally long. age: the longer the older they are, for averages that end
             with the run.
@@ -72,9 +73,11 @@ def thin(folder: Path, *, keep: int, by: Literal["evenly", "age"] = "evenly") ->
     """
     from rich.console import Console
 
+    from polyak.checkpoints.intervals import the_record
     from polyak.checkpoints.thinning import thin_record
 
-    gone = thin_record(folder, keep, by=by)
+    record = the_record(folder)
+    gone = thin_record(record, keep, by=by)
     Console(highlight=False).print(
-        f"{folder}: {gone} files merged into their neighbours", soft_wrap=True, markup=False
+        f"{record}: {gone} files merged into their neighbours", soft_wrap=True, markup=False
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polyak.cli.converters import Whole
+from polyak.cli.converters import MaybeWhole, NewFile
 
 
 def update_bn(
@@ -15,8 +15,8 @@ def update_bn(
     *,
     model: str,
     data: str,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
-    limit: Whole = None,
+    output: Annotated[NewFile | None, Parameter(name=["--output", "-o"])] = None,
+    limit: MaybeWhole = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Set the BatchNorm statistics in a file of averaged weights to those of the data.

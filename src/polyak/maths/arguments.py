@@ -24,7 +24,7 @@ def number(what: str, value: float) -> float:
     """
     if type(value) is float:
         return value
-    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
+    if type(value) is int or (isinstance(value, Real) and not isinstance(value, bool | np.bool_)):
         try:
             plain = float(value)
         except OverflowError:
@@ -43,21 +43,21 @@ def numbers(what: str, values: Iterable[float]) -> NDArray[np.float64]:
         ) from None
 
 
-def count(what: str, value: int) -> int:
-    """A whole number, 0 or more; ArgumentError for anything else."""
+def count(what: str, value: int, least: int = 0) -> int:
+    """A whole number, `least` or more; ArgumentError for anything else."""
     whole: int | None = None
     with contextlib.suppress(TypeError, RuntimeError):  # torch's, of tensors that hold several
         whole = operator.index(value)
     if whole is None or isinstance(value, bool | np.bool_):
         raise ArgumentError(f"{what} is {_shown(value)}; expected a whole number.")
-    require(whole >= 0, f"{what} is {whole}; expected 0 or more.")
+    require(whole >= least, f"{what} is {whole}; expected {least} or more.")
     require(whole < 1 << 63, f"{what} is too large; expected less than 2^63.")
     return whole
 
 
 def at_least_one(what: str, value: int) -> int:
     """A whole number, 1 or more; ArgumentError for anything else."""
-    require(count(what, value) >= 1, f"{what} is {value}; expected 1 or more.")
+    count(what, value, 1)
     return value
 
 

@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from polyak.errors import FormatError
 
 _PIXELS = 3 * 32 * 32
-_CIFAR10 = [f"data_batch_{i}.bin" for i in range(1, 6)]
-
-
-def is_cifar(folder: Path) -> bool:
-    """Whether a folder has the first file of CIFAR-10 or CIFAR-100 (binary version)."""
-    return any((folder / name).is_file() for name in (_CIFAR10[0], "train.bin"))
+_CIFAR10 = ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"])
+_CIFAR100 = (["train.bin"], ["test.bin"])
+CIFAR_FILES = {name for names in (*_CIFAR10, *_CIFAR100) for name in names}
+"""Of CIFAR-10 and CIFAR-100, binary version."""
 
 
 def read_cifar(folder: Path) -> tuple[NDArray[np.uint8], ...]:
@@ -24,10 +22,15 @@ def read_cifar(folder: Path) -> tuple[NDArray[np.uint8], ...]:
 
     Of CIFAR-100 the fine labels. Raises FormatError for a file that is missing, cut short or damaged.
     """
-    if (folder / _CIFAR10[0]).is_file():
-        train, test, n_labels, n_classes = _CIFAR10, ["test_batch.bin"], 1, 10
+    if any((folder / name).exists() for names in _CIFAR10 for name in names):
+        (train, test), n_labels, n_classes = _CIFAR10, 1, 10
     else:
-        train, test, n_labels, n_classes = ["train.bin"], ["test.bin"], 2, 100
+        (train, test), n_labels, n_classes = _CIFAR100, 2, 100
+    if missing := [name for name in (*train, *test) if not (folder / name).exists()]:
+        raise FormatError(
+            f"{folder} has no {', '.join(missing)}; expected {', '.join((*train, *test))}, CIFAR-{n_classes}'s binary "
+            "version. Fetch it again."
+        )
     return *_read(folder, train, n_labels, n_classes), *_read(folder, test, n_labels, n_classes)
 
 

@@ -26,14 +26,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from polyak.errors import ArgumentError, FormatError
+from polyak.errors import ArgumentError, FormatError, require, some
 from polyak.objects import call_object
-from polyak.reference_run.cifar import is_cifar, read_cifar
+from polyak.reference_run.cifar import CIFAR_FILES, read_cifar
 from polyak.reference_run.recipe import Recipe
 
 EMBEDDED = Path(__file__).parent / "images" / "fashion.npz"
 EMBEDDED_SHA256 = "a8bb457daf23e0144f6a14ace76caac7a210c97ae8b87b8f9388ea9d475181de"
 N_CLASSES = 10
+IDX_FILES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+_FULL_SETS = (
+    "the four IDX files of an MNIST-like set (train-images-idx3-ubyte, ..., or .gz), or CIFAR's binary files "
+    "(data_batch_1.bin to data_batch_5.bin and test_batch.bin, or train.bin and test.bin)"
+)
 _MAX_CLASSES = 100_000
 MEAN, STD = 0.2860, 0.3530
 """Of the pixels of Fashion-MNIST's training images, scaled to [0, 1]."""
@@ -109,6 +116,12 @@ def load_data(recipe: Recipe) -> Data:
         from polyak.reference_run.text import load_text  # which makes windows of this module's kind
 
         return load_text(recipe.data, recipe.context)
+    require(
+        bool(recipe.data or recipe.data_folder) or not recipe.own_data,
+        f"The recipe {recipe.name} is for images that polyak does not ship, and neither data_folder nor data is given. "
+        "Pass data_folder=FOLDER with CIFAR's binary files or four IDX files. The recipes default and wrn train on the "
+        "images that ship.",
+    )
     return _loaded(recipe.data, recipe.data_folder)
 
 
@@ -117,9 +130,27 @@ def _loaded(function: str, folder: str) -> Data:
     if function:
         return custom_data(function)
     if folder:
-        path = Path(folder)
-        return cifar_data(path) if is_cifar(path) else idx_data(path)
+        return _full_set(Path(folder))
     return embedded_data()
+
+
+def _full_set(folder: Path) -> Data:
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArgumentError(
+            f"data_folder is '{folder}', and there is no such folder; expected one with {_FULL_SETS}. "
+            "Debian's dataset-fashion-mnist puts the first into /usr/share/datasets/fashion-mnist."
+        ) from None
+    except OSError as error:
+        raise FormatError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    if any(name in CIFAR_FILES for name in names):
+        return cifar_data(folder)
+    if any(name.removesuffix(".gz") in IDX_FILES for name in names):
+        return idx_data(folder)
+    raise FormatError(
+        f"{folder} holds no images that polyak reads: found {some(names) or 'nothing'}; expected {_FULL_SETS}."
+    )
 
 
 def _unseen_labels(data: Data) -> str:
@@ -176,10 +207,11 @@ def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
 
 def idx_data(folder: Path) -> Data:
     """The four IDX files of an MNIST-like set, gzipped or not; the last twelfth validates."""
-    images = read_images(folder, "train-images-idx3-ubyte")
-    labels = read_labels(folder, "train-labels-idx1-ubyte", len(images), N_CLASSES)
-    test_images = read_images(folder, "t10k-images-idx3-ubyte")
-    test_labels = read_labels(folder, "t10k-labels-idx1-ubyte", len(test_images), N_CLASSES)
+    names = IDX_FILES
+    images = read_images(folder, names[0])
+    labels = read_labels(folder, names[1], len(images), N_CLASSES)
+    test_images = read_images(folder, names[2])
+    test_labels = read_labels(folder, names[3], len(test_images), N_CLASSES)
     if images.shape[1:] != test_images.shape[1:]:
         raise FormatError(
             f"{folder}: training images are {images.shape[1:]} pixels, test images "

@@ -8,7 +8,7 @@ seed, which keeps its state at those epochs; so they run one after the other, or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,18 @@ def train(
     process of `jobs` was killed; FormatError for a damaged checkpoint; NonFiniteError when the loss
     becomes NaN. Finished epochs are kept.
     """
+    with ready(recipe, folder, resume=resume, jobs=jobs) as begin:
+        return begin(watch)
+
+
+@contextmanager
+def ready(
+    recipe: Recipe, folder: Path, *, resume: bool = False, jobs: int = 1
+) -> Iterator[Callable[[Watch | None], Run]]:
+    """A run that can begin: everything is checked and its folder locked. Yields what trains, as `train` does.
+
+    Raises what `train` does before the first epoch.
+    """
     require(jobs >= 1, f"jobs is {jobs}; expected 1 or more.")
     hardware = Hardware.named(recipe.device)
     data = load_data(recipe)
@@ -76,18 +88,23 @@ def train(
             locked = run_folder(folder, recipe, resume=resume)
             ranks.first(lambda: stack.enter_context(locked))
             trainer = Trainer(recipe, data, hardware, ranks, folder)
+            board = Board(trainer)
             ranks.first(lambda: write_origin(folder, trainer.environment, jobs))
-            board = Board(trainer, watch)
-            if jobs == 1:
-                for leg in board.unfinished():
-                    for records in trainer.run(leg):
-                        board.take(leg, records)
-            else:
-                from polyak.reference_run.side_by_side import run_side_by_side
+            yield lambda watch: _trained(trainer, board, jobs, watch)
 
-                run_side_by_side(trainer, board, jobs)
-            ranks.first(trainer.clean)
-    return Run(folder)
+
+def _trained(trainer: Trainer, board: Board, jobs: int, watch: Watch | None) -> Run:
+    board.watch = watch or board.watch
+    if jobs == 1:
+        for leg in board.unfinished():
+            for records in trainer.run(leg):
+                board.take(leg, records)
+    else:
+        from polyak.reference_run.side_by_side import run_side_by_side
+
+        run_side_by_side(trainer, board, jobs)
+    trainer.ranks.first(trainer.clean)
+    return Run(trainer.folder)
 
 
 def _examples_in_an_epoch(recipe: Recipe, data: Data) -> int:
@@ -156,9 +173,10 @@ def plan(recipe: Recipe) -> list[Unit]:
 class Board:
     """The records of all legs, `metrics.jsonl`, and who watches."""
 
-    def __init__(self, trainer: Trainer, watch: Watch | None) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._ranks, self._path = trainer.ranks, trainer.folder / "metrics.jsonl"
-        self.recipe, self._watch = trainer.recipe, watch or (lambda record, done: None)
+        self.recipe = trainer.recipe
+        self.watch: Watch = lambda record, done: None
         self.records = {leg: trainer.records(leg) for leg in legs(self.recipe)}
         self._n_units = len(plan(self.recipe))
         self._ranks.first(self._write)
@@ -190,7 +208,7 @@ class Board:
         def publish() -> None:
             self._write()
             for record in records:
-                self._watch(record, done)
+                self.watch(record, done)
 
         self._ranks.first(publish)
 

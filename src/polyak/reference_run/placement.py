@@ -21,6 +21,7 @@ _FEW_EXAMPLES = (
     100_000  # seen in training: the start of a second process would cost more than it saves
 )
 _STEPS = 5
+_MOST = 1024  # threads, processes: from some number on the system ends a process that asks for more
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Placement:
     threads: int
     jobs: int
 
+    def __post_init__(self) -> None:
+        check_placement(self.threads, self.jobs)
+
     @classmethod
     def chosen(cls, recipe: Recipe, threads: int | None, jobs: int | None) -> Placement:
         """What is asked for; without that, what is fastest here.
@@ -38,8 +42,7 @@ class Placement:
         one thread and with all: a small network is faster with one thread in each of several
         processes. On a GPU, and for a run of a moment, there is one process.
         """
-        for name, value in (("threads", threads), ("jobs", jobs)):
-            require(value is None or value >= 1, f"{name} is {value}; expected 1 or more.")
+        check_placement(threads, jobs)
         if threads is None and "OMP_NUM_THREADS" in os.environ:
             threads = torch.get_num_threads()
         data = load_data(recipe)
@@ -63,6 +66,13 @@ class Placement:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def check_placement(threads: int | None, jobs: int | None) -> None:
+    """Raise ArgumentError for numbers that no machine has; None leaves the choice."""
+    for name, value in (("threads", threads), ("jobs", jobs)):
+        ok = value is None or 1 <= value <= _MOST
+        require(ok, f"{name} is {value}; expected 1 to {_MOST}.")
 
 
 def processors() -> int:

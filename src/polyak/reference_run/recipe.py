@@ -110,6 +110,10 @@ class Recipe:
         "", "package.module:function that returns custom data; for words the path of a text file."
     )
     data_folder: str = _field("", "Folder of a full set: four IDX files, or CIFAR's binary files.")
+    own_data: bool = _field(
+        False,
+        "The recipe is for other images than those that ship: data_folder or data has to name them.",
+    )
     seeds: int = _field(3, "Number of seeds; on the command line also the first and the end, 3:8.")
     first_seed: int = _field(0, "The first seed; the others follow it.")
     device: str = _field("auto", "cpu, cuda, or auto: cuda if there is one.")
@@ -289,6 +293,14 @@ def _check_times(recipe: Recipe) -> None:
         "that are runs of their own.",
     )
     require(0 < recipe.swa_from < 1, f"swa_from is {recipe.swa_from}; expected a fraction of 1.")
+    require(
+        recipe.task != "words"
+        or "constant" not in recipe.arms
+        or recipe.branch_at <= recipe.constant_until,
+        f"branch_at is {recipe.branch_at}, where the arm {recipe.baseline}, which is annealed from constant_until "
+        f"{recipe.constant_until} on, no longer has its rate; the arm constant would not be at a constant rate. Leave "
+        "branch_at at 0 for a run of its own, or raise constant_until.",
+    )
     _check_warmup(recipe)
     _check_lengths(recipe)
     require(

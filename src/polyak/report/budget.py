@@ -31,14 +31,33 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Reached:
-    """After which share of the budget an average is as good as an annealed run is at its end.
+    """After which shares of the budget an average is as good as an annealed run is at its end.
 
-    `share` is the mean over the seeds that reach it, None if none does.
+    `shares` are those of the seeds that reach it, ascending; `step` is the share of an epoch, after each of
+    which it was measured.
     """
 
-    share: Estimate | None
-    n_reached: int
+    shares: tuple[float, ...]
     n_seeds: int
+    step: float
+
+    @property
+    def n_reached(self) -> int:
+        """The number of seeds that reach it."""
+        return len(self.shares)
+
+    @property
+    def interval(self) -> Estimate | None:
+        """The mean over the seeds, if it has a 95% interval that says something.
+
+        All seeds reach it, they differ, and the interval lies inside the budget.
+        """
+        if self.n_reached < max(2, self.n_seeds):
+            return None
+        value = estimate(self.shares)
+        half = value.half_width()
+        inside = half is not None and value.mean - half >= 0 and value.mean + half <= 1
+        return value if inside else None
 
 
 @dataclass(frozen=True)
@@ -74,8 +93,8 @@ class Budget:
             seed: next((e for e in sorted(values) if values[e] <= ends[seed]), None)
             for seed, values in self.averaged[average].items()
         }
-        shares = [epoch / self.epochs for epoch in first.values() if epoch is not None]
-        return Reached(estimate(shares) if shares else None, len(shares), len(first))
+        shares = sorted(epoch / self.epochs for epoch in first.values() if epoch is not None)
+        return Reached(tuple(shares), len(first), 1 / self.epochs)
 
     def difference(self, average: str, epoch: int, arm: str) -> Estimate | None:
         """The average after `epoch` minus an arm's end, paired by seed; None where it does not exist."""

@@ -13,38 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polyak.report.drawing import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PINK, PURPLE, RED, TEAL
+from polyak.report.drawing import GREY
+from polyak.report.meanings import colour_of, dashes_of, distinct_colours
 from polyak.study.paired import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import BoundaryNorm
 
-COLOURS = {"iterate": BLUE, "swa": ORANGE, "ema": GREEN, "power": TEAL, "wsm": RED}
-ARM_COLOURS = {
-    "sgd": PURPLE, "cosine": PURPLE, "half": PINK, "quarter": OLIVE,
-    "swa": BLUE, "constant": BLUE, "cyclic": BROWN,
-}  # fmt: skip
-"""Of an arm's last weights: the annealed runs, and the iterates that averages are made of."""
-FAMILY_COLOURS = {
-    "windows": COLOURS["swa"], "half-lives": COLOURS["ema"], "power": COLOURS["power"],
-    "annealed": COLOURS["wsm"],
-}  # fmt: skip
-"""Of averages made afterwards: an equal mean is an SWA, a half-life an EMA's."""
-LABELS = {
-    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "power": "power EMA", "wsm": "WSM",
-    "sgd": "SGD", "half": "half", "quarter": "quarter", "cyclic": "cyclic", "cosine": "cosine",
-    "constant": "constant",
-}  # fmt: skip
-
-
-def colour_of(arm: str, weights: str) -> str:
-    """One colour for one meaning, in all pictures: an average has its own, an iterate its arm's."""
-    return ARM_COLOURS[arm] if weights == "iterate" else COLOURS[weights]
-
-
 FEWEST = 10
 """The smallest number of predictions for which the accuracy of a bin is drawn."""
+
+_CHARACTERS_PER_INCH, _HANDLE = 13, 5
+"""About as many characters of a legend stand in an inch; the line before a name takes the place of some."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +34,33 @@ class Curve:
 
     x: ArrayLike
     y: ArrayLike
-    colour: str = BLUE
-    style: str = "-"
 
 
 @dataclass(frozen=True)
 class Band:
     """A mean over seeds, and the lowest and the highest of them."""
 
-    label: str
     x: NDArray[Any]
     mean: NDArray[Any]
     low: NDArray[Any]
     high: NDArray[Any]
+
+
+def legend_above(ax: Axes, title: str = "", order: Sequence[str] = ()) -> None:
+    """The legend, under the title, where no data are: above the axes; in two columns if they fit."""
+    by_name = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    names = [name for name in order or by_name if name in by_name]
+    handles = [by_name[name] for name in names]
+    if not names:
+        ax.set_title(title)
+        return
+    characters = _CHARACTERS_PER_INCH * ax.get_window_extent().width / ax.figure.dpi
+    first, second = names[: (len(names) + 1) // 2], names[(len(names) + 1) // 2 :]
+    needed = sum(max(map(len, column), default=0) + _HANDLE for column in (first, second))
+    ax.legend(
+        handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2, markerscale=0.8,
+        title=title or None, ncols=2 if second and needed <= characters else 1,
+    )  # fmt: skip
 
 
 def plot_rates(
@@ -73,19 +68,17 @@ def plot_rates(
     rates: Mapping[str, tuple[ArrayLike, ArrayLike]],
     averaged: Mapping[str, tuple[ArrayLike, ArrayLike]],
 ) -> None:
-    """The rate of each arm, (x, rate), with its averaged weights marked.
+    """Rates by name, (x, rate), and the weights that are averaged at theirs.
 
     x is completed epochs; the rate of a step is drawn over that step, and a marker shows the rate
     just used.
     """
     for name, (x, rate) in rates.items():
-        ax.plot(x, rate, color=ARM_COLOURS.get(name, GREY), label=LABELS.get(name, name), lw=1.4)
-    label = "averaged weights"
-    for x, rate in averaged.values():
-        ax.plot(x, rate, "o", ms=4.5, color=ORANGE, mec="white", mew=0.6, label=label)
-        label = "_nolegend_"
+        ax.plot(x, rate, color=colour_of(name), label=name, lw=1.4)
+    for name, (x, rate) in averaged.items():
+        ax.plot(x, rate, "o", ms=5, color=colour_of(name), mec="white", mew=0.8, label=name)
     ax.set(xlabel="epochs completed", ylabel="learning rate", ylim=(0, None))
-    ax.legend()
+    legend_above(ax)
 
 
 def plot_history(  # noqa: PLR0913 - keyword-only
@@ -99,17 +92,13 @@ def plot_history(  # noqa: PLR0913 - keyword-only
     title: str = "",
 ) -> None:
     """Values over epochs; `reference`, the final value of the annealed run, is drawn across."""
-    from matplotlib.ticker import MaxNLocator
-
-    for label, curve in curves.items():
-        ax.plot(curve.x, curve.y, curve.style, color=curve.colour, label=label, lw=1.5)
+    for name, curve in curves.items():
+        _plot(ax, name, curve.x, curve.y)
     if reference is not None:
-        ax.axhline(reference, color=PURPLE, ls=":", lw=1.2, label=reference_label)
-    ax.set(xlabel="epochs completed", ylabel=ylabel, title=title)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if ylim is not None:
-        ax.set_ylim(*ylim)
-    ax.legend()
+        colour = colour_of(reference_label)
+        ax.axhline(reference, color=colour, ls=":", lw=1.2, label=reference_label)
+    _over_epochs(ax, ylabel, ylim)
+    legend_above(ax, title)
 
 
 def plot_budget(
@@ -120,27 +109,37 @@ def plot_budget(
     ylabel: str,
     ylim: tuple[float, float] | None = None,
 ) -> None:
-    """The iterate and averages of one run over the budget, with annealed runs beside them.
+    """The iterate and averages of one run over the budget, with annealed runs beside them, by name.
 
     A line is the mean over the seeds, its band goes from the lowest to the highest of them. The last
     value of an annealed run is a dot, and is drawn across as a dotted line.
     """
+    for name, band in averaged.items():
+        _plot(ax, name, band.x, band.mean, zorder=3)
+        ax.fill_between(band.x, band.low, band.high, color=colour_of(name), alpha=0.16, lw=0)
+    for name, band in annealed.items():
+        _plot(ax, name, band.x, band.mean, zorder=2)
+        ax.plot(band.x[-1:], band.mean[-1:], "o", color=colour_of(name), ms=6, zorder=4)
+        ax.axhline(float(band.mean[-1]), color=colour_of(name), ls=":", lw=1.1)
+    ax.set_xlim(0, None)
+    _over_epochs(ax, ylabel, ylim)
+    legend_above(ax)
+
+
+def _plot(ax: Axes, name: str, x: ArrayLike, y: ArrayLike, zorder: float = 2) -> None:
+    """A line as its meaning is drawn: averages wide, iterates narrow, annealed runs dashed."""
+    dashes, is_average = dashes_of(name), "iterate" not in name
+    width = 1.4 if dashes == "--" else 2.2 if is_average else 1.2
+    ax.plot(x, y, dashes, color=colour_of(name), lw=width, label=name, zorder=zorder)
+
+
+def _over_epochs(ax: Axes, ylabel: str, ylim: tuple[float, float] | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for name, band in averaged.items():
-        width = 1.2 if name == "iterate" else 2.2
-        ax.plot(band.x, band.mean, color=COLOURS[name], lw=width, label=band.label, zorder=3)
-        ax.fill_between(band.x, band.low, band.high, color=COLOURS[name], alpha=0.16, lw=0)
-    for arm, band in annealed.items():
-        colour = ARM_COLOURS[arm]
-        ax.plot(band.x, band.mean, "--", color=colour, lw=1.4, label=band.label, zorder=2)
-        ax.plot(band.x[-1:], band.mean[-1:], "o", color=colour, ms=6, zorder=4)
-        ax.axhline(float(band.mean[-1]), color=colour, ls=":", lw=1.1)
-    ax.set(xlabel="epochs completed", ylabel=ylabel, xlim=(0, None))
+    ax.set(xlabel="epochs completed", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if ylim is not None:
         ax.set_ylim(*ylim)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def plot_reliability(
@@ -149,10 +148,9 @@ def plot_reliability(
     accuracy: ArrayLike,
     count: ArrayLike,
     *,
-    title: str,
-    colour: str = BLUE,
+    name: str,
 ) -> None:
-    """Accuracy against confidence by bin; the bars show the share of predictions in each bin.
+    """Accuracy of the named weights against confidence by bin; the bars show the share of predictions in each bin.
 
     Bins of fewer than `FEWEST` predictions are left out of the line: their accuracy is noise. On the
     diagonal a prediction made with 80% confidence is right in 80% of cases; below it the network is
@@ -165,9 +163,9 @@ def plot_reliability(
     )
     x, y = x[counts >= FEWEST], y[counts >= FEWEST]
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
-    ax.plot(x, y, "o-", ms=4, color=colour, label="accuracy")
-    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
-    ax.legend(loc="upper left")
+    ax.plot(x, y, "o-", ms=4, color=colour_of(name), label=name)
+    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    legend_above(ax)
 
 
 def plot_line(
@@ -176,41 +174,54 @@ def plot_line(
     """A value along the line between two networks, whose positions are marked with their names."""
     x, y = np.asarray(positions, float), np.asarray(values, float)
     ax.plot(x, y, color=GREY, lw=1.6)
-    for place, name, colour in zip((0.0, 1.0), ends, (PURPLE, ORANGE), strict=True):
+    for place, name in zip((0.0, 1.0), ends, strict=True):
         height = float(np.interp(place, x, y))
-        ax.plot([place], [height], "o", ms=7, color=colour, label=name)
+        ax.plot([place], [height], "o", ms=7, color=colour_of(name), label=name)
     ax.set(xlabel=f"position: 0 is {ends[0]}, 1 is {ends[1]}", ylabel=ylabel)
-    ax.legend()
+    legend_above(ax)
 
 
 def plot_rays(
-    ax: Axes, distances: ArrayLike, values: Mapping[str, NDArray[Any]], *, ylabel: str
+    ax: Axes,
+    distances: ArrayLike,
+    values: Mapping[str, NDArray[Any]],
+    *,
+    ylabel: str,
+    xlabel: str = "distance along a random direction",
 ) -> None:
     """Values along random rays, one array (rays, distances) for each centre: rays thin, mean thick."""
     x = np.asarray(distances, float)
-    for (name, rows), colour in zip(values.items(), (PURPLE, BLUE, ORANGE), strict=False):
-        ax.plot(x, rows.T, color=colour, lw=0.7, alpha=0.3)
-        ax.plot(x, rows.mean(axis=0), color=colour, lw=2, label=name)
-    ax.set(xlabel="distance along a random direction", ylabel=ylabel)
-    ax.legend()
+    for name, colour in distinct_colours(values).items():
+        ax.plot(x, values[name].T, color=colour, lw=0.7, alpha=0.3)
+        ax.plot(x, values[name].mean(axis=0), color=colour, lw=2, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    legend_above(ax)
 
 
 def plot_segments(
-    ax: Axes, positions: ArrayLike, values: NDArray[Any], names: Sequence[str], *, ylabel: str
+    ax: Axes,
+    positions: ArrayLike,
+    values: NDArray[Any],
+    names: Sequence[str],
+    *,
+    ylabel: str,
+    dots: str = "averaged weights",
 ) -> None:
     """Values along the segments from checkpoint to checkpoint; dots at the checkpoints.
 
-    `values` is (segments, positions); `names` has one more entry than there are segments.
+    `values` is (segments, positions); `names` has one more entry than there are segments; `dots` is what the
+    checkpoints are.
     """
     inside = np.asarray(positions, float)
     for index, row in enumerate(values):
         ax.plot(index + inside, row, color=GREY, lw=1.6)
         ax.plot([index, index + 1], row[[0, -1]], color=GREY, lw=0.9, ls=":")
     ends = np.append(values[:, 0], values[-1, -1])
-    ax.plot(np.arange(len(ends)), ends, "o", ms=4.5, color=BLUE)
+    ax.plot(np.arange(len(ends)), ends, "o", ms=4.5, color=colour_of(dots), label=dots)
     every = max(1, len(names) // 6)
     ax.set_xticks(range(0, len(names), every), list(names)[::every])
-    ax.set(xlabel="averaged weights, by epoch", ylabel=ylabel)
+    ax.set(xlabel="epoch", ylabel=ylabel)
+    legend_above(ax)
 
 
 def plot_plane(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -232,15 +243,15 @@ def plot_plane(  # noqa: PLR0913 - keyword-only arguments do not count
     known = np.ma.masked_invalid(values)
     if known.count():
         _contours(ax, x, y, known, minimize=minimize)
+    colours = distinct_colours(points)
     for (name, at), mark in zip(points.items(), itertools.cycle("os*D^"), strict=False):
         line = "-" if len(at) > 2 else ""
         ax.plot(
-            at[:, 0], at[:, 1], line + mark, color="white", mfc=_mark_colour(name), mec="white",
+            at[:, 0], at[:, 1], line + mark, color="white", mfc=colours[name], mec="white",
             ms=11 if mark == "*" else 6, lw=0.8, mew=0.8, label=name,
         )  # fmt: skip
-    ax.set(title=title, aspect="equal", xlabel="distance", ylabel="distance")
-    if points:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    ax.set(aspect="equal", xlabel="distance", ylabel="distance")
+    legend_above(ax, title)
 
 
 def _contours(ax: Axes, x: ArrayLike, y: ArrayLike, known: Any, *, minimize: bool) -> None:
@@ -258,10 +269,6 @@ def _even(levels: NDArray[Any]) -> BoundaryNorm:
     from matplotlib.colors import BoundaryNorm
 
     return BoundaryNorm(levels, 256)
-
-
-def _mark_colour(name: str) -> str:
-    return ORANGE if "SWA" in name else BLUE
 
 
 def _ink() -> str:
@@ -292,4 +299,4 @@ def plot_results(
     ax.set_yticks(range(len(labels)), list(labels))
     ax.set(xlabel=xlabel)
     ax.invert_yaxis()
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    legend_above(ax)

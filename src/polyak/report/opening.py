@@ -52,7 +52,7 @@ def opening_of(run: Run, finals: Finals) -> Opening:
     is_text = run.recipe.task == "words"
     told = words if is_text else verdict
     arm, budget = run.averaging_arm(), budget_of(run, finals.metrics[0].key)
-    drawn = [draw(picture, f"{picture.name}-") for picture in _pictures(budget, finals)]
+    drawn = [draw(picture, f"{picture.name}-") for picture in budget_pictures(budget, finals)]
     wide, narrow = drawn or (None, None)
     return Opening(
         verdict=_no_average(finals) if arm is None else told.verdict(finals, arm),
@@ -162,7 +162,8 @@ def image_strip(data: Data) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
+def budget_pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
+    """The picture over the budget, for wide and for narrow screens; none without averages."""
     if budget is None:
         return []
     labels = {
@@ -172,13 +173,11 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
         "swa": "its SWA",
     }
     averaged = {
-        kind: Band(label, *mean_curve(budget.averaged[kind]))
+        label: Band(*mean_curve(budget.averaged[kind]))
         for kind, label in labels.items()
         if kind in budget.averaged
     }
-    annealed = {
-        arm: Band(ANNEALED[arm], *mean_curve(values)) for arm, values in budget.annealed.items()
-    }
+    annealed = {ANNEALED[arm]: Band(*mean_curve(values)) for arm, values in budget.annealed.items()}
     is_text = finals.terms != IMAGES
     plot = partial(
         plot_budget,
@@ -187,7 +186,7 @@ def _pictures(budget: Budget | None, finals: Finals) -> list[Picture]:
         ylabel="validation loss (nats per byte)" if is_text else "validation error (%)",
         ylim=_limits(averaged, annealed),
     )
-    shown = ", ".join(band.label for band in (*averaged.values(), *annealed.values()))
+    shown = ", ".join([*averaged, *annealed])
     alt = (
         f"Validation {'loss' if is_text else 'error'} over the budget: {shown}; means over "
         f"{count(finals.n_seeds, 'seed')}"

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from polyak.errors import ArgumentError
-from polyak.files import refuse_existing, replacing, writing_errors
+from polyak.files import file_target, replacing, writing_errors
 from polyak.reference_run.flatness import Landscape, stored_landscape
 from polyak.reference_run.run import Run
 from polyak.report import sentences
@@ -58,33 +58,45 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The head of a column; its unit stands in a line of its own."""
+
+    text: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """A table as the page shows it."""
 
     caption: str
-    columns: list[str]
+    columns: list[Head]
     rows: list[Line]
 
 
 def write_report(
-    folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write `report.html` and `figures/*.png` into a run folder and return the page's path.
 
-    With `path` the page is written there.
+    With `path` the page is written there, in place of a file if `overwrite`.
 
     The page needs no network and no script, and has a sentence under each picture. Everything on it
     is drawn from what the run has stored: the surface around its solutions appears once
     `polyak.reference_run.measure_landscape` has measured it. The questions to its record are asked when the
-    page is first written; their scores are kept in the record. An older page is replaced.
+    page is first written; their scores are kept in the record. The run's own page is replaced.
 
     Raises:
         ArgumentError: the folder is not a run, or none of its arms has finished.
         FormatError: a file of the run is damaged.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or `path` exists and `overwrite` is False.
         MissingExtra: matplotlib is not installed.
 
     """
+    target = None if path is None else file_target(path, overwrite=overwrite)
     run = Run(folder)
     finals = Finals(run.finals())
     if not finals.rows:
@@ -99,7 +111,7 @@ def write_report(
     _write_pngs([*first, *(d for part in parts for d in part.drawings)], run.folder / "figures")
     context = _context(run, finals, land, parts) | {"opening": opening}
     html = environment().get_template("report.html.j2").render(context)
-    return write_page(html, run.folder / "report.html" if path is None else Path(path))
+    return write_page(html, target or run.folder / "report.html")
 
 
 def environment() -> Environment:
@@ -128,7 +140,7 @@ def value_table(finals: Finals) -> Table:
     ]
     where = finals.terms.tested_on.removeprefix("the ").capitalize()
     caption = f"{where}; mean ± standard error over {count(finals.n_seeds, 'seed')}."
-    return Table(caption, ["weights", *(_column(m) for m in finals.metrics)], rows)
+    return Table(caption, [Head("weights"), *(_head(m) for m in finals.metrics)], rows)
 
 
 def difference_table(finals: Finals) -> Table:
@@ -142,11 +154,15 @@ def difference_table(finals: Finals) -> Table:
         f"Difference to {finals.terms.baseline_name}, paired seed by seed; mean ± half the 95% interval "
         "(Student's t)."
     )
-    return Table(caption, ["weights", *(m.title for m in finals.metrics)], rows)
+    return Table(caption, [Head("weights"), *(_head(m, m.unit) for m in finals.metrics)], rows)
 
 
-def _column(metric: Metric) -> str:
-    return f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit})"
+def _head(metric: Metric, unit: str = "") -> Head:
+    return Head(metric.title, unit or _unit(metric))
+
+
+def _unit(metric: Metric) -> str:
+    return "%" if metric.unit == "points" else metric.unit
 
 
 def _value(finals: Finals, row: ArmWeights, metric: Metric, best: dict[str, float]) -> Cell:
@@ -206,7 +222,8 @@ def _describe_differences(finals: Finals) -> str:
         f"{text} A difference is coloured if its 95% interval, as shown, does not reach 0; of {comparisons} "
         f"comparisons about {max(1, round(comparisons / 20))} would be coloured by chance. With "
         f"{finals.n_seeds} seeds an interval extends {factor:.1f} standard errors to each side, so a "
-        "difference without colour is not shown to be zero either."
+        "difference without colour is not shown to be zero either. One without ± is the same in all seeds: it "
+        "shows no spread, and has no colour."
     )
 
 
@@ -245,12 +262,12 @@ def write_comparison(
         MissingExtra: matplotlib is not installed.
 
     """
-    refuse_existing(Path(path), overwrite=overwrite)
+    target = file_target(path, overwrite=overwrite)
     runs = named_runs(folders)
     finals = {name: Finals(run.finals()) for name, run in runs.items()}
     results, *parts = render(
         [
-            Section("What each is worth", describe_results(finals), _pictures(finals)),
+            Section("What each is worth", describe_results(finals), result_pictures(finals)),
             *(
                 part
                 for run in runs.values()
@@ -266,7 +283,7 @@ def write_comparison(
         "runs": {name: [parts.pop(0), parts.pop(0)] for name in runs},
     }
     html = environment().get_template("compare.html.j2").render(context)
-    return write_page(html, Path(path))
+    return write_page(html, target)
 
 
 def named_runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
@@ -302,7 +319,7 @@ def recipe_table(runs: dict[str, Run]) -> Table:
         if field != "name" and len({str(recipe[field]) for recipe in recipes.values()}) > 1
     ]
     caption = "Fields in which the recipes differ" + ("." if rows else ": none.")
-    return Table(caption, ["field", *recipes], rows)
+    return Table(caption, [Head("field"), *map(Head, recipes)], rows)
 
 
 def metrics_of(finals: dict[str, Finals]) -> tuple[Metric, ...]:
@@ -317,8 +334,8 @@ def result_table(finals: dict[str, Finals], metric: Metric) -> Table:
         Line(label, [_cell(f, row, metric, min(means)) for f in finals.values()])
         for row, label in _all_rows(finals).items()
     ]
-    caption = f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit}); mean ± standard error."
-    return Table(caption, ["weights", *finals], rows)
+    caption = f"{metric.title} ({_unit(metric)}); mean ± standard error."
+    return Table(caption, [Head("weights"), *map(Head, finals)], rows)
 
 
 def describe_results(finals: dict[str, Finals]) -> str:
@@ -354,7 +371,8 @@ def _cell(finals: Finals, row: ArmWeights, metric: Metric, best: float) -> Cell:
     return Cell(format_estimate(value, metric.digits), "best" if value.mean == best else "")
 
 
-def _pictures(finals: dict[str, Finals]) -> list[Picture]:
+def result_pictures(finals: dict[str, Finals]) -> list[Picture]:
+    """The results of runs side by side, a picture for each of the first two metrics."""
     rows = _all_rows(finals)
     pictures = []
     for metric in metrics_of(finals)[:2]:
@@ -366,7 +384,7 @@ def _pictures(finals: dict[str, Finals]) -> list[Picture]:
             plot_results,
             labels=list(rows.values()),
             values=values,
-            xlabel=f"{metric.title} ({'%' if metric.unit == 'points' else metric.unit})",
+            xlabel=f"{metric.title} ({_unit(metric)})",
         )
         alt = f"{metric.title} of every run's weights, with standard errors"
         pictures.append(Picture(f"results-{metric.key}", alt, draw))

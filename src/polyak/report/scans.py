@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polyak.errors import ArgumentError
-from polyak.files import refuse_existing, replacing
-from polyak.report.drawing import BLUE, GREY, ORANGE, style
-from polyak.report.figures import plot_plane
+from polyak.files import file_target, replacing
+from polyak.report.drawing import GREY, INK, style
+from polyak.report.figures import plot_plane, plot_rays
 from polyak.study.scans import LineScan, PlaneScan, RayScan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Scan = LineScan | PlaneScan | RayScan
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -37,7 +36,8 @@ def plot_scan(scan: Scan, ax: Axes, *, ylabel: str = "score") -> None:
             ax, scan.x, scan.y, scan.values, scan.points, title=ylabel, minimize=scan.minimize
         )
     else:
-        _plot_rays(scan, ax, ylabel)
+        unit = "in lengths of the weights" if scan.normalize else "along a random direction"
+        plot_rays(ax, scan.distances, scan.values, ylabel=ylabel, xlabel=f"distance {unit}")
 
 
 def save_scan(
@@ -73,9 +73,7 @@ def check_scan_targets(paths: Sequence[Path], *, overwrite: bool) -> None:
         if path.suffix.lower() in _PICTURES:
             with style():  # raises where there is no matplotlib
                 pass
-        if not path.absolute().parent.is_dir():
-            raise ArgumentError(f"There is no folder {path.parent} for {path.name}. Make it first.")
-        refuse_existing(path, overwrite=overwrite)
+        file_target(path, overwrite=overwrite)
     if len({path.absolute() for path in paths}) < len(paths):
         raise ArgumentError("The same output is named twice. Name each once.")
 
@@ -92,10 +90,10 @@ def _picture(scan: Scan, kind: str, ylabel: str) -> bytes:
 
 
 def _plot_path(scan: LineScan, ax: Axes, ylabel: str) -> None:
-    ax.plot(scan.distances, scan.values, "-", color=BLUE, lw=1.6)
+    ax.plot(scan.distances, scan.values, "-", color=GREY, lw=1.6)
     for name, barrier in zip(scan.names, (*scan.barriers, None), strict=True):
         place = _at(scan, scan.names.index(name))
-        ax.plot([scan.distances[place]], [scan.values[place]], "o", ms=6, color=ORANGE)
+        ax.plot([scan.distances[place]], [scan.values[place]], "o", ms=6, color=INK)
         ax.annotate(
             name, (scan.distances[place], scan.values[place]), xytext=(0, 6), textcoords="offset points",
             ha="center", fontsize="small",
@@ -120,16 +118,3 @@ def _plot_barrier(scan: LineScan, ax: Axes, start: int, height: float, at: float
 
 def _at(scan: LineScan, index: int) -> int:
     return int(np.argmin(np.abs(scan.positions - index)))
-
-
-def _plot_rays(scan: RayScan, ax: Axes, ylabel: str) -> None:
-    for (name, rows), colour in zip(scan.values.items(), _cycle(len(scan.values)), strict=True):
-        ax.plot(scan.distances, rows.T, color=colour, lw=0.7, alpha=0.3)
-        ax.plot(scan.distances, rows.mean(axis=0), color=colour, lw=2, label=name)
-    unit = "in lengths of the weights" if scan.normalize else "along a random direction"
-    ax.set(xlabel=f"distance {unit}", ylabel=ylabel)
-    ax.legend()
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyak.errors import ArgumentError, require
-from polyak.files import replacing
+from polyak.files import file_target, replacing
 from polyak.maths.arguments import at_least_one
 from polyak.maths.schedules import MOST_STEPS, Schedule, check_schedule
 from polyak.report.drawing import style
-from polyak.report.figures import ARM_COLOURS, COLOURS
+from polyak.report.figures import legend_above
+from polyak.report.meanings import colour_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ def plot_schedule(schedule: Schedule, ax: Axes | None = None, *, steps: int | No
     x is completed steps: the rate of step i is drawn over [i, i + 1], and a marker shows the
     completed steps after which weights are averaged, at the rate that the last of them used.
     `steps` is the schedule's own length by default. Without an `ax` a new figure is created. The
-    colours are those of the report: of SGD's rate, of the SWA arm's, and of averages. Returns the axes.
+    colours are those of the report: of an annealed run, and of the iterates that averages are made of. Returns the axes.
 
     Raises ArgumentError if the schedule has no length and `steps` is None, and MissingExtra if
     matplotlib is not installed.
@@ -60,6 +61,7 @@ def save_schedule_plot(
     or cannot be written.
     """
     steps = _length(schedule, steps)
+    file_target(path, overwrite=overwrite)
     with style():
         from matplotlib.figure import Figure
 
@@ -89,17 +91,17 @@ def _length(schedule: Schedule, steps: int | None) -> int:
 
 
 def _draw(schedule: Schedule, ax: Axes, steps: int) -> None:
-    looks = {False: (BASE, ARM_COLOURS["sgd"]), True: (AVERAGING, ARM_COLOURS["swa"])}
     for is_averaging, run in groupby(range(steps), schedule.is_averaging):
-        label, color = looks[is_averaging]
+        label = AVERAGING if is_averaging else BASE
+        color = colour_of(label)
         part = list(run)
         rates = [schedule(step) for step in part]
         ax.stairs(rates, [*part, part[-1] + 1], baseline=None, label=label, color=color, lw=1.8)
     if points := schedule.averaging_points(steps):
         used = [schedule(max(point - 1, 0)) for point in points]
-        ax.plot(points, used, "o", color=COLOURS["swa"], label=TAKEN, ms=5, zorder=3, clip_on=False)
+        ax.plot(
+            points, used, "o", color=colour_of(TAKEN), label=TAKEN, ms=6, mec="white", mew=0.9, zorder=3,
+            clip_on=False,
+        )  # fmt: skip
     ax.set(xlabel="completed steps", ylabel="learning rate", xlim=(0, steps), ylim=(0, None))
-    # One entry for each kind, whatever the number of parts.
-    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    names = [name for name in (BASE, AVERAGING, TAKEN) if name in handles]
-    ax.legend([handles[name] for name in names], names)
+    legend_above(ax, order=(BASE, AVERAGING, TAKEN))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from polyak.errors import require
-from polyak.files import refuse_existing, replacing
+from polyak.files import file_target, replacing
 from polyak.maths.text import parse_profile
 from polyak.report.drawing import Picture
-from polyak.report.page import Cell, Line, Table, environment
+from polyak.report.numbers import as_shown, decimals, percent, rounded
+from polyak.report.page import Cell, Head, Line, Table, environment
 from polyak.report.search_figures import plot_along, plot_lengths, plot_windows
 from polyak.report.sections import Section, render
 from polyak.study.found import QUESTIONS, Comparison, Found, Scored
@@ -34,8 +35,7 @@ def write_search(
     """
     several = [found] if isinstance(found, Found) else list(found)
     require(bool(several), "There is nothing to write a page of; expected what a search found.")
-    target = Path(path)
-    refuse_existing(target, overwrite=overwrite)
+    target = file_target(path, overwrite=overwrite)
     context = {
         "title": " · ".join(QUESTIONS[one.question] for one in several),
         "parts": [
@@ -58,9 +58,10 @@ def search_sections(found: Sequence[Found]) -> list[Section]:
 def describe(found: Found) -> str:
     """What was found, in sentences."""
     best, unit = found.best, found.unit
+    score = rounded(best.score, score_decimals(found))
     if found.question == "stop":
         first = (
-            f"The best average that ends at {best.until:,g} {unit}, {best.until / found.end:.0%} of the run, "
+            f"The best average that ends at {best.until:,g} {unit}, {percent(best.until / found.end)} of the run, "
             "is the earliest from which on none is shown to be worse than the best one at the end."
         )
     elif found.question == "decay":
@@ -69,9 +70,9 @@ def describe(found: Found) -> str:
             f"decay, not its weights. The best one is at {best.until:,g} {unit}."
         )
     elif found.question != "search":
-        first = f"{QUESTIONS[found.question]}: {_where(best, unit)}, score {best.score:.5g}."
+        first = f"{QUESTIONS[found.question]}: {_where(best, unit)}, score {score}."
     else:
-        first = f"Best of {len(found.scored)}: {_where(best, unit)}, score {best.score:.5g}."
+        first = f"Best of {len(found.scored)}: {_where(best, unit)}, score {score}."
     return " ".join([first, *_honest(found)])
 
 
@@ -93,19 +94,36 @@ def _honest(found: Found) -> list[str]:
 
 
 def _sentence(one: Comparison) -> str:
-    noise = ", within noise" if one.within_noise else ""
-    return f"Minus {one.against}: {one.difference:+.4g} ({one.low:+.4g} to {one.high:+.4g}{noise})."
+    """With as many decimals as the interval has to say; within noise is what reaches 0 as it is shown."""
+    if one.same:
+        return f"The best is {one.against} itself."
+    if one.low is None or one.high is None:
+        return f"Minus {one.against}: {rounded(one.difference, decimals(one.difference, 2), signed=True)}."
+    if one.low == one.high == one.difference == 0:
+        return f"The best scores as {one.against} does on every example."
+    digits = decimals((one.high - one.low) / 2, 2)
+    difference, low, high = (
+        rounded(value, digits, signed=True) for value in (one.difference, one.low, one.high)
+    )
+    reaches_0 = as_shown(one.low, digits) <= 0 <= as_shown(one.high, digits)
+    return f"Minus {one.against}: {difference} ({low} to {high}{', within noise' if reaches_0 else ''})."
+
+
+def score_decimals(found: Found) -> int:
+    """All scores of a page have as many decimals, so that they can be compared: five digits of the best."""
+    return decimals(found.best.score, 5)
 
 
 def score_table(found: Found) -> Table:
     """Everything that was evaluated; the best in bold."""
     names = {one: name for name, one in found.references.items()}
-    rows = []
+    rows, digits = [], score_decimals(found)
     for one in [*found.scored, *(r for r in names if r not in found.scored)]:
         mark = "best" if one == found.best else ""
-        held = "" if one.held_out is None else f"{one.held_out:.5g}"
+        held = "" if one.held_out is None else rounded(one.held_out, digits)
         begins = "" if one.start is None else f"{one.start:,g}"
-        texts = [begins, f"{one.until:,g}", f"{one.score:.5g}", held, f"{one.error:.2g}"]
+        score = rounded(one.score, digits)
+        texts = [begins, f"{one.until:,g}", score, held, f"{one.error:.2g}"]
         said = ", ".join(filter(None, [mark, names.get(one, "")]))
         rows.append(Line(one.profile, [Cell(text, mark) for text in texts] + [Cell(said)]))
     better = "lower" if found.minimize else "higher"
@@ -114,7 +132,7 @@ def score_table(found: Found) -> Table:
         "the record."
     )
     columns = ["average", "begins", "ends", "score", "held out", "planned error", ""]
-    return Table(caption, columns, rows)
+    return Table(caption, [*map(Head, columns)], rows)
 
 
 def slider(found: Found) -> dict[str, Any] | None:
@@ -125,13 +143,13 @@ def slider(found: Found) -> dict[str, Any] | None:
     if not shown:
         return None
     origin = min(one.start or 0.0 for one in shown)
-    span = found.end - origin
+    span, digits = found.end - origin, score_decimals(found)
     entries = [
         {
             "left": 100 * ((one.start or 0.0) - origin) / span,
             "width": 100 * (one.until - (one.start or 0.0)) / span,
-            "text": f"{one.start or 0:,g} to {one.until:,g} {found.unit}: score {one.score:.5g}"
-            + ("" if one.held_out is None else f", held out {one.held_out:.5g}")
+            "text": f"{one.start or 0:,g} to {one.until:,g} {found.unit}: score {rounded(one.score, digits)}"
+            + ("" if one.held_out is None else f", held out {rounded(one.held_out, digits)}")
             + (", the best" if one == found.best else "")
             + (f", {names[one]}" if one in names else ""),
         }
@@ -152,10 +170,9 @@ def _pictures(found: Found) -> list[Picture]:
             scores=[one.score for one in rows],
             intervals=_intervals(found, rows),
             best=100 * found.best.until / found.end,
-            family=found.best.family,
             ylabel=title,
         )
-        return [Picture(found.question, alt, draw, (6.0, 3.4))]
+        return [Picture(found.question, alt, draw)]
     pictures = []
     windows = [one for one in found.scored if one.start is not None and not one.failed]
     if windows:
@@ -170,12 +187,12 @@ def _pictures(found: Found) -> list[Picture]:
             minimize=found.minimize,
         )
         alt = f"The scores of {len(windows)} windows by where they begin and end"
-        pictures.append(Picture("windows", alt, draw, (5.0, 4.2)))
+        pictures.append(Picture("windows", alt, draw, (4.2, 4.2)))
     curves = _curves(found)
     if curves:
         lines = {k: one.score for k, one in found.references.items() if not one.failed}
         draw = partial(plot_lengths, curves=curves, references=lines, unit=found.unit, ylabel=title)
-        pictures.append(Picture("lengths", "The score by mean age, by family", draw, (5.0, 4.2)))
+        pictures.append(Picture("lengths", "The score by mean age, by family", draw, (4.2, 3.6)))
     return pictures
 
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polyak.report.drawing import GREY, INK
-from polyak.report.figures import COLOURS, FAMILY_COLOURS
+from polyak.report.figures import legend_above
+from polyak.report.meanings import colour_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKS = (("*", 15), ("s", 9), ("D", 8), ("^", 9))
+_FAMILIES = {"windows": "o-", "half-lives": "s--", "power": "D-.", "annealed": "^:"}
+"""Candidates have no colour: those are of what they are compared with."""
 
 
 def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -41,13 +44,13 @@ def plot_windows(  # noqa: PLR0913 - keyword-only arguments do not count
     )  # fmt: skip
     for (name, (start, end)), (shape, size) in zip(marks.items(), _MARKS, strict=False):
         ax.plot(
-            [start], [end], shape, ms=size, mfc="none", mec=_colour_of(name), mew=1.8, label=name, ls="",
+            [start], [end], shape, ms=size, mfc="none", color=_colour_of(name), mew=1.8, label=name, ls="",
         )  # fmt: skip
     top = max(ends)
     ax.plot([min(starts), top], [min(starts), top], color=GREY, lw=0.8, ls=":")
     ax.figure.colorbar(points, ax=ax, format="%.4g", fraction=0.046, pad=0.04)
-    ax.set(xlabel=f"begins ({unit})", ylabel=f"ends ({unit})", title=title)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    ax.set(xlabel=f"begins ({unit})", ylabel=f"ends ({unit})")
+    legend_above(ax, title)
 
 
 def plot_lengths(
@@ -62,9 +65,8 @@ def plot_lengths(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for family, (ages, scores) in curves.items():
-        ax.plot(
-            ages, scores, "o-", ms=4, lw=1.3, color=FAMILY_COLOURS.get(family, GREY), label=family
-        )
+        look = _FAMILIES.get(family, "o-")
+        ax.plot(ages, scores, look, ms=4, lw=1.3, color=INK, label=family)
     styles = (":", "--", "-.")
     for (name, score), style in zip(references.items(), styles, strict=False):
         ax.axhline(score, color=_colour_of(name), ls=style, lw=1.2, label=name)
@@ -73,34 +75,28 @@ def plot_lengths(
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=f"mean age ({unit})", ylabel=ylabel)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    legend_above(ax)
 
 
-def plot_along(  # noqa: PLR0913 - keyword-only arguments do not count
+def plot_along(
     ax: Axes,
     ends: Sequence[float],
     scores: Sequence[float],
     intervals: Sequence[tuple[float, float]] | None,
     best: float,
     *,
-    family: str,
     ylabel: str,
 ) -> None:
     """Scores by where averages end, in percent of the run; bars: interval of the difference to the last."""
-    colour = FAMILY_COLOURS.get(family, GREY)
-    ax.plot(ends, scores, "o-", ms=4.5, color=colour, label="best average that ends there")
+    ax.plot(ends, scores, "o-", ms=4.5, color=INK, label="best average that ends there")
     ax.axhline(scores[-1], color=GREY, ls=":", lw=1.2, label="at the end")
     if intervals is not None:
         low, high = np.array(intervals).T
-        ax.vlines(ends, low, high, color=colour, lw=1.2, alpha=0.7, label="95% of the difference")
-    ax.axvline(best, color=INK, lw=1.2, ls="--", label="the answer")
+        ax.vlines(ends, low, high, color=INK, lw=1.2, alpha=0.7, label="95% of the difference")
+    ax.axvline(best, color=GREY, lw=1.4, ls="--", label="the answer")
     ax.set(xlabel="of the run (%)", ylabel=ylabel)
-    ax.legend()
+    legend_above(ax)
 
 
 def _colour_of(name: str) -> str:
-    """Of the best, or of a reference by what it is, as in all pictures."""
-    if name == "best":
-        return INK
-    kinds = {"SWA": "swa", "EMA": "ema", "the last": "iterate"}
-    return next((COLOURS[kind] for start, kind in kinds.items() if name.startswith(start)), GREY)
+    return INK if name == "best" else colour_of(name)

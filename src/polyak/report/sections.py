@@ -11,14 +11,13 @@ import numpy as np
 
 from polyak.reference_run.arm import arm_schedule, steps_per_epoch
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
-from polyak.reference_run.recipe import AVERAGING_ARMS
+from polyak.reference_run.recipe import AVERAGING_ARMS, Recipe
 from polyak.reference_run.run import Run
 from polyak.report import sentences
+from polyak.report.budget import BySeed, mean_curve
 from polyak.report.drawing import Drawing, Picture, draw
 from polyak.report.figures import (
-    LABELS,
     Curve,
-    colour_of,
     plot_history,
     plot_line,
     plot_plane,
@@ -27,14 +26,24 @@ from polyak.report.figures import (
     plot_reliability,
     plot_segments,
 )
-from polyak.report.tables import BASELINE, IMAGES, WORDS, ArmWeights, Finals, row_label
+from polyak.report.tables import (
+    BASELINE,
+    IMAGES,
+    WORDS,
+    ArmWeights,
+    Finals,
+    Terms,
+    arm_name,
+    curve_name,
+    row_label,
+)
 
 VALUES = {LOSS: "training loss (nats)", ERROR: "test error (%)"}
 _SHOWN = {
-    "images": (("error", "error", "%", 1), ("nll", "NLL", " nats", 3)),
-    "words": (("nll", "loss", " nats per byte", 3),),
+    "images": {"error": "error", "nll": "NLL"},
+    "words": {"nll": "loss"},
 }
-"""By task, the validation values over time: key, name, unit, digits."""
+"""By task, the validation values over time: their key and their name."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ def render(parts: Iterable[Section]) -> list[RenderedSection]:
     ]
 
 
+def _terms(run: Run) -> Terms:
+    return WORDS if run.recipe.task == "words" else IMAGES
+
+
 def schedule_section(run: Run) -> Section:
     """The rate of every arm, with the weights that are averaged."""
     steps = steps_per_epoch(run.recipe, len(run.data.train))
@@ -74,16 +87,19 @@ def schedule_section(run: Run) -> Section:
         schedule = arm_schedule(run.recipe, arm, steps)
         total = run.recipe.last_epoch(arm) * steps
         at = np.arange(run.recipe.first_epoch(arm) * steps, total)
-        rate = np.array([schedule(int(step)) for step in at])
-        rates[arm] = (at + 1) / steps, rate
-        ends[arm] = float(rate.max()), float(rate.min())
-        if arm == "cyclic":  # its first step is already below the high rate
-            ends[arm] = run.recipe.cycle_high, run.recipe.cycle_low
+        name = curve_name((arm, "iterate"), _terms(run))
+        if arm in AVERAGING_ARMS:
+            name = f"iterate, {arm_name(arm)}"
+        rates[name] = (at + 1) / steps, np.array([schedule(int(step)) for step in at])
+        ends[arm] = _rates(run.recipe, arm, float(rates[name][1].max()))
         points = [p for p in schedule.averaging_points() if p <= total]
         if arm in AVERAGING_ARMS:
             counts[arm] = len(points)
-            marked = points if len(points) <= run.recipe.epochs + 1 else []
-            averaged[arm] = np.array(marked) / steps, np.array([schedule(p - 1) for p in marked])
+            if points and len(points) <= run.recipe.epochs + 1:
+                averaged[_averaged(arm)] = (
+                    np.array(points) / steps,
+                    np.array([schedule(p - 1) for p in points]),
+                )
     picture = Picture(
         "schedule",
         "Learning rate of each arm over the epochs, with the averaged weights marked",
@@ -92,38 +108,56 @@ def schedule_section(run: Run) -> Section:
     return Section("The schedule", sentences.describe_schedule(ends, counts), [picture])
 
 
+def _averaged(arm: str) -> str:
+    """What a legend calls the weights of an arm that its SWA is made of."""
+    return f"averaged weights{', cyclic arm' if arm == 'cyclic' else ''}"
+
+
+def _rates(recipe: Recipe, arm: str, highest: float) -> sentences.Rates:
+    """What the rate of an arm does after its warm-up, if it begins with one; a decay may begin within it."""
+    warmup = recipe.warmup_epochs if recipe.first_epoch(arm) < recipe.warmup_epochs else 0
+    if arm == "cyclic":
+        return sentences.Rates(recipe.cycle_high, recipe.cycle_low, warmup)
+    if arm in AVERAGING_ARMS:
+        return sentences.Rates(recipe.swa_rate, recipe.swa_rate, warmup)
+    return sentences.Rates(highest, recipe.rate * recipe.final_ratio, warmup)
+
+
 def history_section(run: Run) -> Section:
     """Validation error and loss over time, a picture for each arm."""
     pictures, told = [], []
-    terms = WORDS if run.recipe.task == "words" else IMAGES
-    for key, what, unit, digits in _SHOWN[run.recipe.task]:
-        curves = {arm: found for arm in run.recipe.arms if (found := _history(run, arm, key))}
+    terms = _terms(run)
+    for key, what in _SHOWN[run.recipe.task].items():
+        metric = next(metric for metric in terms.metrics if metric.key == key)
+        values = {arm: found for arm in run.recipe.arms if (found := _values(run, arm, key))}
         last = {
-            (arm, weights): float(y[-1])
-            for arm, series in curves.items()
-            for weights, (_, y) in series.items()
+            (arm, weights): {seed: by_epoch[max(by_epoch)] for seed, by_epoch in by_seed.items()}
+            for arm, kinds in values.items()
+            for weights, by_seed in kinds.items()
+            if _is_finished(run, arm, by_seed)
         }
-        told.append(sentences.describe_history(last, unit, digits, what))
-        limits = _common_limits(curves)
+        told.append(sentences.describe_history(last, metric, what))
+        curves = {
+            arm: {weights: mean_curve(by_seed)[:2] for weights, by_seed in kinds.items()}
+            for arm, kinds in values.items()
+        }
+        baseline, kind = terms.baseline
+        end = float(curves[baseline][kind][1][-1])
+        unit = "%" if metric.unit == "points" else metric.unit
         for arm, series in curves.items():
-            lines = {
-                LABELS[weights]: Curve(
-                    x, y, colour_of(arm, weights), ":" if weights == "iterate" else "-"
-                )
-                for weights, (x, y) in series.items()
-            }
             draw = partial(
                 plot_history,
-                curves=lines,
-                ylabel=f"validation {what}{' (%)' if unit == '%' else f' ({unit.strip()})'}",
-                reference=None if arm == terms.baseline[0] else last[terms.baseline],
+                curves={
+                    curve_name((arm, weights), terms): Curve(x, y)
+                    for weights, (x, y) in series.items()
+                },
+                ylabel=f"validation {what} ({unit})",
+                reference=None if arm == baseline else end,
                 reference_label=f"{terms.baseline_name} at the end",
-                ylim=limits,
-                title=f"{LABELS[arm]} arm",
+                ylim=_common_limits(curves),
+                title=arm_name(arm, terms),
             )
-            alt = (
-                f"Validation {what} of the {LABELS[arm]} arm over the epochs, iterate and averages"
-            )
+            alt = f"Validation {what} over the epochs, iterate and averages: {arm_name(arm, terms)}"
             pictures.append(Picture(f"{key}-{arm}", alt, draw))
     title = "Error and loss over time" if run.recipe.task == "images" else "Loss over time"
     return Section(title, " ".join(told), pictures)
@@ -145,8 +179,7 @@ def reliability_section(finals: Finals, arm: str | None) -> Section:
                 confidence=bins[row_label(row)]["confidence"],
                 accuracy=bins[row_label(row)]["accuracy"],
                 count=bins[row_label(row)]["count"],
-                title=row_label(row),
-                colour=colour_of(*row),
+                name=row_label(row),
             ),
         )
         for row in wanted
@@ -156,17 +189,25 @@ def reliability_section(finals: Finals, arm: str | None) -> Section:
     )
 
 
-def _history(run: Run, arm: str, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By kind of weights: epochs, and the mean over the seeds that have them."""
-    sums: dict[str, dict[int, list[float]]] = {}
+def _values(run: Run, arm: str, key: str) -> dict[str, BySeed]:
+    """By kind of weights and seed: a value by epoch."""
+    found: dict[str, BySeed] = {}
     for record in run.records():
         if record["kind"] == "epoch" and record["arm"] == arm:
             for weights, values in record["evaluations"].items():
-                sums.setdefault(weights, {}).setdefault(record["epoch"], []).append(values[key])
-    return {
-        weights: (np.array(list(by)), np.array([np.mean(v) for v in by.values()]))
-        for weights, by in sums.items()
-    }
+                by_epoch = found.setdefault(weights, {}).setdefault(record["seed"], {})
+                by_epoch[record["epoch"]] = values[key]
+    return {weights: _finished(run, arm, by_seed) for weights, by_seed in found.items()}
+
+
+def _finished(run: Run, arm: str, by_seed: BySeed) -> BySeed:
+    """The seeds that have finished the arm, or all where none has: a curve of its beginning."""
+    end = run.recipe.last_epoch(arm)
+    return {seed: by for seed, by in by_seed.items() if max(by) == end} or by_seed
+
+
+def _is_finished(run: Run, arm: str, by_seed: BySeed) -> bool:
+    return all(max(by) == run.recipe.last_epoch(arm) for by in by_seed.values())
 
 
 def _common_limits(
@@ -195,6 +236,7 @@ def landscape_sections(land: Landscape) -> list[Section]:
                     values=land.segments.values[key],
                     names=names,
                     ylabel=label,
+                    dots=_averaged(land.arm),
                 ),
             )
             for key, label in VALUES.items()
@@ -233,7 +275,7 @@ def _rays(land: Landscape) -> Section:
             partial(
                 plot_rays,
                 distances=distances,
-                values={name: rays.values[key] for name, rays in land.rays.items()},
+                values={_centre(land, name): rays.values[key] for name, rays in land.rays.items()},
                 ylabel=label,
             ),
         )
@@ -242,9 +284,14 @@ def _rays(land: Landscape) -> Section:
     return Section("Along random rays", sentences.describe_rays(land.rays), pictures)
 
 
+def _centre(land: Landscape, name: str) -> str:
+    is_cyclic = land.arm == "cyclic" and "iterate" in name
+    return f"{name}, cyclic arm" if is_cyclic else name
+
+
 def _plane(land: Landscape, sentence: str) -> Section:
     grid = land.grid
-    points = {"averaged weights": land.path, "SWA": np.array([land.average[:2]])}
+    points = {_averaged(land.arm): land.path, "SWA": np.array([land.average[:2]])}
     pictures = [
         Picture(
             f"plane-{key}",

@@ -5,19 +5,19 @@ Either sign is a result: if averaging did not help, the sentence says so.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
 from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS
-from polyak.report.figures import LABELS
-from polyak.report.numbers import as_shown, count, rounded
-from polyak.report.tables import BASELINE, IMAGES, WORDS, ArmWeights, Finals
+from polyak.report.budget import Reached
+from polyak.report.numbers import as_shown, count, percent, plus_minus, rounded
+from polyak.report.tables import IMAGES, LABELS, WORDS, ArmWeights, Finals, Metric
 from polyak.study.landscape import Rays, Segments
-from polyak.study.paired import Estimate
+from polyak.study.paired import Estimate, estimate, paired
 
 ONE_BASIN = 0.05
 """Checkpoints are in one basin if no barrier exceeds this fraction of the loss at their ends."""
@@ -26,7 +26,8 @@ ONE_BASIN = 0.05
 def difference(name: str, other: str, value: Estimate | None, unit: str, digits: int) -> str:
     """`SWA is 0.30 points below SGD (95% interval 0.10 to 0.50, 5 seeds)`.
 
-    If the interval contains 0, or there is a single seed, no difference is claimed.
+    All sentences that compare go through here. If the interval contains 0, no difference is claimed, and where there
+    is no spread (a single seed, or seeds that all agree) that is said.
 
     >>> difference("SWA", "SGD", Estimate(-0.3, 0.02, 3), "points", 2)
     'SWA is 0.30 points below SGD (95% interval 0.21 to 0.39, 3 seeds)'
@@ -36,19 +37,38 @@ def difference(name: str, other: str, value: Estimate | None, unit: str, digits:
     where = f"{rounded(abs(value.mean), digits)} {unit} {'below' if value.mean < 0 else 'above'}"
     half = value.half_width()
     if half is None:
-        return f"{name} is {where} {other}, in a single seed, which shows no spread"
+        seeds = "a single seed" if value.n == 1 else f"each of {count(value.n, 'seed')}"
+        if not as_shown(value.mean, digits):
+            return f"{name} and {other} are the same in {seeds}, as far as the digits go"
+        return f"{name} is {where} {other} in {seeds}, which shows no spread"
     seeds = count(value.n, "seed")
     if found(value, digits) == 0:
-        spread = f"{where} on average, ± {rounded(half, digits)} at 95%, {seeds}"
+        spread = f"{where} on average, {plus_minus(half, digits)} at 95%, {seeds}"
         return f"no difference found between {name} and {other} ({spread})"
     low, high = (rounded(abs(value.mean) + side * half, digits) for side in (-1, 1))
     return f"{name} is {where} {other} (95% interval {low} to {high}, {seeds})"
 
 
+def short_difference(name: str, value: Estimate | None, digits: int) -> str:
+    """The same in few words, where it was said what is compared: `the EMA −0.020 ± 0.014 (below)`."""
+    if value is None:
+        return f"{name} in no seed"
+    half = value.half_width()
+    text = f"{name} {rounded(value.mean, digits, signed=True)}"
+    if half is None:
+        return text if value.n == 1 else f"{text} in each seed (no spread)"
+    told = {-1: "below", 0: "no difference found", 1: "above"}[found(value, digits)]
+    return f"{text} {plus_minus(half, digits)} ({told})"
+
+
 def found(value: Estimate, digits: int) -> int:
     """+1 or -1 for a difference whose 95% interval, as it is shown, does not reach 0; else 0.
 
+    Without spread there is no interval, and nothing is found.
+
     >>> found(Estimate(2.224, 0.5164, 3), 2)  # 2.22 ± 2.22
+    0
+    >>> found(Estimate(0.57, 0.0, 2), 2)  # the same in two seeds
     0
     """
     half = value.half_width()
@@ -57,59 +77,120 @@ def found(value: Estimate, digits: int) -> int:
     return 1 if value.mean > 0 else -1
 
 
+def when(reached: Reached) -> str:
+    """After which share of the budget: `after 28% ± 10% of the budget`, with the 95% interval of the mean.
+
+    Nothing narrower than an epoch is claimed. Where an interval would say nothing (see `Reached.interval`), the
+    lowest and the highest of the seeds stand in its place.
+    """
+    seeds = count(reached.n_seeds, "seed")
+    if not reached.shares:
+        return "at no time" if reached.n_seeds == 1 else f"in none of {seeds}"
+    value = reached.interval
+    if value is not None:
+        half = max(value.half_width() or 0.0, reached.step)
+        return f"after {percent(value.mean)} ± {percent(half)} of the budget"
+    low, high = (percent(share) for share in (reached.shares[0], reached.shares[-1]))
+    text = f"after {low if low == high else f'{low} to {high}'} of the budget"
+    missing = reached.n_seeds - reached.n_reached
+    if missing:
+        rest = "the other" if missing == 1 else f"the other {missing}"
+        return f"{text} in {reached.n_reached} of {seeds} (at no time in {rest})"
+    if reached.n_seeds == 1:
+        return text
+    return f"{text} in {'each of ' if low == high else ''}{seeds}"
+
+
+def how_measured(several: Sequence[Reached]) -> str:
+    """What the numbers of `when` are: `(± is the 95% interval of the mean over 3 seeds; ...)`."""
+    told = f"measured after each epoch, {percent(several[0].step)} of the budget"
+    if any(reached.interval for reached in several):
+        told = f"± is the 95% interval of the mean over {several[0].n_seeds} seeds; {told}"
+    return f"({told})"
+
+
 def describe_table(finals: Finals) -> str:
-    """Which row is best, and whether that is an average."""
-    lowest = {
-        metric: min(finals.rows, key=lambda row: finals.mean(row, metric.key).mean)
-        for metric in finals.metrics[:2]
-    }
-    parts = [
-        f"owest {m.title}: {finals.label(row)}, {rounded(finals.mean(row, m.key).mean, m.digits)}"
-        f"{'%' if m.unit == 'points' else ''}"
-        for m, row in lowest.items()
-    ]
-    text = f"L{'; l'.join(parts)}."
-    if lowest[finals.metrics[0]] == finals.baseline:
-        what = (
-            "annealed SGD in error" if finals.baseline == BASELINE else "the cosine decay in loss"
-        )
-        text += f" No average beat {what} here."
-    return text
+    """Which row is lowest, and whether the lowest average differs from the annealed run."""
+    return " ".join(_lowest(finals, metric) for metric in finals.metrics[:2])
 
 
-def describe_schedule(arms: Mapping[str, tuple[float, float]], averaged: Mapping[str, int]) -> str:
-    """`arms` gives the highest and lowest rate of each, `averaged` how many weights it averages."""
+def _lowest(finals: Finals, metric: Metric) -> str:
+    def mean(row: ArmWeights) -> float:
+        return finals.mean(row, metric.key).mean
+
+    lowest = min(finals.rows, key=mean)
+    shown = rounded(mean(lowest), metric.digits) + ("%" if metric.unit == "points" else "")
+    text = f"Lowest {metric.title}: {finals.label(lowest)}, {shown}"
+    averages = [row for row in finals.rows if row[1] != "iterate"]
+    if not averages or finals.baseline not in finals.rows:
+        return f"{text}."
+    best = min(averages, key=mean)
+    name = "it" if best == lowest else f"the lowest average ({finals.label(best)})"
+    value = finals.difference(best, metric.key)
+    told = difference(name, finals.terms.baseline_name, value, metric.unit, metric.digits)
+    return f"{text}; {told}."
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an arm's rate does: from where to where, in one go or in cycles, after how long a warm-up."""
+
+    high: float
+    low: float
+    warmup_epochs: int = 0
+
+
+def describe_schedule(arms: Mapping[str, Rates], averaged: Mapping[str, int]) -> str:
+    """`averaged` is how many weights each averaging arm averages."""
     annealed = next(arm for arm in ("sgd", "cosine") if arm in arms)
-    high, low = arms[annealed]
     short = " and in a ".join(arm for arm in SHORT_ARMS if arm in arms)
     also = f", and again in {short} of the budget" if short else ""
     name = "SGD" if annealed == "sgd" else "The cosine arm"
-    parts = [f"{name} falls from {high:.3g} to {low:.3g}{also}"]
+    parts = [f"{name} {_way(arms[annealed], 'falls')}{also}"]
     for arm, n_averaged in averaged.items():
-        top, bottom = arms[arm]
-        flat = math.isclose(top, bottom)
-        way = f"stays at {top:.3g}" if flat else f"cycles from {top:.3g} down to {bottom:.3g}"
-        parts.append(f"the {LABELS[arm]} arm {way} and averages {n_averaged} sets of weights")
+        way = _way(arms[arm], "cycles")
+        parts.append(f"the {LABELS[arm]} arm {way} and averages {n_averaged:,} sets of weights")
     return "; ".join(parts) + "."
 
 
-def describe_history(last: Mapping[ArmWeights, float], unit: str, digits: int, what: str) -> str:
-    """`last` is the last validation value of each row, averaged over seeds."""
-    name, baseline = next(
-        (t.baseline_name, t.baseline) for t in (IMAGES, WORDS) if t.baseline in last
-    )
-    sgd = last[baseline]
-    parts = []
+def _way(rates: Rates, verb: str) -> str:
+    high, low = (f"{rate:.3g}" for rate in (rates.high, rates.low))
+    if rates.warmup_epochs:
+        epochs = count(rates.warmup_epochs, "epoch")
+        stays = " and stays there" if high == low else f", then {verb} down to {low}"
+        return f"warms up to {high} in {epochs}{stays}"
+    return f"stays at {high}" if high == low else f"{verb} from {high} down to {low}"
+
+
+BySeed = Mapping[int, float]
+
+
+def describe_history(last: Mapping[ArmWeights, BySeed], metric: Metric, what: str) -> str:
+    """`last` is the last validation value of each row, by seed."""
+    terms = next(t for t in (IMAGES, WORDS) if t.baseline in last)
+    name, sgd = terms.baseline_name, last[terms.baseline]
+    parts = [f"Validation {what}: {name} ends at {_mean(sgd, metric)}"]
     for arm in dict.fromkeys(arm for arm, kind in last if kind == "swa" and arm in AVERAGING_ARMS):
         iterate, average = last[arm, "iterate"], last[arm, "swa"]
-        change = "below" if average < iterate else "not below"
-        against = "below" if average < sgd else "not below"
-        parts.append(
-            f"the {'SWA' if arm == 'swa' else arm} arm's average ends at {rounded(average, digits)}{unit}, "
-            f"{change} its own iterate ({rounded(iterate, digits)}{unit}) and {against} {name}'s"
+        own, other = (
+            difference("the average", to, _paired(average, values), metric.unit, metric.digits)
+            for to, values in (("its own iterate", iterate), (name, sgd))
         )
-    start = f"Validation {what}: {name} ends at {rounded(sgd, digits)}{unit}"
-    return "; ".join([start, *parts]) + "."
+        parts.append(
+            f"the {LABELS[arm]} arm's average ends at {_mean(average, metric)}, its iterate at "
+            f"{_mean(iterate, metric)}: {own}; {other}"
+        )
+    return "; ".join(parts) + "."
+
+
+def _mean(by_seed: BySeed, metric: Metric) -> str:
+    value = rounded(estimate(list(by_seed.values())).mean, metric.digits)
+    return f"{value}%" if metric.unit == "points" else f"{value} {metric.unit}"
+
+
+def _paired(values: BySeed, others: BySeed) -> Estimate | None:
+    seeds = sorted(values.keys() & others.keys())
+    return paired([values[s] for s in seeds], [others[s] for s in seeds]) if seeds else None
 
 
 def describe_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str, float]) -> str:
@@ -122,7 +203,8 @@ def describe_reliability(bins: Mapping[str, Mapping[str, Any]], ece: Mapping[str
             for key in ("confidence", "accuracy")
         )
         parts.append(
-            f"{name} is {sure:.1f}% sure and {right:.1f}% right (calibration error {ece[name]:.1f}%)"
+            f"{name} is {rounded(sure, 1)}% sure and {rounded(right, 1)}% right (calibration error "
+            f"{rounded(ece[name], 1)}%)"
         )
     return "; ".join(parts) + "."
 
@@ -133,43 +215,38 @@ def describe_line(land: Landscape) -> str:
     loss, error = land.line.values[LOSS], land.line.values[ERROR]
     at_loss, at_error = float(t[loss.argmin()]), float(t[error.argmin()])
     at = {name: int(np.abs(t - place).argmin()) for name, place in (("SGD", 0), ("SWA", 1))}
-    ends = (
-        f"SGD has {loss[at['SGD']]:.3f} nats and {error[at['SGD']]:.1f}%, "
-        f"SWA {loss[at['SWA']]:.3f} nats and {error[at['SWA']]:.1f}%"
+    ends = " and ".join(
+        f"{name} has {rounded(loss[i], 3)} nats and {rounded(error[i], 1)}%"
+        for name, i in at.items()
     )
-    if at_error > at_loss and error[at["SWA"]] <= error[at["SGD"]]:
-        shift = "the test error is lowest farther towards SWA than the training loss is"
-    elif error[at["SWA"]] <= error[at["SGD"]]:
-        shift = (
-            "the two lowest points are not shifted in SWA's favour, though its error is not higher"
-        )
-    else:
-        shift = "SWA has the higher error on these images: averaging did not help"
+    farther = "farther" if at_error > at_loss else "not farther"
+    told = _in_one_seed("SWA", "SGD", float(error[at["SWA"]] - error[at["SGD"]]), "points", 1)
     return (
-        f"Training loss is lowest at {_signed(at_loss)}, test error at {_signed(at_error)} (0 is SGD, "
-        f"1 is SWA); {ends}: {shift}."
+        f"Training loss is lowest at {rounded(at_loss, 2)}, test error at {rounded(at_error, 2)} (0 is SGD, 1 is SWA): "
+        f"{farther} towards SWA. On these images {ends}; in test error, {told}."
     )
 
 
-def _signed(value: float) -> str:
-    return rounded(value, 2)
+def _in_one_seed(name: str, other: str, value: float, unit: str, digits: int) -> str:
+    """The surface is measured around the first seed's solutions."""
+    return difference(name, other, Estimate(value, None, 1), unit, digits)
 
 
 def describe_rays(rays: Mapping[str, Rays]) -> str:
     """How much the training loss rises up to the end of the rays, mean over rays."""
     rise = {name: _rise(value) for name, value in rays.items()}
     reach = float(next(iter(rays.values())).distances[-1])
-    listed = "{:.3f} nats from {}, {:.3f} from the {} and {:.3f} from {}".format(
-        *(part for name, value in rise.items() for part in (value, name))
+    listed = "{} nats from {}, {} from the {} and {} from {}".format(
+        *(part for name, value in rise.items() for part in (rounded(value, 3), name))
     )
-    sgd, swa = rise["SGD"], rise["SWA"]
-    if swa < sgd:
-        end = f"SWA is flatter than SGD, by a factor of {sgd / max(swa, 1e-9):.1f}"
-        if rise["last iterate"] < sgd - (sgd - swa) / 3:
-            end += "; so is the last iterate: the high rate contributes to it, not averaging alone"
-    else:
-        end = "SWA is not flatter than SGD"
-    return f"At distance {reach:.1f} the training loss has risen by {listed}: {end}."
+    told = "; ".join(
+        _in_one_seed(f"the rise from {name}", "that from SGD", value - rise["SGD"], "nats", 3)
+        for name, value in (("SWA", rise["SWA"]), ("the last iterate", rise["last iterate"]))
+    )
+    text = f"At distance {rounded(reach, 1)} the training loss has risen by {listed}: {told}."
+    if rise["SWA"] < rise["SGD"] and rise["last iterate"] < rise["SGD"]:
+        text += " A last iterate that is flatter too owes it to the high rate, not to averaging."
+    return text
 
 
 def _rise(rays: Rays) -> float:
@@ -188,7 +265,7 @@ def describe_segments(segments: Segments, epochs: list[int]) -> str:
     share = height / ends
     reading = "one basin" if share < ONE_BASIN else "more than one basin, where averaging is a risk"
     return (
-        f"The highest barrier is {height:.4f} nats, {where}, {100 * share:.1f}% of the loss at its "
+        f"The highest barrier is {rounded(height, 4)} nats, {where}, {percent(share, 1)} of the loss at its "
         f"ends: {reading}."
     )
 
@@ -204,8 +281,8 @@ def describe_plane(land: Landscape, segments: Segments) -> str:
     n = len(land.epochs)
     text = (
         f"The average has a lower training loss than {below} of the {n} weights it is made of and "
-        f"a lower test error than {better} of them ({loss:.3f} nats and {error:.1f}%, theirs "
-        f"{iterates[LOSS].mean():.3f} and {iterates[ERROR].mean():.1f}% on average)"
+        f"a lower test error than {better} of them ({rounded(loss, 3)} nats and {rounded(error, 1)}%, theirs "
+        f"{rounded(iterates[LOSS].mean(), 3)} and {rounded(iterates[ERROR].mean(), 1)}% on average, in one seed)"
     )
-    end = "it is inside, they are at the walls" if 2 * below > n else "averaging did not help here"
-    return f"{text}: {end}; it is {land.average[2]:.2f} away from this plane."
+    end = "it is inside, they are at the walls" if 2 * below > n else "it is no lower than they are"
+    return f"{text}: {end}. It is {rounded(land.average[2], 2)} away from this plane."

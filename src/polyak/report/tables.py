@@ -6,10 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyak.reference_run.recipe import SHORT_ARMS
-from polyak.report.figures import LABELS
-from polyak.report.numbers import rounded
+from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS
+from polyak.report.numbers import plus_minus, rounded
 from polyak.study.paired import Estimate, estimate, paired
+
+LABELS = {
+    "iterate": "iterate", "swa": "SWA", "ema": "EMA", "power": "power EMA", "wsm": "WSM",
+    "sgd": "SGD", "half": "half", "quarter": "quarter", "cyclic": "cyclic", "cosine": "cosine",
+    "constant": "constant",
+}  # fmt: skip
 
 ArmWeights = tuple[str, str]
 """An arm and a kind of its weights: ("swa", "ema")."""
@@ -97,6 +102,10 @@ class Finals:
         """The metric's mean over the seeds of a row."""
         return estimate([record[metric] for record in self._records[row].values()])
 
+    def metric(self, key: str) -> Metric:
+        """One of the columns."""
+        return next(metric for metric in self.metrics if metric.key == key)
+
     def difference(
         self, row: ArmWeights, metric: str, *, to: ArmWeights | None = None
     ) -> Estimate | None:
@@ -124,12 +133,31 @@ def row_label(row: ArmWeights, terms: Terms = IMAGES) -> str:
     >>> row_label(("sgd", "iterate")), row_label(("cyclic", "swa"))
     ('SGD', 'cyclic arm, SWA')
     """
-    if row == terms.baseline:
-        return terms.baseline_name
-    if row[0] in SHORT_ARMS:
-        return f"{terms.baseline_name}, {row[0]} length"
+    if row == terms.baseline or row[0] in SHORT_ARMS:
+        return arm_name(row[0], terms)
     arm, weights = (LABELS.get(name, name) for name in row)
     return f"{arm} arm, {'last iterate' if row[1] == 'iterate' else weights}"
+
+
+def arm_name(arm: str, terms: Terms = IMAGES) -> str:
+    """The name of an arm: `SGD`, `SGD, half length`, `SWA arm`."""
+    if arm == terms.baseline[0]:
+        return terms.baseline_name
+    return f"{terms.baseline_name}, {arm} length" if arm in SHORT_ARMS else f"{LABELS[arm]} arm"
+
+
+def curve_name(row: ArmWeights, terms: Terms = IMAGES) -> str:
+    """What a legend calls a row: an average by its kind, an annealed run by its name, else `iterate`.
+
+    >>> curve_name(("swa", "ema")), curve_name(("half", "iterate")), curve_name(("swa", "iterate"))
+    ('EMA', 'SGD, half length', 'iterate')
+    """
+    arm, weights = row
+    if weights != "iterate":
+        return LABELS[weights]
+    if arm in AVERAGING_ARMS:
+        return "iterate, cyclic arm" if arm == "cyclic" else "iterate"
+    return arm_name(arm, terms)
 
 
 def format_estimate(value: Estimate, digits: int, *, signed: bool = False) -> str:
@@ -138,6 +166,7 @@ def format_estimate(value: Estimate, digits: int, *, signed: bool = False) -> st
     >>> format_estimate(Estimate(-0.5, 0.1, 3), 2, signed=True)
     '−0.50 ± 0.43'
     """
-    spread = value.half_width() if signed else value.error
-    text = rounded(value.mean, digits, signed=signed)
-    return text if spread is None else f"{text} ± {rounded(spread, digits)}"
+    text, half = rounded(value.mean, digits, signed=signed), value.half_width()
+    if half is None or value.error is None:  # without spread
+        return text
+    return f"{text} {plus_minus(half if signed else value.error, digits)}"

@@ -1,17 +1,20 @@
 """The beginning of a run's page: one plain verdict, and a line for each thing that was asked.
 
-A difference is found if its 95% interval, as it is shown, does not reach 0; nothing else is claimed.
+A difference is found if its 95% interval, as it is shown, does not reach 0; nothing else is claimed. A metric has as
+many digits here as in the table, so that both find the same.
 """
 
 from __future__ import annotations
 
-from polyak.report.budget import ANNEALED, Budget, Reached
-from polyak.report.numbers import count, rounded
-from polyak.report.sentences import difference, found
-from polyak.report.tables import BASELINE, Finals
+from polyak.report.budget import ANNEALED, Budget
+from polyak.report.numbers import count, plus_minus, rounded
+from polyak.report.sentences import difference, found, how_measured, when
+from polyak.report.tables import BASELINE, METRICS, Finals
 from polyak.study.paired import Estimate, paired
 
 _HALF = ("half", "iterate")
+_DIGITS = {metric.key: metric.digits for metric in METRICS}
+_ERROR, _NLL = _DIGITS["error"], _DIGITS["nll"]
 
 
 def verdict(finals: Finals, arm: str) -> str:
@@ -21,21 +24,21 @@ def verdict(finals: Finals, arm: str) -> str:
     if error is None or nll is None:
         return "No seed has both an average and an annealed run."
     values = {
-        row: f"{rounded(finals.mean(row, 'error').mean, 2)}% and "
-        f"{rounded(finals.mean(row, 'nll').mean, 3)} nats"
+        row: f"{rounded(finals.mean(row, 'error').mean, _ERROR)}% and "
+        f"{rounded(finals.mean(row, 'nll').mean, _NLL)} nats"
         for row in (average, BASELINE)
     }
     return (
         f"{_plainly(error, nll)} Test error and NLL: the average (SWA) {values[average]}, annealed SGD "
-        f"of the same length {values[BASELINE]}; differences {_interval(error, 2, 'points')} and "
-        f"{_interval(nll, 3, 'nats')}{'' if error.n == 1 else ' at 95%'}, {count(error.n, 'seed')}."
+        f"of the same length {values[BASELINE]}; differences {_interval(error, _ERROR, 'points')} and "
+        f"{_interval(nll, _NLL, 'nats')}{'' if error.n == 1 else ' at 95%'}, {count(error.n, 'seed')}."
     )
 
 
 def _plainly(error: Estimate, nll: Estimate) -> str:
     if error.n == 1:
         return "One seed shows no spread, so nothing is found either way."
-    match found(error, 2), found(nll, 3):
+    match found(error, _ERROR), found(nll, _NLL):
         case -1, _:
             return "Averaging helped here: its error is lower than that of annealing."
         case 1, _:
@@ -54,68 +57,51 @@ def lines(finals: Finals, arm: str) -> list[str]:
     said = [
         ("SWA", _points(finals, average, "SWA")),
         ("EMA", _points(finals, ema, "the EMA")),
-        ("Iterate", difference("the last iterate", "the SWA of its run", own, "points", 2)),
+        ("Iterate", difference("the last iterate", "the SWA of its run", own, "points", _ERROR)),
     ]
     if _HALF in finals.rows:
         said.append(
             ("Half the length", _points(finals, _HALF, "SGD annealed in half of the budget"))
         )
     nll, scaled = (finals.difference(average, key) for key in ("nll", "nll_scaled"))
-    after = difference("SWA", "annealed SGD", scaled, "nats", 3)
-    said.append(
-        ("NLL", f"{difference('SWA', 'annealed SGD', nll, 'nats', 3)}; temperature-scaled, {after}")
+    before, after = (
+        difference("SWA", "annealed SGD", value, "nats", _NLL) for value in (nll, scaled)
     )
+    said.append(("NLL", f"{before}; temperature-scaled, {after}"))
     return [f"{name}: {text}." for name, text in said]
 
 
 def _points(finals: Finals, row: tuple[str, str], name: str) -> str:
     value = finals.difference(row, "error")
-    return "in test error, " + difference(name, "annealed SGD", value, "points", 2)
+    return "in test error, " + difference(name, "annealed SGD", value, "points", _ERROR)
 
 
 def _interval(value: Estimate, digits: int, unit: str) -> str:
-    half = value.half_width()
-    spread = "" if half is None else f" ± {rounded(half, digits)}"
-    return f"{rounded(value.mean, digits, signed=True)}{spread} {unit}"
+    text, half = rounded(value.mean, digits, signed=True), value.half_width()
+    if half is not None:
+        return f"{text} {plus_minus(half, digits)} {unit}"
+    return f"{text} {unit}" if value.n == 1 else f"{text} {unit} in each seed (no spread)"
 
 
 def shares(budget: Budget) -> list[str]:
     """From when on the average is as good as each annealed run, and what that is worth."""
     if not budget.is_constant:
         return []
-    said = [
-        f"The validation error at the end of SGD {ANNEALED[arm]}: the EMA of the constant rate "
-        f"{describe_reached(budget.reached('ema', arm))}."
-        for arm in budget.annealed
-    ]
+    said = []
+    for arm in budget.annealed:
+        reached = budget.reached("ema", arm)
+        said.append(
+            f"The validation error at the end of SGD {ANNEALED[arm]}: the EMA of the constant rate reaches it "
+            f"{when(reached)} {how_measured([reached])}."
+        )
     half = budget.epochs // 2
     if "half" in budget.annealed and (value := budget.difference("ema", half, "half")):
         said.append(
             "At half of the budget, in validation error, "
-            + difference("the EMA", "the run annealed in that half", value, "points", 2)
+            + difference("the EMA", "the run annealed in that half", value, "points", _ERROR)
             + "."
         )
     return [*said, *_what_follows(budget)]
-
-
-def describe_reached(reached: Reached) -> str:
-    """`has it after 31% ± 9% of the budget (mean over 3 seeds, 95% interval)`, or that it does not."""
-    seeds = count(reached.n_seeds, "seed")
-    if reached.share is None:
-        return (
-            f"does not reach it in any of {seeds}" if reached.n_seeds > 1 else "does not reach it"
-        )
-    half = reached.share.half_width()
-    spread = "" if half is None else f" ± {rounded(100 * half, 0)}%"
-    text = f"has it after {rounded(100 * reached.share.mean, 0)}%{spread} of the budget"
-    missing = reached.n_seeds - reached.n_reached
-    if missing:
-        return f"{text} in {reached.n_reached} of {seeds}, and does not reach it in {missing}"
-    return f"{text} ({_over(reached.n_seeds)})"
-
-
-def _over(n: int) -> str:
-    return "1 seed" if n == 1 else f"mean over {count(n, 'seed')}, 95% interval"
 
 
 def _what_follows(budget: Budget) -> list[str]:
@@ -127,9 +113,9 @@ def _what_follows(budget: Budget) -> list[str]:
     seeds = sorted(ends[0].keys() & ends[1].keys())
     control = _paired(ends, seeds)
     text = difference(
-        "the run annealed in half of the budget", "the whole one", control, "points", 2
+        "the run annealed in half of the budget", "the whole one", control, "points", _ERROR
     )
-    if found(control, 2) > 0:
+    if found(control, _ERROR) > 0:
         return [
             "What follows if you do not know the length in advance: a constant rate and an average need "
             f"no end to be fixed, and here they save training too, because in validation error, {text}."

@@ -1,17 +1,19 @@
 """What the page of a language model says: whether averaging at a constant rate replaces the decay, at each length.
 
-As in `verdict`, a difference is found if its 95% interval, as it is shown, does not reach 0.
+As in `verdict`, a difference is found if its 95% interval, as it is shown, does not reach 0, with the digits of
+the table.
 """
 
 from __future__ import annotations
 
-from polyak.report.budget import ANNEALED, Budget, Reached
-from polyak.report.numbers import count, rounded
-from polyak.report.sentences import difference, found
-from polyak.report.tables import WORDS_BASELINE, Finals
+from polyak.report.budget import ANNEALED, Budget
+from polyak.report.numbers import count, plus_minus, rounded
+from polyak.report.sentences import difference, found, how_measured, short_difference, when
+from polyak.report.tables import WORDS_BASELINE, WORDS_METRICS, Finals
 from polyak.study.paired import Estimate
 
-UNIT, DIGITS = "nats per byte", 3
+_METRICS = {metric.key: metric for metric in WORDS_METRICS}
+UNIT, DIGITS = _METRICS["nll"].unit, _METRICS["nll"].digits
 AVERAGES = {"ema": "the EMA", "power": "the power EMA", "swa": "the SWA", "wsm": "the WSM average"}
 _LENGTHS = {"quarter": "a quarter of the budget", "half": "half of the budget", "cosine": "its end"}
 
@@ -33,7 +35,7 @@ def verdict(finals: Finals, arm: str) -> str:
         if row in finals.rows
     )
     half = value.half_width()
-    spread = "" if half is None else f" ± {rounded(half, DIGITS)} at 95%"
+    spread = "" if half is None else f" {plus_minus(half, DIGITS)} at 95%"
     return (
         f"{_plainly(value)} Test loss in {UNIT}: {means}; SWA minus cosine "
         f"{rounded(value.mean, DIGITS, signed=True)}{spread}, {count(value.n, 'seed')}."
@@ -59,8 +61,8 @@ def lines(finals: Finals, arm: str) -> list[str]:
             said.append(f"{name.removeprefix('the ')}: {told}")
     own = _told(finals, "the last iterate", (arm, "iterate"), "the SWA of its run", (arm, "swa"))
     inside = [
-        _short(kind, finals.difference(("cosine", kind), "nll"), 4)
-        for kind in AVERAGES
+        short_difference(name, finals.difference(("cosine", kind), "nll"), DIGITS)
+        for kind, name in AVERAGES.items()
         if ("cosine", kind) in finals.rows
     ]
     said.append(f"Iterate: {own}")
@@ -76,7 +78,8 @@ def _told(finals: Finals, name: str, row: tuple[str, str], other: str, to: tuple
 
 def _rounding(finals: Finals, arm: str, bits: int) -> str:
     """By how much rounding to the nearest raises the loss, of the average beside the iterate and the decay."""
-    key, digits = f"int{bits}_rise", 2 if bits == 8 else 1
+    key = f"int{bits}_rise"
+    unit, digits = _METRICS[key].unit, _METRICS[key].digits
     average, iterate = (arm, "swa"), (arm, "iterate")
     rises = ", ".join(
         f"{name} {rounded(finals.mean(row, key).mean, digits, signed=True)}"
@@ -85,37 +88,25 @@ def _rounding(finals: Finals, arm: str, bits: int) -> str:
     )
     others = {"that of its iterate": iterate, "that of the cosine run": WORDS_BASELINE}
     told = "; ".join(
-        difference("SWA's", name, finals.difference(average, key, to=row), "millinats", digits)
+        difference("SWA's", name, finals.difference(average, key, to=row), unit, digits)
         for name, row in others.items()
     )
     return f"matrices rounded to {bits} bits raise the loss, in thousandths of a nat per byte: {rises}; {told}"
-
-
-def _short(kind: str, value: Estimate | None, digits: int) -> str:
-    """`the EMA −0.020 ± 0.014 (below)`."""
-    if value is None:
-        return f"{AVERAGES[kind]} in no seed"
-    half = value.half_width()
-    told = {-1: "below", 0: "no difference found", 1: "above"}[found(value, digits)]
-    spread = "" if half is None else f" ± {rounded(half, digits)} ({told})"
-    return f"{AVERAGES[kind]} {rounded(value.mean, digits, signed=True)}{spread}"
 
 
 def shares(budget: Budget) -> list[str]:
     """From when on each average is as good as each cosine run, and what it is worth where that run ends."""
     if not budget.is_constant:
         return []
-    seeds = "1 seed" if budget.n_seeds == 1 else f"means over {budget.n_seeds} seeds, 95% intervals"
     said = []
     for arm in budget.annealed:
-        reached = (
-            f"{AVERAGES[kind]} {_reached(budget.reached(kind, arm))}"
-            for kind in _there(budget, arm)
-        )
-        said.append(
-            f"At a constant rate, the validation loss with which the cosine run {ANNEALED[arm]} ends is reached by "
-            f"{', by '.join(reached)} ({seeds})."
-        )
+        reached = {AVERAGES[kind]: budget.reached(kind, arm) for kind in _there(budget, arm)}
+        if reached:
+            told = ", by ".join(f"{name} {when(it)}" for name, it in reached.items())
+            said.append(
+                f"At a constant rate, the validation loss with which the cosine run {ANNEALED[arm]} ends is reached "
+                f"by {told} {how_measured([*reached.values()])}."
+            )
     return [*said, *_at_every_length(budget)]
 
 
@@ -129,16 +120,6 @@ def _there(budget: Budget, arm: str) -> list[str]:
     ]
 
 
-def _reached(reached: Reached) -> str:
-    if reached.share is None:
-        return "never"
-    half = reached.share.half_width()
-    spread = "" if half is None else f" ± {rounded(100 * half, 0)}%"
-    text = f"after {rounded(100 * reached.share.mean, 0)}%{spread} of the budget"
-    all_of_them = reached.n_reached == reached.n_seeds
-    return text if all_of_them else f"{text} in {reached.n_reached} of {reached.n_seeds} seeds"
-
-
 def _at_every_length(budget: Budget) -> list[str]:
     """The averages where each cosine run ends, in validation loss, and what follows."""
     said, behind = [], []
@@ -148,7 +129,9 @@ def _at_every_length(budget: Budget) -> list[str]:
         values = {
             kind: budget.difference(kind, budget.length(arm), arm) for kind in _there(budget, arm)
         }
-        told = "; ".join(_short(kind, value, DIGITS) for kind, value in values.items())
+        told = "; ".join(
+            short_difference(AVERAGES[kind], value, DIGITS) for kind, value in values.items()
+        )
         said.append(
             f"At {place}, validation loss minus that of the cosine run that ends there: {told}."
         )

@@ -154,7 +154,10 @@ def lanczos(
         which in ("largest", "smallest", "magnitude"),
         f"which is {which!r}; expected 'largest', 'smallest' or 'magnitude'.",
     )
-    require(number("tolerance", tolerance) > 0, f"tolerance is {tolerance:g}; expected above 0.")
+    require(
+        0 < number("tolerance", tolerance) < 1,
+        f"tolerance is {tolerance:g}; expected a fraction above 0 and below 1.",
+    )
     size = len(start)
     require(k <= size, f"k is {k}; there are {size} parameters, so at most {size} eigenvalues.")
     most = min(size, max(iterations, k))

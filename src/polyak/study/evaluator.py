@@ -42,6 +42,8 @@ from polyak.study.scores import KeptScores, key_of
 from polyak.tensors.modes import restored_modes
 from polyak.tensors.names import require_module
 
+_LONGEST = 1e8  # seconds, three years: clocks count no further everywhere
+
 PathLike = str | Path
 
 
@@ -77,8 +79,9 @@ class Judging:
         )
         if self.timeout is not None:
             require(
-                number("timeout", self.timeout) > 0,
-                f"timeout is {self.timeout:g}; expected a positive number of seconds.",
+                0 < number("timeout", self.timeout) <= _LONGEST,
+                f"timeout is {self.timeout:g}; expected a positive number of seconds, at most {_LONGEST:g}; leave out "
+                "timeout= for no limit.",
             )
 
     @property

@@ -44,8 +44,9 @@ class Scored:
 class Comparison:
     """One average minus another on the held-out examples, with a paired 95% bootstrap interval.
 
-    low, high: None where no examples were held out (one number has none); the difference is then
-    that on the data that chose, where the best flatters itself.
+    low, high: None where no examples were held out (one number has none); the difference is then that on
+    the data that chose, where the best flatters itself. same: they are made of the same files with the same
+    weights, so there is nothing to compare.
     """
 
     what: str
@@ -53,6 +54,7 @@ class Comparison:
     difference: float
     low: float | None
     high: float | None
+    same: bool = False
 
     @property
     def within_noise(self) -> bool | None:
@@ -62,6 +64,8 @@ class Comparison:
         return self.low <= 0 <= self.high
 
     def __str__(self) -> str:
+        if self.same:
+            return f"{self.what} and {self.against} are one and the same average"
         text = f"{self.what} minus {self.against}: {self.difference:+.4g}"
         if self.low is None or self.high is None:
             return f"{text} on the data that chose it, so without an interval"

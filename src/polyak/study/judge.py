@@ -41,6 +41,7 @@ class Judge(Evaluator):
         self.trajectory = trajectory
         self._made: dict[tuple[str, float], Scored | None] = {}
         self._scores: dict[Scored, Tensor] = {}
+        self._contents: dict[Scored, str] = {}
         if judging.model is not None:
             check_fits(judging.model, newest)
 
@@ -73,6 +74,10 @@ class Judge(Evaluator):
     def held_out(self, scored: Scored) -> Tensor | None:
         """Its scores on the held-out examples; None for a single number."""
         return self.split(self._scores[scored])[1]
+
+    def are_same(self, one: Scored, other: Scored) -> bool:
+        """Whether they are made of the same files with the same weights."""
+        return self._contents[one] == self._contents[other]
 
     def _score(
         self, profile: Profile, text: str, until: float, family: str, start: float | None
@@ -117,7 +122,7 @@ class Judge(Evaluator):
             held_out=None if held is None else float(held.mean()),
             error=error,
         )
-        self._scores[found] = scores
+        self._scores[found], self._contents[found] = scores, subject.content
         return found
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from polyak.errors import ArgumentError, NonFiniteError
+from polyak.errors import ArgumentError, NonFiniteError, warn
 from polyak.maths.arguments import at_least_one
 
 N_BINS = 15
@@ -49,7 +49,7 @@ def error(logits: Tensor, labels: Tensor) -> float:
     >>> error(torch.tensor([[2.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 1]))
     0.5
     """
-    _check(logits, labels)
+    logits, labels = _checked(logits, labels)
     return float((logits.argmax(dim=1) != labels).double().mean())
 
 
@@ -62,10 +62,10 @@ def nll(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> float:
     >>> round(nll(torch.zeros(3, 10), torch.tensor([0, 1, 2])), 6)  # log 10
     2.302585
     """
-    _check(logits, labels)
-    if not temperature > 0:
-        raise ArgumentError(f"temperature is {temperature}; expected a positive number.")
-    return float(cross_entropy(logits.double() / temperature, labels.long()))
+    logits, labels = _checked(logits, labels)
+    if not 0 < temperature < math.inf:
+        raise ArgumentError(f"temperature is {temperature}; expected a positive, finite number.")
+    return float(cross_entropy(logits / temperature, labels))
 
 
 def brier(logits: Tensor, labels: Tensor) -> float:
@@ -76,9 +76,9 @@ def brier(logits: Tensor, labels: Tensor) -> float:
     >>> brier(torch.zeros(1, 2), torch.tensor([0]))
     0.5
     """
-    _check(logits, labels)
-    p = logits.double().softmax(dim=1)
-    right = p.gather(1, labels.long()[:, None]).squeeze(1)
+    logits, labels = _checked(logits, labels)
+    p = logits.softmax(dim=1)
+    right = p.gather(1, labels[:, None]).squeeze(1)
     return float((p.square().sum(dim=1) - 2 * right + 1).mean())
 
 
@@ -88,7 +88,7 @@ def entropy(logits: Tensor) -> Tensor:
     >>> entropy(torch.zeros(1, 2))  # log 2
     tensor([0.6931], dtype=torch.float64)
     """
-    log_p = logits.double().log_softmax(dim=-1)
+    log_p = _logits(logits).log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
@@ -102,7 +102,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     >>> auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.9]))
     0.875
     """
-    inside, outside = inside.double().flatten(), outside.double().flatten()
+    inside, outside = (_given(one, "scores").double().flatten() for one in (inside, outside))
     if not len(inside) or not len(outside):
         raise ArgumentError(
             f"There are {len(inside)} scores inside and {len(outside)} outside; expected some of each."
@@ -134,9 +134,9 @@ def reliability(
     >>> r.count, r.accuracy, round(r.ece, 4)
     ((0, 2), (0.0, 0.5), 0.4999)
     """
-    _check(logits, labels)
+    logits, labels = _checked(logits, labels)
     at_least_one("n_bins", n_bins)
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
     bins = _bins(confidence, n_bins, binning)
     count = torch.bincount(bins, minlength=n_bins)
     filled = count.clamp(min=1)
@@ -170,9 +170,9 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     >>> round(best_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
     1.8205
     """
-    _check(logits, labels)
-    z = logits.double()
-    target = z.gather(1, labels.long()[:, None]).mean()
+    logits, labels = _checked(logits, labels)
+    z = logits
+    target = z.gather(1, labels[:, None]).mean()
     low, high = -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE
     for _ in range(60):
         middle = (low + high) / 2
@@ -191,7 +191,32 @@ def _bins(confidence: Tensor, n_bins: int, binning: str) -> Tensor:
     return torch.searchsorted(ordered[starts].contiguous(), confidence, right=True)
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
+def _given(values: Any, what: str) -> Tensor:
+    """As a tensor; lists and arrays will do."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(
+            f"{what} are a {type(values).__name__}; expected a tensor, or what one can be made of."
+        ) from None
+
+
+def _logits(values: Any) -> Tensor:
+    """Such; a warning where they are probabilities, of which all figures would be wrong."""
+    logits = _given(values, "logits").double()
+    if logits.ndim and logits.shape[-1] > 1 and logits.numel():
+        sums = logits.sum(dim=-1)
+        if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
+            warn(
+                "The logits look like probabilities: none is negative, and those of each example sum to 1. Their "
+                "softmax is taken again. Pass logits, or probabilities.log()."
+            )
+    return logits
+
+
+def _checked(given: Any, classes: Any) -> tuple[Tensor, Tensor]:
+    """Logits in float64, and the labels that belong to them."""
+    logits, labels = _logits(given), _given(classes, "labels")
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ArgumentError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
@@ -210,3 +235,4 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise NonFiniteError(
             "The logits hold NaN or infinity: the model they come from has diverged."
         )
+    return logits, labels.long()

@@ -11,15 +11,20 @@ from polyak.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n seeds with its standard error, None for a single seed."""
+    """A mean over n seeds with its standard error, None for a single seed.
+
+    Seeds that all agree show no spread, as a single one does: they do so by chance where values are
+    counts of few examples, and an interval of no width would call anything found.
+    """
 
     mean: float
     error: float | None
     n: int
 
     def half_width(self, confidence: float = 0.95) -> float | None:
-        """Half the width of the t interval; None for a single seed, which shows no spread."""
-        if self.error is None:
+        """Half the width of the t interval; None without spread: of a single seed, or where all agree."""
+        # What arithmetic with floats leaves of no difference is no spread.
+        if self.error is None or self.error <= 1e-12 + 1e-9 * abs(self.mean):
             return None
         return t_quantile((1 + confidence) / 2, self.n - 1) * self.error
 

@@ -27,6 +27,7 @@ from polyak.study.scores import FOLDER
 from polyak.study.trajectory import Trajectory
 
 Points = Mapping[str, Weights] | Sequence[Weights] | Trajectory
+_MOST_POINTS = 1_000_000
 _ROUNDING = 1e-6  # of a distance; nearer to a line than that, or than float32 tells, is on it
 
 
@@ -97,6 +98,7 @@ def scan_line(  # noqa: PLR0913 - keyword-only arguments do not count
     names = [a.name for a in (anchors[::2] if curved else anchors)]
     share = bezier if curved else _polyline(len(anchors))
     segments = len(names) - 1
+    _check_number(segments * points + 2 * beyond * points, "beyond= or points=")
     positions = _positions(segments, points, beyond)
     shares = [share(t) for t in positions.tolist()]
     subjects = [
@@ -155,6 +157,7 @@ def scan_plane(  # noqa: PLR0913 - as above
     """
     require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
     at_least_three("points", points)
+    _check_number(points**2, "points=")
     judging = Judging(
         model=model, data=data, minimize=minimize, maximize=maximize,
         holdout=holdout, cache=cache, timeout=timeout, name=name,
@@ -233,7 +236,7 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
 
     """
     at_least_one("rays", rays)
-    require(count("points", points) >= 2, f"points is {points}; expected 2 or more.")
+    count("points", points, 2)
     count("seed", seed)
     judging = Judging(
         model=model, data=data, minimize=minimize, maximize=maximize,
@@ -241,6 +244,7 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     )  # fmt: skip
     anchors = _anchors(inputs, key, ("last", "mean"), model)
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
+    _check_number(len(anchors) * rays * points, "rays= or points=")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     directions = Directions(measuring.frame, normalize, seed)
     if reach is None:
@@ -494,6 +498,14 @@ def _means(scores: Sequence[Tensor]) -> Floats:
     return np.array([float(s.mean()) for s in scores])
 
 
+def _check_number(points: float, names: str) -> None:
+    require(
+        points <= _MOST_POINTS,
+        f"That would be {points:.4g} points, each of which is evaluated; expected at most {_MOST_POINTS:,}. Use a "
+        f"smaller {names}.",
+    )
+
+
 def at_least_three(name: str, value: int) -> None:
     """Raise ArgumentError for fewer."""
-    require(count(name, value) >= 3, f"{name} is {value!r}; expected a whole number of at least 3.")
+    count(name, value, 3)

@@ -134,9 +134,10 @@ class Questions:
     def comparison(self, one: Scored, other: Scored, what: str, against: str) -> Comparison:
         """One average minus another, on the held-out examples."""
         mine, theirs = self.judge.held_out(one), self.judge.held_out(other)
+        same = self.judge.are_same(one, other)
         if mine is None or theirs is None:
-            return Comparison(what, against, one.score - other.score, None, None)
-        return Comparison(what, against, *paired_bootstrap(mine, theirs))
+            return Comparison(what, against, one.score - other.score, None, None, same)
+        return Comparison(what, against, *paired_bootstrap(mine, theirs), same)
 
     def found(self, question: str, best: Scored, **rest: Any) -> Found:
         """The answer."""

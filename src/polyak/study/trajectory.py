@@ -78,9 +78,7 @@ class Trajectory:
     """
 
     def __init__(self, folder: PathLike, *, cache_size: int | str | None = None) -> None:
-        self.folder = as_path(folder)
-        require(self.folder.is_dir(), f"There is no folder {self.folder}. Check the path.")
-        self.folder = the_record(self.folder)
+        self.folder = the_record(as_path(folder))
         found = scan_intervals(self.folder)
         if not found.intervals:
             why = "".join(f"\n  {path}: {reason}" for path, reason in found.damaged.items())

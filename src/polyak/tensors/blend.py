@@ -98,9 +98,8 @@ class GroupedTensors:
         for rows, launch in launches:
             rows.run(launch)
         self._blend_groups(updates)
-        for targets in copies if self._copied else ():
-            sources = [self._statistics[i] for i in self._copied]
-            torch._foreach_copy_([targets[i] for i in self._copied], sources)
+        if copies and self._copied:
+            self._copy_statistics(copies)
 
     def notes(self) -> list[str]:
         """How the updates are carried out, where that is not by torch."""
@@ -125,6 +124,12 @@ class GroupedTensors:
             if index not in done:
                 for average, part in paired_parts(*pair):
                     _fold(average, part, growth)
+
+    @torch.no_grad()
+    def _copy_statistics(self, copies: Sequence[Sequence[Tensor]]) -> None:
+        sources = [self._statistics[i] for i in self._copied]
+        for targets in copies:
+            torch._foreach_copy_([targets[i] for i in self._copied], sources)
 
     @torch.inference_mode()  # no_grad still asks each of a thousand tensors whether it takes gradients
     def _blend_groups(self, updates: Sequence[Update]) -> None:
@@ -154,7 +159,8 @@ class GroupedTensors:
             self._groups += _groups(
                 self._live, self._like, bucket, limit=None if whole else limit, converts=converts
             )
-        self.live = self._views(Targets(list(self._live)))
+        # Of detached ones torch need not ask whether they take gradients.
+        self.live = self._views(Targets([tensor.detach() for tensor in self._live]))
 
     def _views(self, targets: Targets) -> list[list[Tensor]]:
         for group in self._groups[len(targets.groups) :]:

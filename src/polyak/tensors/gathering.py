@@ -23,6 +23,7 @@ class Gathered:
         self.kinds = list(kinds.values())
         self.groups = [[live[index] for index in kind] for kind in self.kinds]
 
+    @torch.no_grad()
     def take(self) -> Taken:
         """Copies of the values of now."""
         return Taken(self, [_joined(group) for group in self.groups])

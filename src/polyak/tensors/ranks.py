@@ -56,6 +56,16 @@ class ShardRanks:
             plain = [a + b for a, b in zip(plain, everywhere.tolist(), strict=True)]
         return plain
 
+    def mean(self, value: float) -> float:
+        """The mean over all ranks: the same number on each."""
+        for mesh in self._meshes:
+            sent = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
+            for group in mesh.get_all_groups():
+                torch.distributed.all_reduce(sent, group=group)
+                sent /= group.size()
+            value = float(sent)
+        return value
+
     def _any(self, flag: bool) -> bool:
         for mesh in self._meshes:
             sent = torch.tensor(float(flag), device=mesh.device_type)

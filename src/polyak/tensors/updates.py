@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +18,7 @@ class Targets:
     groups: list[list[Tensor]] = field(default_factory=list)  # made when they are needed
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One average's part in an update: its tensors, and the weight of the live ones.
 
     `lerp_` by that weight toward the live weights or, with `adds`, `add_` of them times the weight.

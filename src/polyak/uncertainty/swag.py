@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -307,8 +308,8 @@ class SWAG(Average):
         """A draw, as if it were an average of these weights."""
         number("scale", scale)
         require(
-            scale >= 0,
-            f"scale is {scale}; expected 0 or more: it is a factor of the covariance.",
+            0 <= scale < math.inf,
+            f"scale is {scale}; expected a finite number from 0 on: it is a factor of the covariance.",
         )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ArgumentError(
@@ -343,7 +344,7 @@ class SWAG(Average):
         held, captures = self._member.accumulator, self.count
         if not isinstance(held, SpreadAverage) or captures < 2:
             raise UsageError(
-                f"{self!r} has nothing to draw from: {captures} captures, and a spread needs at least "
+                f"{self!r} has nothing to draw from: {captures} capture{'' if captures == 1 else 's'}, and a spread needs at least "
                 f"2.{self._unused()}"
             )
         n_columns = len(held.columns)

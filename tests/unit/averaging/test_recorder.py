@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import polyak
-from polyak import schedules
+from polyak import files, schedules
 from polyak.averaging import recorder
 from polyak.checkpoints.intervals import scan_intervals
 from polyak.errors import (
@@ -329,6 +330,25 @@ def test_a_slow_disk_is_said(tmp_path, monkeypatch):
     made = record(Scalar(), tmp_path, 10, interval=10)
     with pytest.warns(PolyakWarning, match="Training waited .* for the disk"):
         made.update()
+
+
+@pytest.mark.parametrize(("captures", "dt", "goes_on"), [(2, 1, 2), (1, 1, 9), (3, 0.5, 1.5)])
+def test_only_a_capture_waits_for_the_disk(tmp_path, monkeypatch, captures, dt, goes_on):
+    released, sync = threading.Event(), files.sync
+    monkeypatch.setattr(files, "sync", lambda path: released.wait(9) and sync(path))
+    made = record(Scalar(), tmp_path, round(10 / dt), dt=dt, interval=10, captures=captures)
+    for step in range(
+        round(goes_on / dt)
+    ):  # up to the next capture, though the file is not written
+        made.model.go(11 + step)
+        made.update(dt)
+    assert made.time == 10 + round(goes_on / dt) * dt
+    assert read(tmp_path) == {}
+    released.set()
+    made.close()
+    first, last = read(tmp_path).items()
+    assert first[0] == (0, 10)
+    assert last[0] == (10, made.time)
 
 
 def test_weights_that_are_not_finite_are_missing_from_the_record_and_said(tmp_path):

@@ -1,4 +1,4 @@
-"""What averages of sharded models feed: followers, the model, a record; in two processes."""
+"""What averages of sharded models feed: followers, the model, a record, scores; in two processes."""
 
 from __future__ import annotations
 

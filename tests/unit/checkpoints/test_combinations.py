@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from polyak.checkpoints import Dare, ModelStock, Slerp, Ties, average_checkpoints
 from polyak.checkpoints.merging import measure
-from polyak.checkpoints.merging.deltas import kept_at_random, parse_method
+from polyak.checkpoints.merging.deltas import kept_at_random, parse_method, share_kept
 from polyak.errors import ArgumentError, NonFiniteError
 
 DELTAS = Path(__file__).parents[2] / "data" / "mergekit" / "deltas"
@@ -89,7 +89,7 @@ def test_dare_is_its_twin(tmp_path, elect):
             kept_at_random(7, name, i + 1, 0, start.numel(), 0.3).reshape(start.shape)
             for i in range(len(states))
         ]
-        return combining.dare(start, states, masks, 0.3, 1.5, elect=elect)
+        return combining.dare(start, states, masks, share_kept(0.3), 1.5, elect=elect)
 
     close(found, base, inputs, twin, rtol=5e-6)
 
@@ -98,11 +98,19 @@ def test_dare_keeps_what_it_says_at_random():
     """Of 10^6 values; a share of 0.3 is off by more than 0.0023 once in 2 million seeds (5 sigma)."""
     kept = kept_at_random(1, "w", 1, 0, 1_000_000, 0.3)
     assert abs(kept.double().mean().item() - 0.3) < 0.0023
-    assert torch.equal(kept_at_random(1, "w", 1, 12_345, 100, 0.3), kept[12_345:12_445])
+    assert abs(share_kept(0.3) / 0.3 - 1) < 2e-5
+    for density in (0.3, 1e-3):  # of 16 and of 32 bits
+        whole = kept_at_random(1, "w", 1, 0, 20_000, density)
+        for begin in range(12_345, 12_350):
+            part = kept_at_random(1, "w", 1, begin, 1_000, density)
+            assert torch.equal(part, whole[begin : begin + 1_000])
     for other in ((2, "w", 1), (1, "v", 1), (1, "w", 2)):
         again = kept_at_random(*other, 0, 1_000_000, 0.3)
         assert abs((kept * again).double().mean().item() - 0.09) < 0.0015
-    assert kept_at_random(1, "w", 1, 0, 1000, 1.0).bool().all()
+    assert kept_at_random(1, "w", 1, 0, 1000, 1.0).all()
+    few = kept_at_random(1, "w", 1, 0, 1_000_000, 1e-3).double().mean().item()
+    assert abs(few - 1e-3) < 1.6e-4  # 5 sigma
+    assert share_kept(1e-3) == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_model_stock_is_its_twin(tmp_path):
@@ -113,6 +121,32 @@ def test_model_stock_is_its_twin(tmp_path):
         inputs,
         lambda _, b, x: combining.model_stock(b, x),
     )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+@pytest.mark.parametrize("shape", [(7,), (1000, 300)])
+def test_angles_of_tensors_of_any_size(tmp_path, size, shape):
+    """In float32 the squares of the first are 0, and those of the last infinite."""
+    base, inputs = runs(tmp_path, shapes={"w": shape}, noise=0.5)
+    for path in (base, *inputs):
+        save_file({"w": load_file(path)["w"] * size}, path)
+    states = [load_file(path)["w"] for path in inputs]
+    start = load_file(base)["w"]
+    stock = made(tmp_path, base, inputs, ModelStock(), overwrite=True)["w"].double()
+    between = made(tmp_path, None, inputs[:2], Slerp(0.3), overwrite=True)["w"].double()
+    twins = combining.model_stock(start, states), combining.slerp(None, states[:2], 0.3)
+    for found, twin in zip((stock, between), twins, strict=True):
+        assert ((found - twin).abs().max() / twin.abs().max()).item() < 5e-7
+
+
+def test_products_are_as_near_as_they_say():
+    torch.manual_seed(0)
+    for shift in (0.0, 1.0):  # of one sign, errors do not cancel
+        rows = torch.randn(4, 65_000) * torch.tensor([[1.0], [1e-4], [1e4], [0.3]]) + shift
+        exact = rows.double() @ rows.double().T
+        norms = exact.diagonal().sqrt()
+        off = (torch.from_numpy(measure._products(rows)) - exact) / (norms[:, None] * norms)
+        assert off.abs().max().item() < 3e-7
 
 
 def test_model_stock_says_how_much_of_the_mean_it_took(tmp_path):

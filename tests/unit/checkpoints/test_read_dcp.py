@@ -164,6 +164,26 @@ def test_safetensors_written_by_dcp(tmp_path):
             open_checkpoint(path)
 
 
+@pytest.mark.parametrize("beside", [{"step": 5}, {"groups": [{"lr": 0.1, "name": None}]}])
+@pytest.mark.parametrize("size", [3, 100_000])  # the end of a long file looks like no zip
+def test_safetensors_behind_pickles_are_explained(tmp_path, beside, size):
+    """What torch 2.13 writes for a state with values that are no tensors."""
+    state = {"rows": torch.randn(size)}
+    dcp.save(
+        {**state, **beside},
+        storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path)),
+        no_dist=True,
+    )
+    (path,) = tmp_path.glob("*.safetensors")
+    for place in (path, tmp_path):
+        with pytest.raises(FormatError, match=r"a value that is no tensor.*Save the tensors alone"):
+            open_checkpoint(place)
+    written = path.read_bytes()  # as the message says
+    path.write_bytes(written[written.index(b'{"__metadata__"') - 8 :])
+    with open_checkpoint(path) as checkpoint:
+        assert_reads(checkpoint, state)
+
+
 def test_a_chunk_of_another_tensor_is_noticed(single, tmp_path):
     def swap(metadata):
         where = {index.fqn: index for index in metadata.storage_data}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polyak.cli.app import run, with_flags
+from polyak.cli.app import app, run, with_flags
+from polyak.cli.converters import whole_number
 from polyak.reference_run.run import Run
 
 MODULE = """
@@ -32,6 +33,9 @@ def there(tmp_path, monkeypatch):
     (tmp_path / "for_options.py").write_text(MODULE)
     state = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).state_dict()
     save_file(state, "model.safetensors")
+    (tmp_path / "a-folder.png").mkdir()
+    for name in ("there.png", "there.html"):
+        (tmp_path / name).write_text("mine")
     return tmp_path
 
 
@@ -109,6 +113,23 @@ REFUSED = {
     "train --batch-size 100000 --output out": "--batch-size is 100000, and there are 6000",
     "train --resume --output out": "no run in out to resume",
     "train nope": "No recipe 'nope'",
+    "train --threads 0": "--threads is 0",
+    # outputs: a folder's name, a folder, one that is missing, and what is there
+    "update-bn model.safetensors --model BUILD --data DATA -o no/x.pt": "no folder no for x.pt",
+    "update-bn model.safetensors --model BUILD --data DATA -o step-100.safetensors": "Choose another name",
+    "schedule --plot a-folder.png": "is a folder; expected the name of a file, like a-folder.png/name",
+    "schedule --plot there.png": "there.png exists. .* pass --overwrite",
+    "schedule --plot no/a.png": "no folder no for a.png",
+    "report a-run -o there.html": "there.html exists. .* pass --overwrite",
+    "report a-run -o .": ". is a folder; expected the name of a file",
+    "report a-run -o no/a.html": "no folder no for a.html",
+    "compare a-run b-run -o there.html": "there.html exists. .* pass --overwrite",
+    "compare a-run b-run -o a-folder.png --overwrite": "a-folder.png is a folder",
+    "search rec --model BUILD --evaluate for_options:sized --minimize --report there.html": "exists",
+    "search rec --model BUILD --evaluate for_options:sized --minimize -o no/x.pt": "no folder no for x",
+    "landscape line ALL --evaluate for_options:sized --minimize -o a-folder.png": "is a folder",
+    "landscape line ALL --evaluate for_options:sized --minimize -o no/line.csv": "no folder no for line",
+    "landscape connect ALL --model BUILD --loss for_options:sized --data DATA -o no/x.pt": "no folder no",
     # the others
     "inspect": "No file was given",
     "inspect nope": "no file or folder nope",
@@ -116,12 +137,36 @@ REFUSED = {
     "report nope": "nope is not a run",
     "compare step-100.safetensors": "two or more different runs",
 }
+FILES = {
+    "update-bn model.safetensors --model BUILD --data DATA": ("-o", "new.pt"),
+    "schedule": ("--plot", "new.png"),
+    "report a-run": ("-o", "new.html"),
+    "compare a-run b-run": ("-o", "new.html"),
+    "search rec --model BUILD --evaluate for_options:sized --minimize": ("-o", "new.pt"),
+    "decay rec --model BUILD --evaluate for_options:sized --minimize": ("--report", "new.html"),
+    "landscape line ALL --evaluate for_options:sized --minimize": ("-o", "new.csv"),
+    "landscape connect ALL --model BUILD --loss for_options:sized --data DATA": ("-o", "new.pt"),
+    "average ALL": ("-o", "new.safetensors"),
+    "soup ALL --evaluate for_options:sized --minimize": ("-o", "new.pt"),
+}
+"""Commands, and an option with a file to write."""
 NOT_NUMBERS = [
     f"{command} {flag} {value}"
     for command, flags in (
         ("average ALL -o out.pt", ("--last", "--every", "--best", "--threads")),
         ("update-bn model.safetensors --model BUILD --data DATA", ("--limit",)),
-        ("train", ("--epochs", "--cycle-epochs", "--seeds", "--shift", "--batch-size")),
+        (
+            "train",
+            (
+                "--epochs",
+                "--cycle-epochs",
+                "--seeds",
+                "--shift",
+                "--batch-size",
+                "--threads",
+                "--jobs",
+            ),
+        ),
     )
     for flag in flags
     for value in ("2.5", "x", "1e3")
@@ -137,10 +182,38 @@ def arguments(line):
 def test_refused(line, there, capsys):
     before = {path.name for path in there.iterdir()}
     assert run(arguments(line)) in (1, 2)
-    written = " ".join(capsys.readouterr().err.split())
+    shown = capsys.readouterr()
+    written = " ".join(shown.err.split())
     assert "Traceback" not in written
+    if not line.startswith("average"):  # which first says which inputs count
+        assert not shown.out, "a refusal comes before anything is said"
+    assert (there / "there.html").read_text() == (there / "there.png").read_text() == "mine"
     assert re.search(REFUSED[line], written), written
     assert {path.name for path in there.iterdir()} - {"__pycache__"} == before
+
+
+@pytest.mark.parametrize("line", FILES)
+def test_a_slash_names_a_folder(line, there, capsys):
+    option, name = FILES[line]
+    with pytest.raises(SystemExit) as stop:
+        run([*arguments(line), option, f"{name}/"])
+    assert stop.value.code == 2
+    assert "names a folder; expected the name" in " ".join(capsys.readouterr().err.split())
+    assert not (there / name).exists()
+
+
+def test_every_whole_number_is_read_as_one():
+    commands = [app[name] for name in app if not name.startswith("-")]
+    commands += [app["landscape"][name] for name in app["landscape"] if not name.startswith("-")]
+    read = {
+        argument.name: argument.parameter.converter
+        for command in commands
+        if command.default_command is not None
+        for argument in command.assemble_argument_collection()
+        if argument.hint in (int, int | None, "int", "int | None")
+    }
+    assert len(read) > 20
+    assert {name for name, converter in read.items() if converter is not whole_number} == set()
 
 
 @pytest.mark.parametrize("line", NOT_NUMBERS)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import polyak
+from polyak.checkpoints import thin_record
 from polyak.cli.app import run
+
+WEIGHTS = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+SHORT = {"swa.safetensors": "", "swa.pt": "", "ema.safetensors": ":half_life=20"}
 
 
 @pytest.fixture
@@ -87,3 +93,69 @@ def test_the_folder_of_a_run_stands_for_the_one_record_in_it(record, tmp_path, c
         (second / one.name).write_bytes(one.read_bytes())
     assert run(["average", str(tmp_path), "-o", str(made), "--method", "swa"]) == 2
     assert str(second) in capsys.readouterr().err
+    assert run(["thin", str(tmp_path), "--keep", "3"]) == 2
+    assert str(second) in capsys.readouterr().err
+    assert run(["thin", str(second.parent / "first"), "--keep", "4"]) == 0
+    shutil.rmtree(second)
+    assert run(["thin", str(tmp_path), "--keep", "3"]) == 0
+    assert "first: 1 files merged" in capsys.readouterr().out
+    assert thin_record(tmp_path, 2) == 1
+
+
+def _files(folder):
+    for step in (10, 20):
+        torch.save(WEIGHTS, folder / f"step-{step}.pt")
+    return "checkpoints (step-10.pt, step-20.pt)", f"'{folder / 'step-*.pt'}'"
+
+
+def _folders(folder):
+    for step in (10, 20):
+        (folder / f"checkpoint-{step}").mkdir()
+        save_file(WEIGHTS, folder / f"checkpoint-{step}" / "model.safetensors")
+    return "checkpoints (checkpoint-10, checkpoint-20)", f"'{folder / 'checkpoint-*'}'"
+
+
+def _numbered_epoch(folder):
+    torch.save(WEIGHTS, folder / "epoch_3.ckpt")
+    torch.save({"optimizer": {}}, folder / "optimizer.pt")
+    return "checkpoints (epoch_3.ckpt)", f"the checkpoints ({folder / 'epoch_3.ckpt'})"
+
+
+def _final(folder):
+    save_file(WEIGHTS, folder / "model.safetensors")
+    return "weights of its own", "the file of the weights, or move the record"
+
+
+def _damaged(folder):
+    (folder / "step-10.pt").write_bytes(b"half a file")
+    torch.save(WEIGHTS, folder / "step-20.pt")
+    return "checkpoints (step-10.pt, step-20.pt)", f"'{folder / 'step-*.pt'}'"
+
+
+@pytest.mark.parametrize("beside", [_files, _folders, _numbered_epoch, _final, _damaged])
+def test_a_folder_with_a_record_and_checkpoints_is_asked_about(record, tmp_path, capsys, beside):
+    found, advice = beside(tmp_path)
+    target, before = tmp_path.parent / f"{tmp_path.name}.pt", set(tmp_path.rglob("*"))
+    search = ["--command", "echo {file} 1", "--minimize"]
+    for command in (
+        ["average", str(tmp_path), "-o", str(target)],
+        ["search", str(tmp_path), *search],
+    ):
+        assert run(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"holds {found}, and the record of a run" in said
+        assert f"Name the record ({record}), or " in said
+        assert advice in said
+    assert set(tmp_path.rglob("*")) == before
+    assert not target.exists()
+    assert run(["average", str(record), "-o", str(target), "--method", "window:length=40"]) == 0
+    assert torch.load(target)["weight"][0, 0] == 141
+
+
+@pytest.mark.parametrize("names", [["swa.safetensors"], ["swa.pt", "ema.safetensors"]])
+def test_averages_beside_a_record_are_no_checkpoints(record, tmp_path, capsys, names):
+    for name in names:
+        polyak.Trajectory(record).save(tmp_path / name, name.partition(".")[0] + SHORT[name])
+    target = tmp_path / "window.pt"
+    assert run(["average", str(tmp_path), "-o", str(target), "--method", "window:length=40"]) == 0
+    assert torch.load(target)["weight"][0, 0] == 141

@@ -156,6 +156,8 @@ def test_an_epoch_of_drawn_examples():
         ({"epoch_size": -1}, "epoch_size is -1"),
         ({"task": "sounds"}, "task is 'sounds'; expected images or words"),
         ({"branch_at": -0.5}, "branch_at is -0.5"),
+        ({"branch_at": 0.5}, "branch_at is 0.5, where the arm cosine.* no longer has its rate"),
+        ({"branch_at": 0.5, "constant_until": 0.25}, "Leave branch_at at 0 for a run of its own"),
     ],
 )
 def test_recipes_that_do_not_fit(fields, message):

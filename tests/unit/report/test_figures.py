@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from polyak.reference_run.recipe import ARMS
 from polyak.report import figures
 from polyak.report.drawing import Picture, draw
 from polyak.study.paired import Estimate
@@ -22,31 +21,21 @@ def line(ax, label):
 
 
 def test_rates_and_averaged_weights(ax):
-    rates = {"sgd": ([1, 2, 3], [0.1, 0.1, 0.05]), "swa": ([3], [0.1])}
-    figures.plot_rates(ax, rates, {"swa": ([2, 3], [0.1, 0.1])})
+    rates = {"SGD": ([1, 2, 3], [0.1, 0.1, 0.05]), "iterate, SWA arm": ([3], [0.1])}
+    figures.plot_rates(ax, rates, {"averaged weights": ([2, 3], [0.1, 0.1])})
     assert line(ax, "SGD").tolist() == [[1, 0.1], [2, 0.1], [3, 0.05]]
     assert line(ax, "averaged weights").tolist() == [[2, 0.1], [3, 0.1]]
 
 
 def test_the_budget_draws_means_bands_and_where_annealed_runs_end(ax):
     x = np.array([1.0, 2.0])
-    band = figures.Band("its EMA", x, np.array([14.0, 12.0]), x + 9, x + 14)
-    ended = figures.Band("annealed", x, np.array([15.0, 11.0]), x, x)
-    figures.plot_budget(ax, {"ema": band}, {"half": ended}, ylabel="error", ylim=(5, 20))
+    band = figures.Band(x, np.array([14.0, 12.0]), x + 9, x + 14)
+    ended = figures.Band(x, np.array([15.0, 11.0]), x, x)
+    figures.plot_budget(ax, {"its EMA": band}, {"annealed": ended}, ylabel="error", ylim=(5, 20))
     assert line(ax, "its EMA").tolist() == [[1, 14.0], [2, 12.0]]
     assert ax.get_lines()[-2].get_xydata().tolist() == [[2, 11.0]]
     assert ax.get_lines()[-1].get_ydata() == [11.0, 11.0]
     assert len(ax.collections) == 1
-
-
-def test_a_colour_has_one_meaning():
-    averages = [colour for kind, colour in figures.COLOURS.items() if kind != "iterate"]
-    for arms in ARMS.values():
-        colours = [*(figures.ARM_COLOURS[arm] for arm in arms), *averages]
-        assert len(set(colours)) == len(colours)
-    assert set(figures.FAMILY_COLOURS.values()) == set(averages)
-    assert figures.colour_of("swa", "iterate") == figures.COLOURS["iterate"]
-    assert figures.colour_of("cyclic", "swa") == figures.colour_of("swa", "swa")
 
 
 def test_history_with_what_sgd_ends_with(ax):
@@ -58,8 +47,8 @@ def test_history_with_what_sgd_ends_with(ax):
 
 
 def test_reliability_leaves_bins_of_few_out(ax):
-    figures.plot_reliability(ax, [0.3, 0.5, 0.9], [0.0, 0.4, 0.8], [5, 10, 25], title="SGD")
-    assert line(ax, "accuracy").tolist() == [[0.5, 0.4], [0.9, 0.8]]
+    figures.plot_reliability(ax, [0.3, 0.5, 0.9], [0.0, 0.4, 0.8], [5, 10, 25], name="SGD")
+    assert line(ax, "SGD").tolist() == [[0.5, 0.4], [0.9, 0.8]]
     assert [bar.get_height() for bar in ax.patches] == [0.125, 0.25, 0.625]
 
 

@@ -49,8 +49,8 @@ def test_the_record_answers_three_questions_in_sentences_that_hold(folder, page)
     assert 0 <= begin < end <= record.end
     for other in ("SWA", "EMA", "the last iterate"):
         said = re.search(rf"Minus {other}: (\S+) \((\S+) to ([^ ,)]+)(, within noise)?\)", which)
-        low, high = float(said[2]), float(said[3])
-        assert low <= float(said[1]) <= high
+        middle, low, high = (float(number.replace("−", "-")) for number in said.groups()[:3])
+        assert low <= middle <= high
         assert bool(said[4]) == (low <= 0 <= high)
     assert f"from epoch {run.recipe.constant_until * run.recipe.epochs:g} on" in decay
     until = float(re.search(r"ends at ([\d,.]+) steps", stop)[1])

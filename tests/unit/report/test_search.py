@@ -54,13 +54,31 @@ def along(question):
 
 def test_what_it_says():
     said = describe(FOUND)
-    assert "from 40 to 80 steps, score 0.3" in said
-    assert "+0.1 (-0.1 to +0.3, within noise)" in said
+    assert "from 40 to 80 steps, score 0.30000" in said
+    assert "Minus SWA of the last quarter: +0.10 (−0.10 to +0.30, within noise)." in said
+    itself = Comparison("best", "the last interval", 0.0, 0.0, 0.0, same=True)
+    said = describe(dataclasses.replace(FOUND, comparisons=(itself,)))
+    assert "The best is the last interval itself." in said
+    assert "within noise" not in said
     number = dataclasses.replace(FOUND, examples=None)
     assert "No examples were held out, so there is no interval" in describe(number)
     assert "100% of the run, is the earliest" in describe(along("stop"))
     assert "differs from the last by more than noise" in describe(along("stop"))
     assert "not its weights" in describe(along("decay"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((-0.01968, -0.0308, -0.008279), "Minus EMA: −0.020 (−0.031 to −0.008)."),
+        ((0.001038, 1.675e-05, 0.002029), "Minus EMA: +0.0010 (+0.0000 to +0.0020, within noise)."),
+        ((0.0, 0.0, 0.0), "The best scores as EMA does on every example, if it is not that."),
+        ((12.5, 3.0, 22.0), "Minus EMA: +12.5 (+3.0 to +22.0)."),
+    ],
+)
+def test_a_difference_has_as_many_decimals_as_its_interval_says(numbers, said):
+    one = Comparison("best", "EMA", *numbers)
+    assert describe(dataclasses.replace(FOUND, comparisons=(one,))).endswith(said)
 
 
 def test_the_slider_shows_stored_scores_in_order():

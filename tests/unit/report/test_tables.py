@@ -60,6 +60,9 @@ def test_labels():
         (0.125, 2, "0.13"),
         (-0.125, 2, "−0.13"),
         (2.675, 2, "2.68"),
+        (17.375 - 16.8, 2, "0.58"),  # as floats a hair below
+        (16.8 - 17.375, 2, "−0.58"),
+        (0.5749, 2, "0.57"),
         (12.25, 1, "12.3"),
         (0.5, 0, "1"),
         (-0.004, 2, "0.00"),
@@ -69,6 +72,19 @@ def test_labels():
 def test_numbers_are_rounded_half_away_from_zero(value, digits, shown):
     assert rounded(value, digits) == shown
     assert format_estimate(Estimate(value, None, 1), digits) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "shown"),
+    [
+        (Estimate(0.5, 0.0, 2), True, "+0.50"),
+        (Estimate(0.5, 0.0, 2), False, "0.50"),
+        (Estimate(0.5, 0.001, 5), True, "+0.50 ± <0.01"),
+        (Estimate(0.5, 0.1, 3), False, "0.50 ± 0.10"),
+    ],
+)
+def test_an_interval_is_never_of_no_width(value, signed, shown):
+    assert format_estimate(value, 2, signed=signed) == shown
 
 
 def test_counts_are_english():

@@ -7,8 +7,8 @@ from reference.tiny_run import make_run
 
 from polyak.reference_run.run import Run
 from polyak.report import verdict
-from polyak.report.budget import Budget, budget_of
-from polyak.report.sentences import difference, found
+from polyak.report.budget import Budget, Reached, budget_of
+from polyak.report.sentences import difference, found, how_measured, when
 from polyak.report.tables import Finals
 from polyak.study.paired import Estimate, paired
 
@@ -46,6 +46,17 @@ SGD, BETTER, WORSE, SAME = (
 )
 def test_the_verdict(swa, said):
     assert verdict.verdict(finals(sgd=SGD, swa=swa), "swa").startswith(said)
+
+
+def test_seeds_that_agree_to_the_last_digit_show_no_spread():
+    """Errors of a few images: 0.57 points in both seeds is no interval of no width."""
+    text = verdict.verdict(finals(sgd=(16.8, 17.4), swa=(17.375, 17.975)), "swa")
+    assert text.startswith("No difference was found")
+    assert "differences +0.58 points in each seed (no spread) and" in text
+    line = verdict.lines(finals(sgd=(16.8, 17.4), swa=(17.375, 17.975)), "swa")[0]
+    assert line == (
+        "SWA: in test error, SWA is 0.58 points above annealed SGD in each of 2 seeds, which shows no spread."
+    )
 
 
 def read_back(sentence, found):
@@ -86,36 +97,70 @@ def test_nothing_is_found_that_does_not_show(mean, expected):
     assert ("no difference found" in difference("a", "b", value, "points", 2)) == (expected == 0)
 
 
-def budget(ema, half=((2, 12.0),), sgd=((4, 11.0),), seeds=3):
-    by_seed = lambda values: {seed: dict(values) for seed in range(seeds)}  # noqa: E731
+def budget(ema, half=((2, 12.0),), sgd=((4, 11.0),), noise=(0.0, 0.0, 0.0)):
+    """Four epochs; the seeds differ by the noise in what the half run ends with."""
+    by_seed = lambda values: {seed: dict(values) for seed in range(len(noise))}  # noqa: E731
     curve = list(enumerate(ema, start=1))
     averaged = {"iterate": by_seed(curve), "ema": by_seed(curve)}
-    return Budget(4, averaged, {"sgd": by_seed(sgd), "half": by_seed(half)}, is_constant=True)
+    halves = {seed: {e: v + more for e, v in half} for seed, more in enumerate(noise)}
+    return Budget(4, averaged, {"sgd": by_seed(sgd), "half": halves}, is_constant=True)
+
+
+FALLING = [14.0, 12.0, 11.0, 10.5]
 
 
 def test_shares_are_first_epochs_over_the_budget_and_not_reached_is_an_answer():
-    whole, half, at_half, follows = verdict.shares(budget([14.0, 12.0, 11.0, 10.5]))
-    assert "has it after 75% ± 0% of the budget (mean over 3 seeds, 95% interval)" in whole
-    assert "has it after 50% ± 0%" in half
+    whole, half, at_half, follows = verdict.shares(budget(FALLING, noise=(0.0, 0.1, 0.05)))
+    measured = "(measured after each epoch, 25% of the budget)."
+    assert whole.endswith(f"reaches it after 75% of the budget in each of 3 seeds {measured}")
+    assert half.endswith(f"reaches it after 50% of the budget in each of 3 seeds {measured}")
     assert "no difference found between the EMA and the run annealed in that half" in at_half
     assert "they save training too" in follows  # half of the length is a point behind
     never, *_ = said = verdict.shares(budget([14.0, 12.0, 12.0, 11.5]))
-    assert "does not reach it in any of 3 seeds" in never
+    assert "reaches it in none of 3 seeds" in never
     assert not any("What follows" in sentence for sentence in said)
 
 
 def test_where_half_of_the_length_does_as_well_no_training_is_saved():
-    said = verdict.shares(budget([14.0, 12.0, 11.0, 10.5], half=((2, 11.0),)))
+    said = verdict.shares(budget(FALLING, half=((2, 11.0),), noise=(0.1, 0.0, -0.1)))
     assert "That they save training is not shown here" in said[-1]
     assert "no difference found" in said[-1]
 
 
+def test_nothing_follows_from_seeds_without_spread():
+    said = verdict.shares(budget(FALLING))  # a point behind in each of the seeds, to the last digit
+    assert "That they save training is not shown here" in said[-1]
+    assert "1.00 points above the whole one in each of 3 seeds, which shows no spread" in said[-1]
+
+
 def test_a_share_that_some_seeds_miss_says_how_many():
-    values = budget([14.0, 12.0, 11.0, 10.5])
+    values = budget(FALLING)
     values.annealed["sgd"][0][4] = 5.0
     reached = values.reached("ema", "sgd")
     assert (reached.n_reached, reached.n_seeds) == (2, 3)
-    assert "in 2 of 3 seeds, and does not reach it in 1" in verdict.describe_reached(reached)
+    assert when(reached) == "after 75% of the budget in 2 of 3 seeds (at no time in the other)"
+
+
+@pytest.mark.parametrize(
+    ("shares", "n_seeds", "said"),
+    [
+        ((), 1, "at no time"),
+        ((), 3, "in none of 3 seeds"),
+        ((0.25,), 1, "after 25% of the budget"),
+        ((0.25,), 2, "after 25% of the budget in 1 of 2 seeds (at no time in the other)"),
+        ((0.25, 0.3), 4, "after 25% to 30% of the budget in 2 of 4 seeds (at no time in the other 2)"),
+        ((0.25, 0.25), 2, "after 25% of the budget in each of 2 seeds"),
+        ((0.25, 0.75), 2, "after 25% to 75% of the budget in 2 seeds"),  # 50% ± 318%
+        ((0.9, 0.95, 0.95), 3, "after 90% to 95% of the budget in 3 seeds"),  # 93% ± 7%
+        ((0.4, 0.45, 0.45), 3, "after 43% ± 7% of the budget"),
+        ((0.4,) * 9 + (0.45,), 10, "after 41% ± 5% of the budget"),  # ± 1%, measured every 5%
+    ],
+)  # fmt: skip
+def test_when_an_average_is_as_good_says_no_more_than_was_measured(shares, n_seeds, said):
+    reached = Reached(shares, n_seeds, 0.05)
+    assert when(reached) == said
+    told = "± is the 95% interval of the mean over" in how_measured([reached])
+    assert told == ("±" in said)
 
 
 def test_the_budget_of_a_run_is_one_run_up_to_the_branch(tmp_path):

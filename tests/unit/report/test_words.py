@@ -1,12 +1,10 @@
 """What the page of a language model says is true of its numbers: sentences are read back."""
 
-import re
-
 import pytest
 
 from polyak.report import words
 from polyak.report.budget import Budget
-from polyak.report.sentences import describe_history, describe_schedule, describe_table
+from polyak.report.sentences import Rates, describe_history, describe_schedule, describe_table
 from polyak.report.tables import IMAGES, WORDS, Finals, row_label
 from polyak.study.paired import paired
 
@@ -42,9 +40,9 @@ def test_the_verdict(swa, said):
     text = words.verdict(finals(cosine=COSINE, swa=swa, ema=swa, iterate=HIGHER), "constant")
     assert text.startswith(said)
     value = paired(swa, COSINE[: len(swa)])
-    shown = f"{value.mean:+.3f}".replace("-", "−")
+    shown = f"{value.mean:+.4f}".replace("-", "−")
     assert f"SWA minus cosine {shown}" in text
-    assert f"a cosine decay over the same length {sum(COSINE) / 3:.3f}" in text
+    assert f"a cosine decay over the same length {sum(COSINE) / 3:.4f}" in text
 
 
 def test_no_verdict_without_both():
@@ -76,7 +74,7 @@ def test_the_lines_read_back(values, where):
     mean, half = (f"{x:.4f}".replace("-", "−") for x in (value.mean, value.half_width()))
     sign = "" if value.mean < 0 else "+"
     assert named[INSIDE] == f"the SWA {sign}{mean} ± {half} ({where or 'no difference found'})."
-    assert "0.100 nats per byte above the SWA of its run" in named["Iterate"]
+    assert "0.1000 nats per byte above the SWA of its run in each of 3 seeds" in named["Iterate"]
 
 
 def test_the_rise_of_rounded_weights():
@@ -90,13 +88,16 @@ def test_the_rise_of_rounded_weights():
 def budget(quarter, half, cosine, ema):
     """Eight epochs, three seeds; the runs end after 2, 4 and 8 of them."""
     ends = {"quarter": (2, quarter), "half": (4, half), "cosine": (8, cosine)}
-    spread = (0.0, 0.002, -0.002)
+    spread, more = (0.0, 0.002, -0.002), (0.0, 0.001, 0.001)
     annealed = {
         arm: {seed: dict.fromkeys(range(1, n + 1), end + spread[seed]) for seed in range(3)}
         for arm, (n, end) in ends.items()
     }
     averaged = {
-        kind: {seed: {e + 1: v + spread[seed] for e, v in enumerate(values)} for seed in range(3)}
+        kind: {
+            seed: {e + 1: v + spread[seed] + more[seed] for e, v in enumerate(values)}
+            for seed in range(3)
+        }
         for kind, values in {"iterate": [9.0] * 8, "ema": ema}.items()
     }
     return Budget(8, averaged, annealed, is_constant=True)
@@ -106,18 +107,16 @@ FALLING = (3.0, 2.5, 2.3, 2.2, 2.1, 2.05, 2.0, 1.9)
 
 
 def test_the_shares_and_every_length():
-    said = words.shares(budget(2.5, 2.25, 1.95, FALLING))
-    reached = (
-        "is reached by the EMA after {} ± 0% of the budget (means over 3 seeds, 95% intervals)."
-    )
+    said = words.shares(budget(2.51, 2.26, 1.96, FALLING))
+    reached = "is reached by the EMA after {} of the budget in each of 3 seeds (measured after each epoch, 13% of the budget)."
     assert said[0].endswith("annealed in a quarter of the length ends " + reached.format("25%"))
     assert said[1].endswith("annealed in half the length ends " + reached.format("50%"))
     assert said[2].endswith("annealed over the whole length ends " + reached.format("100%"))
     assert said[3].startswith(
         "At a quarter of the budget, validation loss minus that of the cosine run"
     )
-    assert said[3].endswith("the EMA +0.000 ± 0.000 (no difference found).")
-    assert said[4].endswith("the EMA −0.050 ± 0.000 (below).")
+    assert said[3].endswith("the EMA −0.0093 ± 0.0014 (below).")
+    assert said[4].endswith("the EMA −0.0593 ± 0.0014 (below).")
     assert said[-1].endswith(
         "At none of these lengths is every average found to be behind the cosine run."
     )
@@ -128,7 +127,7 @@ def test_lengths_at_which_the_decay_is_ahead_are_named():
     assert said[-1].endswith(
         "Not at a quarter of the budget and at its end, where every average is behind."
     )
-    assert "by the EMA never (" in said[2]
+    assert "by the EMA in none of 3 seeds (" in said[2]
 
 
 def test_an_average_is_asked_only_where_it_has_begun():
@@ -146,7 +145,7 @@ def test_an_average_is_asked_only_where_it_has_begun():
         True,
         False,
     ]
-    assert "by the EMA never, by the SWA after 100%" in said[2]
+    assert "by the EMA in none of 3 seeds, by the SWA after 100%" in said[2]
 
 
 def test_nothing_is_said_of_a_rate_that_moved():
@@ -164,30 +163,32 @@ def test_rows_are_named_by_their_task():
 
 def test_the_sentences_of_images_have_words_for_words():
     table = finals(cosine=LOWER, swa=HIGHER)
+    value = paired(HIGHER, LOWER)
+    low, high = (value.mean + side * value.half_width() for side in (-1, 1))
     assert describe_table(table) == (
-        f"Lowest test loss: cosine, {sum(LOWER) / 3:.4f}; lowest next byte wrong: cosine, "
-        f"{10 * sum(LOWER):.2f}%. No average beat the cosine decay in loss here."
+        f"Lowest test loss: cosine, {sum(LOWER) / 3:.4f}; the lowest average (constant arm, SWA) is 0.0400 nats per byte "
+        f"above cosine in each of 3 seeds, which shows no spread. Lowest next byte wrong: cosine, "
+        f"{10 * sum(LOWER):.2f}%; the lowest average (constant arm, SWA) is 1.20 points above cosine in each of 3 seeds, "
+        "which shows no spread."
     )
-    rates = {
-        "cosine": (0.008, 0.0),
-        "half": (0.008, 0.0),
-        "quarter": (0.008, 0.0),
-        "constant": (0.008, 0.008),
-    }
-    said = describe_schedule(rates, {"constant": 193})
+    assert low == pytest.approx(high)
+    rates = {arm: Rates(0.008, 0.0, 1) for arm in ("cosine", "half", "quarter")}
+    said = describe_schedule(rates | {"constant": Rates(0.008, 0.008, 1)}, {"constant": 193})
     assert said == (
-        "The cosine arm falls from 0.008 to 0, and again in half and in a quarter of the budget; the constant arm "
-        "stays at 0.008 and averages 193 sets of weights."
+        "The cosine arm warms up to 0.008 in 1 epoch, then falls down to 0, and again in half and in a quarter of the "
+        "budget; the constant arm warms up to 0.008 in 1 epoch and stays there and averages 193 sets of weights."
     )
-    last = {
-        ROWS["cosine"]: 1.85,
-        ROWS["inside"]: 1.86,
-        ("constant", "iterate"): 1.9,
-        ("constant", "swa"): 1.83,
-    }
-    told = describe_history(last, " nats per byte", 3, "loss")
-    assert re.fullmatch(
-        r"Validation loss: cosine ends at 1.850 nats per byte; the constant arm's average ends at 1.830 nats per byte, "
-        r"below its own iterate \(1.900 nats per byte\) and below cosine's.",
-        told,
+    losses = {
+        ROWS["cosine"]: COSINE, ROWS["inside"]: SAME, ("constant", "iterate"): HIGHER, ("constant", "swa"): LOWER,
+    }  # fmt: skip
+    last = {row: dict(enumerate(values)) for row, values in losses.items()}
+    told = describe_history(last, WORDS.metrics[0], "loss")
+    own, other = paired(LOWER, HIGHER), paired(LOWER, COSINE)
+    assert told.startswith(
+        "Validation loss: cosine ends at 1.8520 nats per byte; the constant arm's average ends at 1.8323 nats per byte, "
+        f"its iterate at 1.8723 nats per byte: the average is {-own.mean:.4f} nats per byte below its own iterate"
+    )
+    assert told.endswith(
+        f"the average is {-other.mean:.4f} nats per byte below cosine (95% interval "
+        f"{-other.mean - other.half_width():.4f} to {-other.mean + other.half_width():.4f}, 3 seeds)."
     )

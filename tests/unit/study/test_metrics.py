@@ -8,8 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyak.errors import ArgumentError, NonFiniteError
-from polyak.study.metrics import best_temperature, ece, error, nll, reliability
+from polyak.errors import ArgumentError, NonFiniteError, PolyakWarning
+from polyak.study.metrics import (
+    auroc,
+    best_temperature,
+    brier,
+    ece,
+    entropy,
+    error,
+    nll,
+    reliability,
+)
 
 
 def predictions(seed, n=400, k=10, sharpness=3.0):
@@ -108,3 +117,37 @@ def test_what_does_not_fit_is_refused():
         nll(logits, torch.tensor([0, 1, 2]), temperature=0.0)
     with pytest.raises(NonFiniteError, match="diverged"):
         ece(torch.full((1, 2), math.nan), torch.tensor([0]))
+
+
+READ_OUTS = [error, nll, brier, ece, reliability, best_temperature]
+
+
+@pytest.mark.parametrize("read_out", READ_OUTS)
+@pytest.mark.parametrize("form", [np.asarray, lambda x: x.tolist()])
+def test_arrays_and_lists_are_what_tensors_are(read_out, form):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(20, 3).double(), torch.randint(0, 3, (20,))
+    assert read_out(form(logits), form(labels)) == read_out(logits, labels)
+    assert auroc(form(logits[0]), form(logits[1])) == auroc(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("read_out", [*READ_OUTS, lambda logits, labels: entropy(logits)])
+def test_probabilities_are_told_from_logits(read_out):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(20, 3), torch.randint(0, 3, (20,))
+    with pytest.warns(PolyakWarning, match="look like probabilities"):
+        read_out(logits.softmax(1).half(), labels)
+    read_out(logits, labels)  # where a warning would be an error
+    read_out(logits.softmax(1).log(), labels)
+
+
+@pytest.mark.parametrize("wrong", ["abc", [[1.0, 2.0], [3.0]], None, {}])
+def test_what_is_no_tensor_is_refused(wrong):
+    with pytest.raises(ArgumentError, match="expected a tensor, or what one can be made of"):
+        nll(wrong, torch.tensor([0]))
+
+
+def test_entropy_has_a_gradient():
+    logits = torch.randn(2, 3, requires_grad=True)
+    entropy(logits).sum().backward()
+    assert logits.grad.abs().sum() > 0

@@ -52,6 +52,13 @@ def test_one_seed_has_no_spread():
     assert estimate([3.0]).half_width() is None
 
 
+def test_seeds_that_all_agree_show_no_spread_either():
+    got = paired([17.375, 17.975, 0.575], [16.8, 17.4, 0.0])  # floats differ in the sixteenth digit
+    assert got.half_width() is None
+    assert got.sign == 0
+    assert paired([1.0, 2.0], [0.9, 1.9 + 1e-6]).half_width() > 0
+
+
 def test_bad_input():
     with pytest.raises(ArgumentError, match="no values"):
         estimate([])

@@ -334,6 +334,26 @@ def test_why_there_is_no_interval(record, examples, holdout, why):
     assert note.count("One number") == (examples is None)
 
 
+@pytest.mark.parametrize("examples", [None, 40])
+@pytest.mark.parametrize(
+    ("target", "given", "same"),
+    [
+        (1000.0, {}, {"the last interval"}),
+        (1000.0, {"swa": "window:length=10"}, {"SWA", "the last interval"}),
+        (140.5, {}, {"SWA of the last quarter"}),
+        (140.5, {"ema": "window:length=40"}, {"SWA of the last quarter", "EMA"}),
+        (100.0, {}, set()),
+    ],
+)
+def test_what_the_best_itself_is_has_no_difference(record, target, given, same, examples):
+    found = record.search(Calls(target, examples=examples), minimize=True, cache=False, **given)
+    assert {one.against for one in found.comparisons if one.same} == same
+    said = str(found)
+    for one in found.comparisons:
+        assert (f"best and {one.against} are one and the same average" in said) == one.same
+        assert (f"best minus {one.against}: " in said) != one.same
+
+
 def test_noise_is_called_noise(record):
     def coin(state):
         torch.manual_seed(int(state["weight"][0, 0]))

@@ -20,7 +20,8 @@ from polyak.tensors.updates import Update
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 pytestmark = pytest.mark.skipif(
-    not fused.is_available(DEVICE), reason="needs Triton, and CUDA or TRITON_INTERPRET=1"
+    not fused.is_available(DEVICE),
+    reason="needs Triton and CUDA, or TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p reference.interpreted",
 )
 
 SHAPES = [(3, 5), (), (fused.BLOCK,), (0, 4), (2 * fused.BLOCK + 5,), (7, 11, 13)]

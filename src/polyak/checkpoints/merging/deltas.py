@@ -11,6 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -123,7 +124,8 @@ class Dare(Combination):
     value's index, so the result depends neither on threads nor on how the files are cut.
 
     Args:
-        density: $p$, the share that is kept, above 0 to 1. The paper drops 90% to 99% of fine-tunes.
+        density: $p$, the share that is kept, above 0 to 1. The paper drops 90% to 99% of fine-tunes. It is rounded
+            to a multiple of $2^{-16}$, of $2^{-32}$ where it is below 1/64.
         scale: $\lambda$, by which the merged delta is multiplied.
         weights: $w_i$, one per input and not negative; $1/N$ by default.
         elect: combine what is left as `Ties` does: elect a sign, average what agrees.
@@ -164,10 +166,11 @@ class Dare(Combination):
 
         def drop(delta: Tensor, name: str, index: int, begin: int) -> None:
             kept = kept_at_random(self.seed, name, index, begin, len(delta), self.density)
-            delta.mul_(kept.to(delta.dtype))
+            values: Any = delta.numpy()
+            np.multiply(values, kept.numpy().view(np.uint8), out=values)
 
         rule = ElectedDeltas if self.elect else SumOfDeltas
-        return rule(inputs.weights, self.scale / self.density, drop)
+        return rule(inputs.weights, self.scale / share_kept(self.density), drop)
 
 
 @dataclass(frozen=True)
@@ -271,12 +274,30 @@ def parse_method(method: str) -> Profile | Combination:
 def kept_at_random(
     seed: int, name: str, index: int, begin: int, values: int, density: float
 ) -> Tensor:
-    """Which of the values `begin` to `begin + values` of a tensor are kept: a share `density`, at random."""
-    seeds = np.random.SeedSequence([seed, zlib.crc32(name.encode()), index])
-    numbers = np.random.PCG64DXSM(seeds)
-    numbers.advance(begin // 2)  # each step gives two numbers of 32 bits
-    raw = numbers.random_raw(values // 2 + 2).view(np.uint32)[begin % 2 :][:values]
-    return torch.from_numpy((raw <= np.uint32(round(density * 2**32) - 1)).astype(np.float32))
+    """Which of the values `begin` to `begin + values` of a tensor are kept: a share of them, at random."""
+    kind, bound = _threshold(density)
+    numbers = np.random.PCG64DXSM(_seeds(seed, name, index))
+    each = 8 // np.dtype(kind).itemsize  # of them in a step, which has 64 bits
+    numbers.advance(begin // each)
+    raw = numbers.random_raw(values // each + 2).view(kind)[begin % each :][:values]
+    return torch.from_numpy(raw <= kind(bound - 1))
+
+
+def share_kept(density: float) -> float:
+    """What `kept_at_random` keeps of all values on average."""
+    kind, bound = _threshold(density)
+    return bound / float(np.iinfo(kind).max + 1)
+
+
+def _threshold(density: float) -> tuple[Any, int]:
+    """The random numbers, whole and without a sign, and how many of these values are below it."""
+    kind, bits = (np.uint16, 16) if density >= 1 / 64 else (np.uint32, 32)
+    return kind, max(1, round(density * 2**bits))
+
+
+@lru_cache(maxsize=4096)  # a tensor has many chunks
+def _seeds(seed: int, name: str, index: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(name.encode()), index])
 
 
 def _stock_share(shares: Mapping[str, float], inputs: Inputs) -> StockShare:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from polyak.checkpoints.intervals import is_record
 from polyak.checkpoints.merging.counted import LeftOut, average_rank
 from polyak.checkpoints.merging.passed_over import (
     has_step,
@@ -118,7 +119,7 @@ class Finder:
 
     def _refuse_averages(self, taken: list[Checkpoint], folders: list[str]) -> None:
         """Averages are meant where there is nothing else; here there are folders of checkpoints."""
-        others = [one for one in folders if not self._is_average(one)]
+        others = [one for one in folders if not is_record(one) and not self._is_average(one)]
         if others:
             raise ArgumentError(
                 f"All that is left here are averages that polyak wrote ({', '.join(one.path for one in taken)}), beside "

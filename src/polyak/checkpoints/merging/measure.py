@@ -20,6 +20,8 @@ from polyak.checkpoints.reading.stored import TORCH_DTYPES, accumulator, itemsiz
 
 _PIECE = 1 << 16
 _SAMPLE, _RUN = 1 << 15, 1 << 8
+_SUMMED = 1 << 9  # products that are summed in float32
+_SMALL = 1e-25  # a sum of squares of a piece, of which the largest are far from the smallest number
 _memory = threading.local()  # buffers of each thread, for the inputs and for the base
 
 Found = TypeVar("Found")
@@ -50,18 +52,38 @@ class Inputs:
 
 
 def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
-    """Products of every two inputs (of their differences to the first, if that is the base), in float64."""
-    inputs = range(len(tensor.sources))
-    total = np.zeros((len(inputs) - has_base,) * 2)
+    """Products of every two inputs (of their differences to the first, if that is the base), in float64.
+
+    Those of float32 or less are summed in float32 over short runs: within 3e-7 of the product of two norms.
+    """
+    inputs, dtype = len(tensor.sources) - has_base, _dtype(tensor)
+    total = np.zeros((inputs, inputs))
+    rows = torch.empty(inputs, min(_PIECE, values_of(tensor)), dtype=dtype)
     for begin in range(0, values_of(tensor), _PIECE):
         end = min(begin + _PIECE, values_of(tensor))
-        rows = torch.empty(len(inputs), end - begin, dtype=torch.float64)
-        for index in inputs:
-            rows[index] = _read(tensor, index, begin, end, "input")
-        if has_base:
-            rows = rows[1:] - rows[0]
-        total += (rows @ rows.T).numpy()
+        base = _read(tensor, 0, begin, end, "base").to(dtype) if has_base else None
+        for row, index in zip(rows, range(has_base, len(tensor.sources)), strict=True):
+            values = _read(tensor, index, begin, end, "input")
+            if base is None:
+                row[: end - begin] = values
+            else:
+                torch.sub(values, base, out=row[: end - begin])
+        total += _products(rows[:, : end - begin])
     return total
+
+
+def _products(rows: Tensor) -> Any:
+    """Of every two rows; in float64 throughout where float32 would round squares to 0 or to infinity."""
+    if rows.dtype == torch.float32:
+        even = rows.shape[1] // _SUMMED * _SUMMED
+        runs = rows[:, :even].reshape(len(rows), -1, _SUMMED).transpose(0, 1)
+        rest = rows[:, even:]
+        found = torch.bmm(runs, runs.mT).double().sum(0) + (rest @ rest.T).double()
+        squares = found.diagonal()
+        if bool(((squares > _SMALL) & squares.isfinite()).all()):
+            return found.numpy()
+    wide = rows.double()
+    return (wide @ wide.T).numpy()
 
 
 def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:
@@ -142,11 +164,16 @@ def _changes(
     tensor: MergedTensor, inputs: Iterable[int], begin: int, end: int
 ) -> Iterator[tuple[int, Any]]:
     """Of each of these inputs |x - base|, until the next is taken, in the dtype that sums run in."""
-    dtype = accumulator(tensor.numbers[0]) if tensor.numbers else torch.float32
+    dtype = _dtype(tensor)
     base = _read(tensor, 0, begin, end, "base").to(dtype)
     for index in inputs:
         values = _read(tensor, index, begin, end, "input").to(dtype)
         yield index, values.sub_(base).abs_().numpy()
+
+
+def _dtype(tensor: MergedTensor) -> torch.dtype:
+    """That sums of its values run in."""
+    return accumulator(tensor.numbers[0]) if tensor.numbers else torch.float32
 
 
 def _read(tensor: MergedTensor, index: int, begin: int, end: int, buffer: str) -> Tensor:

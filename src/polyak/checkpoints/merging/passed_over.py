@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from polyak.checkpoints.intervals import is_record
 from polyak.checkpoints.reading.components import components_in, has_weight_files
 from polyak.checkpoints.reading.folders import is_index, step_in_name
 from polyak.checkpoints.reading.storage import Place
@@ -81,6 +82,8 @@ def is_run(folder: Path) -> bool:
 def why_beside(path: Path) -> str | None:
     """Why a file or folder of weights is none of the checkpoints beside it; None for anything else."""
     try:
+        if is_record(path):
+            return "it is the record of a run"
         if path.is_dir() and is_run(path):
             return "it holds checkpoints of its own. Name it if they are meant"
         is_weights = has_weights(path) if path.is_dir() else is_weights_file(path)

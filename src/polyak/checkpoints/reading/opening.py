@@ -170,17 +170,34 @@ def read_file(file: ByteFile, key: str | None = None) -> Checkpoint:
     if is_safetensors(start):  # first: the length before the header can look like any format
         return _without_key(read_safetensors(file), key)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        archive = ZipArchive(file)
-        refuse_archive(file, archive.entries)
-        if any(name.endswith("data.pkl") for name in archive.entries):
-            return read_torch(TorchArchive(file, archive), key)
-        return _without_key(read_npz(file, archive), key)
+        try:
+            return _read_zip(file, key)
+        except FormatError as error:
+            if not file.path.endswith(".safetensors"):
+                raise
+            raise FormatError(f"{error} {_PICKLES_IN_FRONT}") from None
     if is_legacy(start):
         return read_torch(LegacyTorch(file), key)
     if is_tar(start):
         return read_torch(_opened_tar(file), key)
     refuse_foreign(file, start)
     return _without_key(read_safetensors(file), key)
+
+
+def _read_zip(file: ByteFile, key: str | None) -> Checkpoint:
+    archive = ZipArchive(file)
+    refuse_archive(file, archive.entries)
+    if any(name.endswith("data.pkl") for name in archive.entries):
+        return read_torch(TorchArchive(file, archive), key)
+    return _without_key(read_npz(file, archive), key)
+
+
+_PICKLES_IN_FRONT = (
+    "The file is called .safetensors and begins with a file of torch.save. torch.distributed.checkpoint's "
+    "HuggingFaceStorageWriter (torch 2.13) writes so if the state holds a value that is no tensor, such as a "
+    "step: nothing reads that. Save the tensors alone. What is saved is whole, from 8 bytes before "
+    '{"__metadata__" to the end of the file.'
+)
 
 
 def _opened_tar(file: ByteFile) -> LegacyTar:

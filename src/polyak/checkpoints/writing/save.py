@@ -26,7 +26,7 @@ from polyak.checkpoints.writing.layouts import (
     layout_for,
 )
 from polyak.errors import ArgumentError, require
-from polyak.files import as_path, refuse_existing, replacing
+from polyak.files import as_path, file_target, replacing
 from polyak.version import __version__
 
 SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -109,7 +109,7 @@ def check_target(
     """Raise what `write_checkpoint` would for this path, before any work is done."""
     if path.suffix.lower() not in suffixes:
         raise _wrong_suffix(path, suffixes)
-    refuse_existing(path, overwrite=overwrite)
+    file_target(path, overwrite=overwrite)
 
 
 def _changed(
