@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from polyak.report.sentences import found as is_found
+from polyak.report.tables import format_estimate as shown
 from polyak.study.paired import Estimate, estimate, paired
 
 Record = dict[str, Any]
@@ -212,8 +214,5 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def format_estimate(value: Estimate, digits: int, *, half: bool = True) -> str:
     """Mean ± standard error, or a difference ± half its 95% interval, bold if that does not contain 0."""
-    spread = value.half_width() if half else value.error
-    text = f"{value.mean:{'+' if half else ''}.{digits}f}".replace("-", "−")
-    if spread is not None:
-        text += f" ± {spread:.{digits}f}"
-    return f"**{text}**" if half and value.sign else text
+    text = shown(value, digits, signed=half)
+    return f"**{text}**" if half and is_found(value, digits) else text

@@ -44,7 +44,7 @@ def file_target(path: object, *, overwrite: bool) -> Path:
     with writing_errors(target):
         if not target.parent.is_dir():
             raise OutputError(
-                f"There is no folder {target.parent} for {target.name}. Make the folder first."
+                f"There is no folder {target.parent} for {target.name}. Make the folder {target.parent} first."
             )
     return target
 

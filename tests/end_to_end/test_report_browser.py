@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from reference.tiny_run import make_run, write_record
+from reference.tiny_run import make_run, make_words_run, write_record
 
 import polyak
 from polyak.reference_run.flatness import measure_landscape
@@ -46,6 +46,11 @@ def report(tmp_path_factory):
     return write_report(folder)
 
 
+@pytest.fixture(scope="module")
+def words_report(tmp_path_factory):
+    return write_report(make_words_run(tmp_path_factory.mktemp("runs") / "words"))
+
+
 @pytest.fixture
 def opened(browser, report, request):
     scheme, width = request.param
@@ -78,6 +83,32 @@ def test_quiet_and_as_wide_as_the_screen(opened, report):
     assert len(boxes) == 25
     assert all(box["width"] > 250 and box["height"] > 100 for box in boxes)
     assert all(box["left"] >= 0 and box["right"] <= screen for box in boxes)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_no_box_is_wider_than_its_place_unless_it_shows_that_it_scrolls(
+    browser, report, words_report, scheme, width
+):
+    from matplotlib.image import imread
+
+    for address in (report, words_report):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.goto(address.as_uri())
+        wide = page.evaluate(
+            """() => [...document.querySelectorAll('main *:not(svg *)')]
+                .filter(box => box.getClientRects().length && box.scrollWidth > box.clientWidth + 1)
+                .filter(box => getComputedStyle(box).display !== 'inline').map(box => box.className || box.tagName)"""
+        )
+        if width == 1280:
+            assert wide == []
+        assert {*wide} <= {"scroll", "PRE"}
+        assert page.locator("th .unit").count() > 4
+        for at in range(wide.count("scroll")):
+            path = address.parent / "table.png"
+            page.locator(".scroll").nth(at).screenshot(path=path)
+            paper, *_, edge = imread(path)[2, 200:, :3].mean(axis=-1)  # above the words
+            assert abs(edge - paper) > 0.08  # a shade, where more of the table is
+        page.close()
 
 
 def luminance(colour):

@@ -228,8 +228,8 @@ def average(
 
     from polyak.checkpoints.merging.average import run_merge
     from polyak.checkpoints.merging.options import MergeOptions
-    from polyak.checkpoints.merging.record_or_checkpoints import means_record
     from polyak.checkpoints.merging.selection import find_checkpoints
+    from polyak.checkpoints.record_or_checkpoints import means_record
 
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -198,7 +198,7 @@ def _write(record: Trajectory, found: Found, scorer: Scorer, asked: Asked, path:
 
 
 def _opened(inputs: tuple[str, ...]) -> Trajectory:
-    from polyak.checkpoints.merging.record_or_checkpoints import means_record
+    from polyak.checkpoints.record_or_checkpoints import means_record
     from polyak.study.trajectory import Trajectory
 
     if not inputs:

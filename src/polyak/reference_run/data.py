@@ -343,19 +343,26 @@ def custom_data(function: str) -> Data:
 
 def _custom_split(function: str, name: str, pair: Any) -> Split:
     try:
-        images, labels = (torch.as_tensor(part) for part in pair)
+        images, labels = (torch.as_tensor(part).detach().cpu() for part in pair)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"{function}: {name} is not a pair (images, labels) of tensors or arrays ({error})."
         ) from error
+    if {images.layout, labels.layout} != {torch.strided}:
+        raise ArgumentError(f"{function}: {name} is sparse; expected dense tensors.")
     problem = _problem(images, labels)
     if problem:
         raise ArgumentError(f"{function}: {name} {problem}")
     return Split(images.contiguous(), labels.to(torch.int64).contiguous())
 
 
+def _are_squares(images: Tensor) -> bool:
+    _, channels, height, width = images.shape
+    return channels > 0 and height == width > 0
+
+
 def _problem(images: Tensor, labels: Tensor) -> str:
-    if images.ndim != 4 or images.dtype != torch.float32 or images.shape[2] != images.shape[3]:
+    if images.ndim != 4 or images.dtype != torch.float32 or not _are_squares(images):
         return (
             f"images are {images.dtype} {tuple(images.shape)}; expected float32 "
             "(n, channels, size, size)."

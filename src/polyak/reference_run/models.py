@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
@@ -9,6 +11,7 @@ from torch.nn.functional import max_pool2d, relu
 from polyak.errors import ArgumentError
 from polyak.objects import load_object
 from polyak.reference_run.data import Data
+from polyak.reference_run.evaluation import loss_of
 from polyak.reference_run.networks import NETWORKS
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.transformer import TRANSFORMERS
@@ -85,6 +88,7 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
             f"{recipe.model} returned a {type(model).__name__}; expected a torch.nn.Module."
         )
     _check_output(model, recipe.model, data)
+    _check_training(model, recipe.model, data)
     return model
 
 
@@ -102,9 +106,10 @@ def _check_output(model: nn.Module, function: str, data: Data) -> None:
     try:
         with restored_modes(model), torch.no_grad():
             output = model.eval()(inputs if inputs.is_floating_point() else inputs.long())
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever its forward raises
         raise ArgumentError(
-            f"The model of {function} does not take {what} of {tuple(inputs.shape[1:])}: {error}"
+            f"The model of {function} does not take {what} of {tuple(inputs.shape[1:])}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     expected = (*data.train.labels[:2].shape, data.n_classes)
@@ -113,3 +118,26 @@ def _check_output(model: nn.Module, function: str, data: Data) -> None:
             f"The model of {function} has the output {found} for {len(inputs)} {what}; expected "
             f"logits {expected}, one for each class."
         )
+    if not output.is_floating_point():
+        raise ArgumentError(
+            f"The model of {function} has an output of {output.dtype}; expected logits, of float32."
+        )
+
+
+def _check_training(model: nn.Module, function: str, data: Data) -> None:
+    """Refuse what no step could train, by the gradients of one batch of a copy."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ArgumentError(
+            f"The model of {function} has no parameter that requires a gradient; there is nothing to train."
+        )
+    inputs, labels = data.train.inputs[:2], data.train.labels[:2].long()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            tried = copy.deepcopy(model).train()
+            loss = loss_of(tried, inputs if inputs.is_floating_point() else inputs.long(), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever its forward and backward raise
+        raise ArgumentError(
+            f"The model of {function} gives logits in evaluation and cannot be trained: "
+            f"{type(error).__name__}: {error}"
+        ) from error

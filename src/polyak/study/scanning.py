@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from polyak.errors import ArgumentError, NonFiniteError, require
 from polyak.maths.arguments import at_least_one, count, number
+from polyak.study.axes import Axes, are_same, evenly, square
 from polyak.study.bootstrap import paired_bootstrap
 from polyak.study.curves import Curve, bezier, control_point
 from polyak.study.directions import Directions, Normalize
@@ -28,7 +29,6 @@ from polyak.study.trajectory import Trajectory
 
 Points = Mapping[str, Weights] | Sequence[Weights] | Trajectory
 _MOST_POINTS = 1_000_000
-_ROUNDING = 1e-6  # of a distance; nearer to a line than that, or than float32 tells, is on it
 
 
 def scan_line(  # noqa: PLR0913 - keyword-only arguments do not count
@@ -170,9 +170,9 @@ def scan_plane(  # noqa: PLR0913 - as above
         raise ArgumentError(f"{counted(anchors)}; a plane needs three.")
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     frame = measuring.frame
-    axes = _Axes(frame)
+    axes = Axes(frame)
     feet, distance = axes.feet() if principal is None else (principal.feet, principal.distance)
-    x, y = _square(np.vstack(list(feet.values())), points, margin)
+    x, y = square(np.vstack(list(feet.values())), points, margin)
     given = anchors[:1] if principal else anchors  # of a trajectory its mean
     own = [frame.subject(a.name, frame.at(i)) for i, a in enumerate(given)]
     places = [(a, b) for b in y.tolist() for a in x.tolist()]
@@ -252,7 +252,7 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     require(
         0 < number("reach", reach) < math.inf, f"reach is {reach:g}; expected a positive distance."
     )
-    distances = _evenly(0, reach, points)
+    distances = evenly(0, reach, points)
     values, everything = {}, []
     for index, anchor in enumerate(anchors):
         scores = _along(measuring, directions, index, rays, distances)
@@ -343,55 +343,6 @@ class _Measuring:
         return scores if held is None else held
 
 
-class _Axes:
-    """The plane through the first three checkpoints, in shares of them."""
-
-    def __init__(self, frame: Frame) -> None:
-        self._frame, self._gram = frame, (gram := frame.gram())
-        first, second, third = (a.name for a in frame.anchors[:3])
-        self._length = math.sqrt(gram[1, 1])
-        rounding = 2 * sum(_resolution(a, frame) for a in frame.anchors[:3])
-        for one, other in itertools.combinations(range(3), 2):
-            if _are_same(frame.anchors, gram, one, other):
-                names = [frame.anchors[i].name for i in (one, other)]
-                raise ArgumentError(
-                    f"{names[0]} and {names[1]} are the same weights. Pass three that differ."
-                )
-        self._along = float(gram[1, 2] / gram[1, 1])
-        self._height = math.sqrt(max(0.0, gram[2, 2] - self._along * gram[1, 2]))
-        if self._height <= max(_ROUNDING * math.sqrt(gram[2, 2]), rounding):
-            raise ArgumentError(
-                f"{first}, {second} and {third} are on one line, which does not determine a plane. Pass three "
-                "that are not (the mean of two is on the line between them), or draw the line."
-            )
-
-    def shares(self, x: float, y: float) -> list[float]:
-        third = y / self._height
-        second = x / self._length - third * self._along
-        return [1 - second - third, second, third, *[0.0] * (len(self._gram) - 3)]
-
-    def feet(self) -> tuple[dict[str, Floats], dict[str, float]]:
-        """Of each checkpoint its place on the plane, (1, 2), and its distance from it."""
-        found = {a.name: self._foot(i) for i, a in enumerate(self._frame.anchors)}
-        places = {name: foot[:2][None] for name, foot in found.items()}
-        return places, {name: float(foot[2]) for name, foot in found.items()}
-
-    def _foot(self, index: int) -> Floats:
-        row = self._gram[index]
-        x = row[1] / self._length
-        y = (row[2] - self._along * row[1]) / self._height
-        return np.array([x, y, math.sqrt(max(0.0, row[index] - x * x - y * y))])
-
-
-def _resolution(anchor: Anchor, frame: Frame) -> float:
-    """How far the weights may be from where they should be because they are rounded."""
-    squares = 0.0
-    for name in frame.moving:
-        tensor = anchor.tensors[name]
-        squares += (torch.finfo(tensor.dtype).eps / 2 * float(tensor.abs().double().norm())) ** 2
-    return math.sqrt(squares)
-
-
 def _along(
     measuring: _Measuring, directions: Directions, centre: int, rays: int, distances: Floats
 ) -> list[Tensor]:
@@ -437,16 +388,11 @@ def _line_anchors(
 
 def _refuse_same(anchors: Sequence[Anchor], gram: Floats) -> None:
     for i, (one, other) in enumerate(itertools.pairwise(anchors)):
-        if _are_same(anchors, gram, i, i + 1):
+        if are_same(anchors, gram, i, i + 1):
             raise ArgumentError(
                 f"{one.name} and {other.name} are the same weights; there is no line between them. Name "
                 "different checkpoints."
             )
-
-
-def _are_same(anchors: Sequence[Anchor], gram: Floats, i: int, j: int) -> bool:
-    apart = gram[i, i] + gram[j, j] - 2 * gram[i, j]
-    return bool(apart <= 0 or anchors[i].content == anchors[j].content)
 
 
 def _polyline(size: int) -> Callable[[float], list[float]]:
@@ -461,9 +407,9 @@ def _polyline(size: int) -> Callable[[float], list[float]]:
 
 def _positions(segments: int, points: int, beyond: float) -> Floats:
     """Every segment's, the ends that two share once, and as closely spaced beyond both ends."""
-    inside = np.concatenate([i + _evenly(0, 1, points)[i > 0 :] for i in range(segments)])
+    inside = np.concatenate([i + evenly(0, 1, points)[i > 0 :] for i in range(segments)])
     extra = math.ceil(beyond * (points - 1))
-    outside = _evenly(0, beyond, extra + 1)[1:] if extra else np.empty(0)
+    outside = evenly(0, beyond, extra + 1)[1:] if extra else np.empty(0)
     return np.concatenate([-outside[::-1], inside, segments + outside])
 
 
@@ -479,19 +425,6 @@ def _lengths(positions: Floats, shares: Floats, gram: Floats) -> Floats:
     lengths = np.sqrt(np.maximum(np.einsum("ni,ij,nj->n", steps, gram, steps), 0))
     along = np.concatenate([[0.0], np.cumsum(lengths)])
     return np.asarray(along - along[int(np.argmin(np.abs(positions)))], dtype=np.float64)
-
-
-def _square(feet: Floats, points: int, margin: float) -> tuple[Floats, Floats]:
-    """One scale for both axes."""
-    low, high = feet.min(axis=0), feet.max(axis=0)
-    half = (0.5 + margin) * float((high - low).max())
-    x, y = (_evenly(m - half, m + half, points) for m in (low + high) / 2)
-    return x, y
-
-
-def _evenly(start: float, end: float, points: int) -> Floats:
-    """Rounded to 12 digits, so that a finer scan meets the points of this one and knows their scores."""
-    return np.array([float(f"{value:.12g}") for value in np.linspace(start, end, points)])
 
 
 def _means(scores: Sequence[Tensor]) -> Floats:

@@ -33,6 +33,7 @@ _shape = attrgetter("shape")
 _address = torch.Tensor.data_ptr
 _shard = attrgetter("_local_tensor")
 _length = torch.Tensor.numel
+_strides = torch.Tensor.stride
 
 
 class BoundTensors:
@@ -226,6 +227,7 @@ class BoundTensors:
         self._matrices = [tensor for tensor in self.live if tensor.dim() != 1]
         self._lengths = list(map(_length, self._vectors))
         self._shapes = list(map(_shape, self._matrices))
+        self._strides = list(map(_strides, self.live))
         self._addresses = list(map(_address, self.live))
         self._sharded = [tensor for tensor in self.whole if is_sharded(tensor)]
         self._shards = list(map(local, self._sharded))
@@ -238,6 +240,7 @@ class BoundTensors:
             and list(map(_address, self.live)) == self._addresses
             and list(map(_length, self._vectors)) == self._lengths
             and list(map(_shape, self._matrices)) == self._shapes
+            and list(map(_strides, self.live)) == self._strides
             and not any(map(_requires_grad, self._frozen))
         )
 

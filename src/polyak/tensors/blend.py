@@ -159,8 +159,7 @@ class GroupedTensors:
             self._groups += _groups(
                 self._live, self._like, bucket, limit=None if whole else limit, converts=converts
             )
-        # Of detached ones torch need not ask whether they take gradients.
-        self.live = self._views(Targets([tensor.detach() for tensor in self._live]))
+        self.live = self._views(Targets(list(self._live)))
 
     def _views(self, targets: Targets) -> list[list[Tensor]]:
         for group in self._groups[len(targets.groups) :]:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import polyak
 from polyak import EMA, SWA, Average, Averages, Window
@@ -223,6 +224,43 @@ def test_replaced_tensors_of_the_same_name_are_followed():
     model[0].weight.data = first + 2
     average.update()
     torch.testing.assert_close(average.averaged_tensors()["0.weight"], first + 1)
+
+
+@pytest.mark.parametrize("profiles", [{"swa": SWA()}, {"window": Window(4), "swa": SWA()}])
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [
+        ((3, 3), lambda x: x.t()),
+        ((2, 3), lambda x: x.reshape(3, 2).t()),
+        ((2, 4, 3, 3), lambda x: x.reshape(2, 3, 3, 4).permute(0, 3, 1, 2)),
+    ],
+    ids=["transposed", "columns first", "channels last"],
+)
+def test_the_same_memory_in_another_order_is_followed(shape, other, profiles):
+    model = nn.Module()
+    model.w = nn.Parameter(torch.randn(shape))
+    averages = Averages(model, profiles)
+    taken = []
+    for turn in (False, True, True):
+        if turn:
+            model.w.data = other(model.w.data)
+        taken.append(model.w.detach().clone())
+        averages.update()
+    assert model.w.shape == torch.Size(shape)
+    for average in averages.values():
+        found = average.averaged_tensors()["w"]
+        torch.testing.assert_close(found, torch.stack(taken).mean(0))
+
+
+def test_an_average_does_not_hold_what_the_model_has_let_go():
+    model = nn.Linear(4, 4)
+    average = Average(model, SWA())
+    average.update()
+    old = StorageWeakRef(model.weight.untyped_storage())
+    model.weight.data = torch.zeros(4, 4)
+    assert old.expired()
+    average.update()
+    assert average.count == 2
 
 
 def test_a_reregistered_buffer_changes_no_order():

@@ -163,6 +163,16 @@ def test_custom_data(custom):
             f"dict(train=({PAIR}[0], {PAIR}[1] + 10**9), validation={PAIR}, test={PAIR})",
             "labels reach 1000000",
         ),
+        (
+            "b3",
+            f"dict(train=(torch.zeros(2, 0, 10, 10), torch.tensor([0, 1])), validation={PAIR}, test={PAIR})",
+            r"images are torch.float32 \(2, 0, 10, 10\)",
+        ),
+        (
+            "b4",
+            f"dict(train=({PAIR}[0].to_sparse(), {PAIR}[1]), validation={PAIR}, test={PAIR})",
+            "train is sparse; expected dense tensors",
+        ),
     ],
 )
 def test_custom_data_that_does_not_fit(custom, name, body, message):

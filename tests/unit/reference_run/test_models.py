@@ -60,6 +60,22 @@ def wrong_outputs(**sizes):
     return good(**{**sizes, "n_outputs": 5})
 def wrong_inputs(**sizes):
     return good(**{**sizes, "in_channels": 1})
+def frozen(**sizes):
+    return good(**sizes).requires_grad_(False)
+class Odd(torch.nn.Module):
+    def __init__(self, forward, sizes):
+        super().__init__()
+        self.inner, self.how = good(**sizes), forward
+    def forward(self, images):
+        return self.how(self, self.inner(images))
+def two_in_training(**sizes):
+    return Odd(lambda self, x: (x, 1) if self.training else x, sizes)
+def cut_off(**sizes):
+    return Odd(lambda self, x: x.detach(), sizes)
+def whole_numbers(**sizes):
+    return Odd(lambda self, x: x.long(), sizes)
+def asserts(**sizes):
+    return Odd(lambda self, x: {}["nothing"], sizes)
 """
 
 
@@ -83,6 +99,11 @@ def test_a_custom_model(models, data):
         ("no_arguments", "could not be called with in_channels=3, n_outputs=4, image_size=20"),
         ("wrong_outputs", r"has the output \(2, 5\) for 2 images; expected logits \(2, 4\)"),
         ("wrong_inputs", r"does not take images of \(3, 20, 20\)"),
+        ("frozen", "has no parameter that requires a gradient"),
+        ("two_in_training", "cannot be trained: AttributeError: 'tuple' object"),
+        ("cut_off", "cannot be trained: RuntimeError: .*does not require grad"),
+        ("whole_numbers", r"output of torch.int64; expected logits"),
+        ("asserts", r"does not take images of .*: KeyError: 'nothing'"),
     ],
 )
 def test_models_that_do_not_fit(models, data, name, message):

@@ -72,7 +72,7 @@ def test_what_it_says():
     [
         ((-0.01968, -0.0308, -0.008279), "Minus EMA: −0.020 (−0.031 to −0.008)."),
         ((0.001038, 1.675e-05, 0.002029), "Minus EMA: +0.0010 (+0.0000 to +0.0020, within noise)."),
-        ((0.0, 0.0, 0.0), "The best scores as EMA does on every example, if it is not that."),
+        ((0.0, 0.0, 0.0), "The best scores as EMA does on every example."),
         ((12.5, 3.0, 22.0), "Minus EMA: +12.5 (+3.0 to +22.0)."),
     ],
 )

@@ -48,7 +48,7 @@ def test_the_lowest_of_the_table_is_compared_as_all_is():
         sentences.describe_table(finals(error)) for error in (13.0, 14.0, 13.705)
     )
     assert below.startswith(
-        "Lowest test error: SWA arm, SWA, 13.02%; it is 0.68 points below SGD (95%"
+        "Lowest test error: SWA arm, SWA, 13.03%; it is 0.68 points below SGD (95%"
     )
     assert above.startswith(
         "Lowest test error: SGD, 13.71%; the lowest average (SWA arm, SWA) is 0.32 points above SGD"

@@ -80,7 +80,7 @@ def test_the_lines_read_back(values, where):
 def test_the_rise_of_rounded_weights():
     eight, four = words.lines(finals(cosine=COSINE, swa=LOWER, iterate=HIGHER), "constant")[-2:]
     assert "SWA +0.31, its iterate +0.31, cosine +0.31" in eight
-    assert eight.count("no difference found") == 2
+    assert eight.count("are the same in each of 3 seeds") == 2
     assert "SWA +21.0, its iterate +41.0, cosine +41.0" in four
     assert four.count("SWA's is 20.0 millinats below that of") == 2
 
@@ -163,15 +163,12 @@ def test_rows_are_named_by_their_task():
 
 def test_the_sentences_of_images_have_words_for_words():
     table = finals(cosine=LOWER, swa=HIGHER)
-    value = paired(HIGHER, LOWER)
-    low, high = (value.mean + side * value.half_width() for side in (-1, 1))
     assert describe_table(table) == (
         f"Lowest test loss: cosine, {sum(LOWER) / 3:.4f}; the lowest average (constant arm, SWA) is 0.0400 nats per byte "
         f"above cosine in each of 3 seeds, which shows no spread. Lowest next byte wrong: cosine, "
         f"{10 * sum(LOWER):.2f}%; the lowest average (constant arm, SWA) is 1.20 points above cosine in each of 3 seeds, "
         "which shows no spread."
     )
-    assert low == pytest.approx(high)
     rates = {arm: Rates(0.008, 0.0, 1) for arm in ("cosine", "half", "quarter")}
     said = describe_schedule(rates | {"constant": Rates(0.008, 0.008, 1)}, {"constant": 193})
     assert said == (

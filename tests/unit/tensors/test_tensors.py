@@ -52,7 +52,7 @@ def test_groups_of_one_average_of_one_dtype_are_whole():
     live = tensors()
     grouped = GroupedTensors(live, blank_like(live, None, None), n_averages=1)
     assert [len(group) for group in grouped.live] == [len(live)]
-    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(grouped.live[0], live, strict=True))
+    assert all(a is b for a, b in zip(grouped.live[0], live, strict=True))
 
 
 def test_groups_stay_bounded(small_groups):
