@@ -41,12 +41,28 @@ def file_target(path: object, *, overwrite: bool) -> Path:
             f"{path} is a folder; expected the name of a file, like {target / 'name'}."
         )
     refuse_existing(target, overwrite=overwrite)
-    with writing_errors(target):
-        if not target.parent.is_dir():
-            raise OutputError(
-                f"There is no folder {target.parent} for {target.name}. Make the folder {target.parent} first."
-            )
+    check_place(target)
     return target
+
+
+def check_place(target: Path) -> None:
+    """Raise OutputError unless the folder in which `target` is to be written is there, on this machine."""
+    parent = target.parent
+    with writing_errors(target):
+        if parent.is_dir():
+            return
+        if target.parts[0].endswith(":"):  # Path makes one slash of the two in s3://
+            raise OutputError(
+                f"{target} is an address; outputs are written to folders of this machine. Write to one, and copy "
+                "the output from there."
+            )
+        if parent.exists():
+            raise OutputError(
+                f"{parent} is a file, so {target.name} cannot be written in it. Choose another folder."
+            )
+    raise OutputError(
+        f"There is no folder {parent} for {target.name}. Make the folder {parent} first."
+    )
 
 
 def names_folder(path: object) -> bool:

@@ -101,7 +101,7 @@ def test_no_box_is_wider_than_its_place_unless_it_shows_that_it_scrolls(
         )
         if width == 1280:
             assert wide == []
-        assert {*wide} <= {"scroll", "PRE"}
+        assert {*wide} <= {"scroll"}
         assert page.locator("th .unit").count() > 4
         for at in range(wide.count("scroll")):
             path = address.parent / "table.png"

@@ -12,8 +12,8 @@ from torch import nn
 
 import polyak
 from polyak.cli.app import run
-from polyak.errors import OutputError
-from polyak.files import replacing, writing_errors
+from polyak.errors import ArgumentError, OutputError
+from polyak.files import file_target, replacing, writing_errors
 from polyak.report.schedule import save_schedule_plot
 
 
@@ -51,10 +51,14 @@ WRITERS = {
 }
 
 
-def merged(average, folder, name):
-    place = folder.parent / "input.safetensors"
+def saved(average, folder):
+    place = folder / "input.safetensors"
     average.save(place, overwrite=True)
-    polyak.average_checkpoints([place], folder / name)
+    return place
+
+
+def merged(average, folder, name):
+    polyak.average_checkpoints([saved(average, folder.parent)], folder / name)
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -67,7 +71,7 @@ def test_a_read_only_folder(write, average, read_only):
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_folder_that_is_not_there(write, average, tmp_path):
-    with pytest.raises(OutputError, match=r"(Make the folder .*missing first|Make it)") as caught:
+    with pytest.raises(OutputError, match=r"Make the folder .*missing first") as caught:
         write(average, tmp_path / "missing")
     assert "Make room" not in str(caught.value)
     assert "".join(traceback.format_exception(caught.value)).count("Traceback") == 1
@@ -76,8 +80,28 @@ def test_a_folder_that_is_not_there(write, average, tmp_path):
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_file_in_the_place_of_the_folder(write, average, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"a part of this path is a file|There is no folder"):
+    with pytest.raises(
+        OutputError,
+        match=r"a part of this path is a file|file is a file, so .* cannot be written in it",
+    ):
         write(average, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/swa.pt", "memory://swa.safetensors"])
+def test_an_address_is_no_place_to_write(average, tmp_path, name):
+    with pytest.raises(
+        OutputError, match="is an address; outputs are written to folders of this machine"
+    ):
+        polyak.average_checkpoints([saved(average, tmp_path)], name)
+    with pytest.raises(OutputError, match="is an address"):
+        file_target(name, overwrite=False)
+
+
+@pytest.mark.parametrize("name", [".pt", ".safetensors", ".PTH"])
+def test_a_suffix_is_no_name(average, tmp_path, name):
+    with pytest.raises(ArgumentError, match="is a suffix without a name; write it out"):
+        merged(average, tmp_path, name)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_name_that_is_too_long(average, tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from polyak.checkpoints.intervals import is_record, records_in
 from polyak.checkpoints.merging.counted import average_rank
-from polyak.checkpoints.merging.finding import Finder, is_weights_file
+from polyak.checkpoints.merging.finding import Finder
+from polyak.checkpoints.merging.passed_over import is_weights_file
 from polyak.errors import ArgumentError, PolyakError, some
 
 

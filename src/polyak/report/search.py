@@ -80,7 +80,7 @@ def _honest(found: Found) -> list[str]:
     """How sure it is."""
     if not found.examples:
         return [
-            "The evaluation returned one number, so there is no interval, and the best is flattered by having been "
+            "No examples were held out, so there is no interval, and the best is flattered by having been "
             "chosen."
         ]
     chose, held = found.examples

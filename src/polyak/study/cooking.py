@@ -181,10 +181,7 @@ class Cook:
         what, against = "the soup", "the best ingredient"
         (chose, held), (chose_theirs, held_theirs) = map(self.evaluator.split, (mine, theirs))
         if held is None or held_theirs is None:
-            self._notes.append(
-                "One number for each soup: no interval can be given, and the best is flattered by its choice. Return "
-                "one score per example for an honest comparison."
-            )
+            self._notes.append(self.evaluator.why_no_interval("soup"))
             return Comparison(what, against, float(chose - chose_theirs), None, None)
         return Comparison(what, against, *paired_bootstrap(held, held_theirs))
 

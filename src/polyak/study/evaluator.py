@@ -187,6 +187,24 @@ class Evaluator:
         held = _held_out(self._size[0], self._judging.holdout) if self._size else 0
         return (self._size[0] - held, held) if self._size and held else None
 
+    def why_no_interval(self, each: str) -> str:
+        """Why no examples are held out, in sentences that call the subjects `each`."""
+        holdout, size = self._judging.holdout, self._size[0] if self._size else 0
+        if not self._size:
+            why, advice = f"One number for each {each}", "Return one score per example"
+        elif not holdout:
+            why, advice = (
+                "holdout is 0, so no examples are left to compare on",
+                "Give holdout a share",
+            )
+        else:
+            why = f"holdout is {holdout:g} of {size} examples, which leaves too few on one of the two sides"
+            advice = "Give more examples"
+        return (
+            f"{why}: no interval can be given, and the best is flattered by its choice. {advice} for an honest "
+            "comparison."
+        )
+
     def _found(self, key: str, subject: Subject) -> Tensor:
         known = self._kept.get(key) if self._kept else None
         if known is not None:

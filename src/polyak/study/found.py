@@ -44,9 +44,9 @@ class Scored:
 class Comparison:
     """One average minus another on the held-out examples, with a paired 95% bootstrap interval.
 
-    low, high: None where the evaluation returned one number, which has no interval; the difference is then
-    that on the data that chose, where the best flatters itself. same: they are made of the same files with
-    the same weights, so there is nothing to compare.
+    low, high: None where no examples were held out (one number has none); the difference is then that on
+    the data that chose, where the best flatters itself. same: they are made of the same files with the same
+    weights, so there is nothing to compare.
     """
 
     what: str
@@ -68,7 +68,7 @@ class Comparison:
             return f"{self.what} and {self.against} are one and the same average"
         text = f"{self.what} minus {self.against}: {self.difference:+.4g}"
         if self.low is None or self.high is None:
-            return f"{text} on the data that chose it; one number has no interval"
+            return f"{text} on the data that chose it, so without an interval"
         noise = ", within noise" if self.within_noise else ""
         return f"{text}, 95% interval {self.low:+.4g} to {self.high:+.4g}{noise}"
 

@@ -169,10 +169,7 @@ class Questions:
                 "what was evaluated is the average that it makes of it"
             )
         if self.judge.examples is None:
-            yield (
-                "One number for each average: no interval can be given, and the best is flattered by its choice. "
-                "Return one score per example for an honest comparison."
-            )
+            yield self.judge.why_no_interval("average")
 
 
 def search(  # noqa: PLR0913 - keyword-only arguments do not count

@@ -301,10 +301,19 @@ def test_weights_must_fit(tmp_path):
         ([1.0], "1 weights for 2 inputs"),
         ([0.0, 0.0], "not all zero"),
         ([float("nan"), 1], "finite"),
+        ([1e308, 1e308], r"1e\+308 in size.*normalize"),
     ]:
         with pytest.raises(ArgumentError, match=message):
             merged(paths, tmp_path, weights)
-    merged(paths, tmp_path, [1, 3], normalize=True)
+    for coefficients in [(1.0, -1e40), (1e-200, 1e-300)]:
+        with pytest.raises(ArgumentError, match="in size; expected"):
+            OutputWeights(coefficients)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4e307, 5e-324])
+def test_weights_of_any_size_are_normalised(tmp_path, scale):
+    paths = stored_checkpoints(tmp_path, [random_state() for _ in range(2)])
+    merged(paths, tmp_path, [scale, 3 * scale], normalize=True)
     assert [
         one["weight"] for one in json.loads(metadata(tmp_path / "out.safetensors")["inputs"])
     ] == [0.25, 0.75]

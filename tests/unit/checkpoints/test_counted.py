@@ -386,3 +386,120 @@ def test_the_step_inside_counts_before_the_name(tmp_path, inside, step):
     torch.save({"model": {"w": torch.ones(1)}, **inside}, tmp_path / "checkpoint_2_800.pt")
     with open_checkpoint(tmp_path / "checkpoint_2_800.pt") as checkpoint:
         assert checkpoint.step == step
+
+
+# What has the name of a checkpoint and is none, and folders of other checkpoints.
+
+
+def folders(where, *numbers):
+    """Numbered folders of one model each."""
+    for number in numbers:
+        (where / f"checkpoint-{number}").mkdir(parents=True)
+        save_file(
+            {"w": torch.full((2,), float(number))}, where / f"checkpoint-{number}/model.safetensors"
+        )
+
+
+def test_a_save_that_did_not_finish_is_named(tmp_path):
+    folders(tmp_path, 1, 2)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/config.json").write_text("{}")
+    (tmp_path / "checkpoint-9").symlink_to("nowhere")
+    (tmp_path / "best.ckpt").symlink_to("gone.ckpt")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "log-5.txt").write_text("")
+    kept, left_out = found(tmp_path)
+    assert kept == ["checkpoint-1", "checkpoint-2"]
+    assert "holds no weights" in left_out["checkpoint-3"]
+    assert "found config.json" in left_out["checkpoint-4"]
+    assert left_out["checkpoint-9"] == left_out["best.ckpt"] == "it is a link to nothing"
+    assert len(left_out) == 4
+    kept, by_glob = found(tmp_path / "checkpoint-*")
+    assert kept == ["checkpoint-1", "checkpoint-2"]
+    assert {**left_out, "best.ckpt": None} == {**by_glob, "best.ckpt": None}
+    with pytest.raises(FormatError, match="checkpoint-3 holds no weights"):
+        found(tmp_path / "checkpoint-1", tmp_path / "checkpoint-3")  # named: it was meant
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path):
+    files(tmp_path, ["step-1.pt", "step-2.pt"])
+    for name in ("step-3.pt.tmp", "step-4", "step-5.h5", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("step-6.png", "scores-6.csv", "optimizer-6.pt", ".step-7.pt"):
+        (tmp_path / name).write_bytes(b"")
+    kept, left_out = found(tmp_path)
+    assert kept == ["step-1.pt", "step-2.pt"]
+    assert sorted(left_out) == [
+        "model-00001-of-00002.safetensors", "step-3.pt.tmp", "step-4", "step-5.h5",
+    ]  # fmt: skip
+
+
+def test_weights_that_cannot_be_read_are_refused(tmp_path):
+    folders(tmp_path, 1, 2, 3)
+    weights = tmp_path / "checkpoint-3/model.safetensors"
+    weights.rename(
+        weights.with_name("model-00001-of-00002.safetensors")
+    )  # its index was not written
+    for where in (tmp_path, tmp_path / "checkpoint-*"):
+        with pytest.raises(FormatError, match="checkpoint-3 holds shards"):
+            found(where)
+
+
+def test_where_nothing_is_a_checkpoint_the_reason_is_given(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"checkpoint-{number}/global_step{number}").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{number}/global_step{number}/mp_rank_00_model_states.pt").touch()
+    for where in (tmp_path, tmp_path / "checkpoint-*"):
+        with pytest.raises(FormatError, match=r"checkpoint-1: it is a DeepSpeed.*zero_to_fp32"):
+            found(where)
+
+
+def test_parts_of_a_run_with_a_save_that_did_not_finish(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"checkpoint-{number}/unet").mkdir(parents=True)
+        file = tmp_path / f"checkpoint-{number}/unet/diffusion_pytorch_model.safetensors"
+        save_file({"w": torch.full((2,), float(number))}, file)
+    (tmp_path / "checkpoint-3").mkdir()
+    kept, left_out = found(tmp_path)
+    assert (kept, [*left_out]) == (["unet", "unet"], ["checkpoint-3"])
+
+
+def test_folders_of_other_checkpoints_are_named(tmp_path):
+    files(tmp_path, ["step-1.pt", "step-2.pt"])
+    folders(tmp_path / "hf", 1, 2)
+    (tmp_path / "torch").mkdir()
+    files(tmp_path / "torch", ["epoch-1.pt", "epoch-2.pt"])
+    (tmp_path / "data").mkdir()
+    files(tmp_path / "data", ["train.pt"])
+    kept, left_out = found(tmp_path)
+    assert kept == ["step-1.pt", "step-2.pt"]
+    assert sorted(left_out) == ["hf", "torch"]
+    for name in ("step-1.pt", "step-2.pt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(FormatError, match=r"its folders do: .*hf, .*torch\. Name"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize("others", ["run", "models"])
+def test_an_average_is_not_taken_in_place_of_what_is_beside_it(tmp_path, others):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    if others == "run":
+        files(tmp_path / "a", ["step-1.pt", "step-2.pt"])
+        files(tmp_path / "b", ["step-1.pt", "step-2.pt"])
+        sources = sorted((tmp_path / "a").iterdir())
+    else:
+        for name in ("a", "b"):
+            save_file({"w": torch.ones(2)}, tmp_path / name / "model.safetensors")
+        sources = [tmp_path / "a", tmp_path / "b"]
+    average_checkpoints(sources, tmp_path / "mean.pt")
+    with pytest.raises(
+        ArgumentError, match=r"averages that polyak wrote \(.*mean\.pt\).*a, .*b\. Name"
+    ):
+        found(tmp_path)
+    assert found(tmp_path / "mean.pt")[0] == ["mean.pt"]
+    average_checkpoints(sources, tmp_path / "mean")
+    for name in ("a", "b"):
+        (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}-{name}")
+    assert found(tmp_path)[0] == ["mean.pt"]  # there is nothing but averages

@@ -61,7 +61,7 @@ def test_what_it_says():
     assert "The best is the last interval itself." in said
     assert "within noise" not in said
     number = dataclasses.replace(FOUND, examples=None)
-    assert "one number, so there is no interval" in describe(number)
+    assert "No examples were held out, so there is no interval" in describe(number)
     assert "100% of the run, is the earliest" in describe(along("stop"))
     assert "differs from the last by more than noise" in describe(along("stop"))
     assert "not its weights" in describe(along("decay"))

@@ -117,7 +117,7 @@ def test_the_known_minimum_of_a_record(record):
     assert found.evaluations <= 62
     text = str(found)
     assert "best" in text
-    assert "one number has no interval" in text
+    assert "so without an interval" in text
     assert json.loads(json.dumps(found.as_dict()))["best"]["profile"] == found.best.profile
 
 
@@ -315,7 +315,23 @@ def test_chosen_on_one_part_and_reported_on_the_other(record):
     last = next(c for c in found.comparisons if c.against == "the last interval")
     assert (last.low, last.high) == pytest.approx((last.difference, last.difference))
     assert not last.within_noise
-    assert record.search(calls, cache=False, holdout=0).examples is None
+
+
+@pytest.mark.parametrize(
+    ("examples", "holdout", "why"),
+    [
+        (None, 0.5, "One number for each average: "),
+        (100, 0, "holdout is 0, so no examples are left to compare on: "),
+        (100, 0.001, "holdout is 0.001 of 100 examples, which leaves too few "),
+        (2, 0.9, "holdout is 0.9 of 2 examples, which leaves too few "),
+    ],
+)
+def test_why_there_is_no_interval(record, examples, holdout, why):
+    found = record.search(Calls(140.0, examples=examples), cache=False, holdout=holdout)
+    assert found.examples is None
+    note = found.notes[-1]
+    assert note.startswith(why)
+    assert note.count("One number") == (examples is None)
 
 
 @pytest.mark.parametrize("examples", [None, 40])

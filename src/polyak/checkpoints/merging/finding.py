@@ -7,7 +7,21 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from polyak.checkpoints.intervals import is_record
 from polyak.checkpoints.merging.counted import LeftOut, average_rank
+from polyak.checkpoints.merging.passed_over import (
+    has_step,
+    has_weights,
+    is_numbered_checkpoint,
+    is_run,
+    is_state,
+    is_weights_file,
+    models_in,
+    nothing_in,
+    passed_over,
+    why_beside,
+    why_none,
+)
 from polyak.checkpoints.reading.components import components_in, part_folders
 from polyak.checkpoints.reading.folders import is_model_file, step_in_name
 from polyak.checkpoints.reading.opening import open_checkpoint
@@ -15,9 +29,6 @@ from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.errors import ArgumentError, FormatError
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".pth.tar", ".pt.tar")
-_NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
-_SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+\.")
 _MODEL_OF_SEVERAL = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)")  # Accelerate
 
 
@@ -45,9 +56,13 @@ class Finder:
         matches = sorted(glob.glob(item, recursive=True))  # noqa: PTH207 - `~` and `**` as the shell has them
         if not matches:
             raise ArgumentError(f"Nothing fits {item}. Check the path.")
-        weights = [m for m in matches if not Path(m).name.startswith(_NOT_WEIGHTS)]
-        found = [one for match in weights or matches for one in self._inside(match)]
-        return found, False
+        weights = [match for match in matches if not is_state(match)] or matches
+        passed = {match: why for match in weights if (why := why_none(Path(match)))}
+        taken = [match for match in weights if match not in passed]
+        if not taken:
+            raise nothing_in(item, passed)
+        self.left_out |= passed
+        return [one for match in taken for one in self._inside(match)], False
 
     def _inside(self, path: str) -> list[Checkpoint]:
         """A checkpoint, or all those in a folder."""
@@ -55,24 +70,28 @@ class Finder:
             return [self._open(path)]
         folder, parts = Path(path), part_folders(Place(path))
         entries = [one for one in sorted(folder.iterdir()) if one.name not in parts]
+        self.left_out |= passed_over(entries)
         files = [str(one) for one in entries if is_weights_file(one)]
-        runs = [str(one) for one in entries if _is_numbered_checkpoint(one)]
+        runs = [str(one) for one in entries if is_numbered_checkpoint(one)]
         opened = [self._open(one) for one in runs]
         if files and all(map(average_rank, opened)):
             self.left_out |= dict.fromkeys(runs, "it is an average that polyak wrote")
         elif opened:
-            self._leave_out_beside(folder, runs, files)
+            self._leave_out_beside(entries, opened)
             return opened
+        opened = self._one_or_files(folder, files) or self._parts(folder, entries)
+        self._leave_out_beside([one for one in entries if str(one) not in runs], opened)
+        return opened
+
+    def _one_or_files(self, folder: Path, files: list[str]) -> list[Checkpoint]:
+        """The model that a folder is, or the files in it."""
         try:
-            models = components_in(Place(path))
-        except FormatError as error:
-            if not files:
-                return self._parts(folder, error)
-        else:
-            is_composed = "" not in models or len(models) > 1
-            if is_composed or len(files) < 2 or self._is_one(folder, models[""], files):
-                return [self._open(path)]
-        self._leave_out_beside(folder, runs, [])
+            models = components_in(Place(folder))
+        except FormatError:
+            return [self._open_in_folder(file) for file in files]
+        is_composed = "" not in models or len(models) > 1
+        if is_composed or len(files) < 2 or self._is_one(folder, models[""], files):
+            return [self._open(str(folder))]
         return [self._open_in_folder(file) for file in files]
 
     def _is_one(self, folder: Path, weights: Place, files: list[str]) -> bool:
@@ -87,28 +106,57 @@ class Finder:
             return False
         return len(numbered) < 2 or all(map(_MODEL_OF_SEVERAL.fullmatch, numbered))
 
-    def _leave_out_beside(self, folder: Path, runs: list[str], files: list[str]) -> None:
+    def _leave_out_beside(self, entries: list[Path], taken: list[Checkpoint]) -> None:
         """Say which files and folders of weights are not among those that the folder means."""
-        others = [
-            str(one) for one in sorted(folder.iterdir()) if one.is_dir() and _has_weights(one)
-        ]
-        for path in sorted({*files, *others} - {*runs}):
-            self.left_out[path] = "no step is in its name, and it stands beside checkpoints"
+        paths = {Path(one.path) for one in taken}
+        if paths.isdisjoint(entries):  # the folder itself is the checkpoint, or one further down
+            above = {one.parent for one in paths}
+            entries = [one for one in entries if one.is_dir() and one not in above]
+        beside = {str(one): why for one in entries if one not in paths and (why := why_beside(one))}
+        if beside and all(map(average_rank, taken)):
+            self._refuse_averages(taken, [path for path in beside if Path(path).is_dir()])
+        self.left_out |= beside
 
-    def _parts(self, folder: Path, error: FormatError) -> list[Checkpoint]:
+    def _refuse_averages(self, taken: list[Checkpoint], folders: list[str]) -> None:
+        """Averages are meant where there is nothing else; here there are folders of checkpoints."""
+        others = [one for one in folders if not is_record(one) and not self._is_average(one)]
+        if others:
+            raise ArgumentError(
+                f"All that is left here are averages that polyak wrote ({', '.join(one.path for one in taken)}), beside "
+                f"folders of checkpoints: {', '.join(others)}. Name the folder that is meant; or name the "
+                "averages, to average those."
+            )
+
+    def _is_average(self, folder: str) -> bool:
+        return not is_run(Path(folder)) and average_rank(self._open(folder)) > 0
+
+    def _parts(self, folder: Path, entries: list[Path]) -> list[Checkpoint]:
         """`checkpoint-*/unet`: numbered folders whose weights are one folder further down."""
-        runs = [one for one in sorted(folder.iterdir()) if _has_step(one)]
-        held = [{sub.name for sub in one.iterdir() if _has_weights(sub)} for one in runs]
-        names = sorted(set.intersection(*held)) if held else []
+        held = {one: models for one in entries if has_step(one) and (models := models_in(one))}
+        names = sorted(set.intersection(*held.values())) if held else []
         if not names:
-            raise error
+            raise self._none_in(folder, entries)
         if len(names) > 1:
-            pattern = folder / re.sub(r"\d+", "*", runs[0].name)
+            pattern = folder / re.sub(r"\d+", "*", next(iter(held)).name)
             named = ", ".join(f"'{pattern / name}'" for name in names)
             raise FormatError(
                 f"The checkpoints in {folder} hold several models each. Name one of them: {named}."
             )
-        return [self._open(str(one / names[0])) for one in runs]
+        for one in held:
+            self.left_out.pop(str(one), None)
+        return [self._open(str(one / names[0])) for one in held]
+
+    def _none_in(self, folder: Path, entries: list[Path]) -> FormatError:
+        runs = [str(one) for one in entries if one.is_dir() and why_beside(one)]
+        if runs:
+            return FormatError(
+                f"{folder} holds no checkpoints itself, but its folders do: {', '.join(runs)}. Name "
+                "the one that is meant."
+            )
+        passed = {path: why for path, why in self.left_out.items() if Path(path) in entries}
+        if has_weights(folder):  # there are some, and which is unclear
+            passed = {}
+        return nothing_in(str(folder), passed)
 
     def _open_in_folder(self, path: str) -> Checkpoint:
         """Open a file nobody named; an average has no `key`, and need not."""
@@ -133,33 +181,3 @@ def take_steps_from_folders(found: list[Checkpoint]) -> None:
     for one in found:
         if one.step is None:
             one.step = step_in_name(Path(one.path).parent.name)
-
-
-def _has_step(path: Path) -> bool:
-    return path.is_dir() and step_in_name(path.name) is not None
-
-
-def _is_numbered_checkpoint(path: Path) -> bool:
-    return _has_step(path) and _has_weights(path)
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        components_in(Place(folder))
-    except FormatError:
-        return False
-    return not folder.name.startswith(".")
-
-
-def is_weights_file(path: Path) -> bool:
-    """Whether a file in a folder may hold weights, by its name."""
-    name = path.name
-    if not path.is_file() or name.startswith((".", *_NOT_WEIGHTS)) or _SHARD.search(name):
-        return False
-    return name.endswith(SUFFIXES) or (path.suffix == ".tar" and _is_zip(path))
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether it is what `torch.save` writes, whatever its name."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"

@@ -38,7 +38,7 @@ from polyak.checkpoints.writing.layouts import (
     layout_for,
 )
 from polyak.errors import ArgumentError, OutputError, PolyakError, warn
-from polyak.files import sync, writing_errors
+from polyak.files import check_place, sync, writing_errors
 
 _RETRY = "pass resume=True to continue this merge"
 
@@ -108,6 +108,8 @@ def blueprint(target: Path, contents: Contents, metadata: Mapping[str, str]) -> 
     """How `target` will be written: `.safetensors`, a torch archive, or a folder (no suffix)."""
     if target.name in ("", ".."):
         raise ArgumentError(f"The output {target} names no file; write its name out.")
+    if target.name.lower() in (".safetensors", *TORCH_SUFFIXES):
+        raise ArgumentError(f"The output {target} is a suffix without a name; write it out.")
     around = _around(target, contents.newest)
     single = layout_for(target, contents.tensors, contents.ties, metadata, around)
     if single is not None:
@@ -293,10 +295,7 @@ def check_space(blueprints: Sequence[Blueprint], identity: str) -> None:
     needed: dict[int, tuple[Path, int]] = {}
     for one in blueprints:
         parent = one.target.parent
-        if not parent.is_dir():
-            raise OutputError(
-                f"There is no folder {parent} to write {one.target.name} to. Make it."
-            )
+        check_place(one.target)
         if not os.access(parent, os.W_OK):
             raise OutputError(f"No permission to write in {parent}. Choose another folder.")
         held = _blocks_under(staging_folder(one.target, identity))

@@ -40,8 +40,9 @@ def refuse_quantised(
     names = sorted(name for name in averaged if _is_quantised(newest.tensors[name]))
     if names:
         raise FormatError(
-            f"{newest.path} is quantised: {', '.join(names)}. Integers or tiny floats with scales "
-            "beside them cannot be averaged; average the weights before they are quantised."
+            f"{newest.path} is quantised: {', '.join(names)}. Integers and floats of 8 bits or fewer, as a rule with "
+            "scales beside them, cannot be averaged; average the weights before they are quantised, or pass exclude= "
+            "with their names, and they are the newest's."
         )
     integers = [t for n, t in newest.tensors.items() if t.dtype in INTEGERS and n in averaged]
     tables = [tensor for tensor in integers if len(tensor.shape) >= 2]

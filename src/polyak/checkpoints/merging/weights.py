@@ -24,6 +24,9 @@ from polyak.version import __version__
 UNHASHED = "0" * 64
 """In place of a SHA-256 that is not known yet."""
 
+_LARGEST, _TINIEST = 3e38, 1e-150
+"""Weights are numbers of float32 where the tensors are, and their squares are of float64."""
+
 _OUR_KEYS = {
     "polyak", "profile", "unit", "time", "count", "sum_squared_shares", "inputs", "base", "step",
     "batchnorm", "ties", "interval", "record",
@@ -53,6 +56,12 @@ class OutputWeights:
         found = numbers("weights", self.coefficients).reshape(-1).tolist()
         if not all(map(math.isfinite, found)) or not any(found):
             raise ArgumentError(f"The weights are {found}; expected finite numbers, not all zero.")
+        largest = max(map(abs, found))
+        require(
+            _TINIEST <= largest <= _LARGEST,
+            f"The largest of the weights {found} is {largest:g} in size; expected {_TINIEST:g} to "
+            f"{_LARGEST:g}. Lists of any size are divided by their sum with normalize=True.",
+        )
         object.__setattr__(self, "coefficients", tuple(found))
 
     @property
@@ -104,11 +113,15 @@ def _summing_to_1(method: Sequence[float], options: MergeOptions) -> OutputWeigh
             f"Cannot build an output from {method!r}; expected a profile like polyak.SWA(), its text "
             "('swa'), or a weight for every input."
         ) from None
+    if options.normalize and all(map(math.isfinite, weights)):
+        # Times a power of two, which changes no quotient: the sum of large ones would overflow.
+        scale = -max((math.frexp(weight)[1] for weight in weights if weight), default=0)
+        scaled = [math.ldexp(weight, scale) for weight in weights]
+        total = math.fsum(scaled)
+        require(total != 0, f"The weights {weights} sum to 0 and cannot be normalised.")
+        return OutputWeights(tuple(weight / total for weight in scaled))
     ready = OutputWeights(tuple(weights))
     total = math.fsum(weights)
-    if options.normalize:
-        require(total != 0, f"The weights {weights} sum to 0 and cannot be normalised.")
-        return replace(ready, coefficients=tuple(weight / total for weight in weights))
     if options.base is None and abs(total - 1) > SUM_TOLERANCE:
         raise ArgumentError(
             f"The weights {weights} sum to {total:.6g}, not to 1. Pass normalize=True to divide them by "

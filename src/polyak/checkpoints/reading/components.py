@@ -37,13 +37,13 @@ def components_in(folder: Place) -> dict[str, Place]:
     found = {
         f"{path}/": weights_in(inner)
         for path, inner in part_folders(folder).items()
-        if _has_weights(inner)
+        if has_weight_files(inner)
     }
     if _RANDOM_STATES in folder.names:
         for name in folder.names:
             if match := _FURTHER_MODEL.fullmatch(name):
                 found[f"{match[1]}/"] = folder.inside(name)
-    if _has_weights(folder) or not found:
+    if has_weight_files(folder) or not found:
         found = {"": weights_in(folder), **found}
     return found
 
@@ -121,7 +121,7 @@ def _inside(folder: Place, prefix: str, depth: int) -> dict[str, Place]:
     return found
 
 
-def _has_weights(folder: Place) -> bool:
+def has_weight_files(folder: Place) -> bool:
     """Whether there is any file that `weights_in` could mean; it may still refuse to choose."""
     return any(
         name.endswith((".safetensors", ".safetensors.index.json"))
