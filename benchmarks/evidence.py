@@ -30,13 +30,12 @@ from typing import Any
 import torch
 from evidence_afterwards import answers as afterwards_answers
 from evidence_answers import answers, in_short
+from evidence_docs import write_docs
 from evidence_jobs import Job, carry_out, start_worker
 from evidence_tables import summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.jsonl"
-DOCS = ROOT / "docs" / "should-i-average.md"
-BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 TUNING_SEED = 100  # tuning seeds count from here, reported ones from 0
 
 
@@ -155,13 +154,6 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(part for part in told if part)
 
 
-def write_docs(records: list[dict[str, Any]]) -> None:
-    """Put the answers and the tables between the markers of the docs page."""
-    before, rest = DOCS.read_text().split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    DOCS.write_text(f"{before}{BEGIN}\n\n{page(records)}\n\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -183,7 +175,7 @@ def main() -> None:
         parser.error(f"{given.output} has no records yet: run without --summary first")
     print(page(results.records))
     if given.write_docs:
-        write_docs(results.records)
+        write_docs("evidence", page(results.records))
 
 
 if __name__ == "__main__":

@@ -16,21 +16,20 @@ import argparse
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from evidence_docs import finals_table, rates_table, write_docs
 
 from polyak.reference_run import Run, load_recipe, train
 from polyak.report import words
 from polyak.report.budget import Budget
-from polyak.report.tables import Finals, format_estimate
+from polyak.report.tables import Finals
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence-words.jsonl"
-DOCS = ROOT / "docs" / "should-i-average.md"
-BEGIN, END = "<!-- words:begin -->", "<!-- words:end -->"
 TUNING_SEED = 100
 RATES = (0.004, 0.008, 0.016)
 ARMS = ("cosine", "half", "quarter", "constant")
@@ -115,39 +114,19 @@ def summary(records: Records) -> str:
     """Sentences and tables, as Markdown."""
     tuning = [r for r in records if r["kind"] == "tuning"]
     finals = Finals(r for r in records if r["kind"] == "final")
-    best = best_rates(tuning)
     lines = [words.verdict(finals, "constant"), ""]
     lines += [f"- {sentence}" for sentence in words.shares(budget_of(records))]
     lines += [f"- {sentence}" for sentence in words.lines(finals, "constant")]
-    columns = [f"{m.title} ({'%' if m.unit == 'points' else m.unit})" for m in finals.metrics]
-    lines += ["", *_row(["test part of the text", *columns]), *_row(["---"] * (len(columns) + 1))]
-    for row in finals.rows:
-        cells = (format_estimate(finals.mean(row, m.key), m.digits) for m in finals.metrics)
-        lines += _row([finals.label(row), *cells])
+    lines += ["", *finals_table("test part of the text", finals)]
     seeds = {
         arm: len({r["seed"] for r in records if r["kind"] == "final" and r["arm"] == arm})
         for arm in ARMS
     }
     told = ", ".join(f"{n} of {arm}" for arm, n in seeds.items())
     lines += ["", f"(mean ± standard error; seeds: {told})", ""]
-    lines += [*_row(["rate: validation loss of one seed (chosen in bold)", *map(str, RATES)])]
-    lines += _row(["---"] * (len(RATES) + 1))
-    for arm in ARMS:
-        of_arm = {t["rate"]: f"{t['nll']:.3f}" for t in tuning if t["arm"] == arm}
-        lines += _row([arm, *(f"**{of_arm[r]}**" if r == best[arm] else of_arm[r] for r in RATES)])
+    title = "rate: validation loss of one seed (chosen in bold)"
+    lines += rates_table(title, tuning, best_rates(tuning), "nll", 3)
     return "\n".join(lines)
-
-
-def _row(cells: Iterable[str]) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
-
-
-def write_docs(text: str) -> None:
-    """Put the summary between its marks in the documentation."""
-    page = DOCS.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCS.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -164,7 +143,7 @@ def main() -> None:
         parser.error("--quick needs a different --output: its figures are not evidence")
     if given.write_docs:
         records = [json.loads(line) for line in given.output.read_text().splitlines()]
-        write_docs(summary(records))
+        write_docs("words", summary(records))
         return
     torch.set_num_threads(1)
     work = Work(given.work, 2 if given.quick else given.seeds, QUICK if given.quick else {})

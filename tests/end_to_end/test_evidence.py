@@ -1,5 +1,6 @@
 """`benchmarks/evidence.py`: its words and tables from records, and that a job trains what it says."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -43,7 +44,7 @@ RECORDS = [
     *trials("sgd", 0.05, [12.0, 13.0]),
     *trials("sgd", 0.1, [12.5, 12.5], nll=0.4),
     *finals("weak", 40, "sgd", "iterate", [13.0, 14.0, 15.0]),
-    *finals("weak", 40, "swa", "iterate", [15.0, 16.1, 16.9]),
+    *finals("weak", 40, "swa", "iterate", [15.0, 16.1, 16.8]),
     *finals("weak", 40, "swa", "swa", [12.0, 13.1, 13.9]),
     *finals("weak", 40, "swa", "ema", [14.0, 13.0, 15.0]),
     *finals("weak", 20, "swa", "swa", [14.0, 15.1, 15.9]),
@@ -55,7 +56,7 @@ def test_words_and_tables_say_what_the_records_hold(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     command = [sys.executable, str(BENCHMARKS / "evidence.py"), "--summary", "--output", str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "weak: SWA −3.00 ± 0.00 points (lower)" in out
+    assert "weak: SWA −2.97 ± 0.14 points (lower)" in out
     assert "error −1.00 ± 0.25 points (lower)" in out
     assert "SWA of 20 epochs: error +1.00 ± 0.25 points (higher)" in out
     assert "| weak, 40 epochs | sgd | 0.05: 12.50, **0.1: 12.50** |" in out
@@ -82,7 +83,7 @@ def test_what_was_chosen_afterwards_is_told_whichever_way_it_points(evidence):
               "annealed": 13.1, "iterate": 15.0}  # fmt: skip
     worse = {**errors, "found": 13.4}
     said = evidence.page([*afterwards(0, errors, 0.5), *afterwards(1, worse, None)])
-    assert "(2 seed(s))" in said
+    assert "(2 seeds)" in said
     assert "minus the mean of the last quarter: error +0.00 ±" in said
     assert "minus the best of four live EMAs: error +1.20 ±" in said
     assert "error: 1 of 2 seeds, at 50% of the budget" in said
@@ -147,11 +148,20 @@ def test_a_job_trains_every_kind_of_average(evidence, monkeypatch):
     assert stale != fresh
 
 
-def test_the_page_of_words_says_what_its_records_say(evidence):
-    import evidence_words
+def written(name):
+    """What the page says between the marks of a name."""
+    import evidence_docs
 
-    lines = evidence_words.RESULTS.read_text().splitlines()
-    told = evidence_words.summary([json.loads(line) for line in lines])
-    page = evidence_words.DOCS.read_text()
-    assert page.split(evidence_words.BEGIN)[1].split(evidence_words.END)[0].strip() == told
-    assert "| constant | **1.865** |" in told
+    page = evidence_docs.DOCS.read_text(encoding="utf-8")
+    return page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+
+
+@pytest.mark.parametrize("name", ["words", "long"])
+def test_the_page_says_what_the_records_of_a_run_say(evidence, name):
+    module = importlib.import_module(f"evidence_{name}")
+    records = [json.loads(line) for line in module.RESULTS.read_text().splitlines()]
+    assert written(name) == module.summary(records)
+
+
+def test_the_page_says_what_the_records_of_the_jobs_say(evidence):
+    assert written("evidence") == evidence.page(evidence.Results(evidence.RESULTS).records)

@@ -10,7 +10,7 @@ from polyak.reference_run.recipe import Recipe, load_recipe, quick_version, ship
 
 def test_the_shipped_recipes():
     assert shipped_recipes() == [
-        "annealing-wins", "batchnorm", "default", "fashion", "note", "paper-preresnet",
+        "annealing-wins", "batchnorm", "default", "fashion", "long", "note", "paper-preresnet",
         "paper-vgg16", "paper-wrn", "taught", "words", "wrn",
     ]  # fmt: skip
     assert load_recipe("default") == Recipe()
@@ -23,6 +23,7 @@ def test_the_shipped_recipes():
         "annealing-wins",
         "default",
         "fashion",
+        "long",
         "note",
         "paper-preresnet",
         "paper-vgg16",
