@@ -18,6 +18,7 @@ from polyak.batchnorm.layers import norm_layers
 from polyak.errors import ArgumentError, FormatError, NonFiniteError, UsageError
 from polyak.maths.overfit_window import OverfitWindow
 from polyak.maths.profiles import SWA
+from polyak.tensors.fsdp import reshard
 from polyak.tensors.modes import evaluation_mode
 from polyak.tensors.ranks import ShardRanks
 
@@ -342,6 +343,7 @@ def _number(score: Any) -> float:
 
 def _number_on_all(score: Any, model: Module) -> float:
     """Of the ranks of a sharded model the mean: each decides alike, or shards would be of different averages."""
+    reshard(model)  # a forward pass, as in validation, leaves the root's parameters gathered
     return ShardRanks(model.parameters()).mean(_number(score))
 
 

@@ -139,14 +139,55 @@ def test_angles_of_tensors_of_any_size(tmp_path, size, shape):
         assert ((found - twin).abs().max() / twin.abs().max()).item() < 5e-7
 
 
-def test_products_are_as_near_as_they_say():
+def off_by(rows):
+    """How far the products of rows are from exact ones, as a share of the product of two norms."""
+    exact = rows.double() @ rows.double().T
+    norms = exact.diagonal().sqrt()
+    found = torch.from_numpy(measure._products(rows))
+    return ((found - exact) / (norms[:, None] * norms)).abs().max().item()
+
+
+@pytest.mark.parametrize("inputs", [4, 32])
+@pytest.mark.parametrize("values", [300, 512, 1000, 4096, 65_000])
+def test_products_are_as_near_as_they_say(inputs, values):
     torch.manual_seed(0)
+    sizes = torch.tensor([1.0, 1e-4, 1e4, 0.3]).repeat(inputs // 4)[:, None]
     for shift in (0.0, 1.0):  # of one sign, errors do not cancel
-        rows = torch.randn(4, 65_000) * torch.tensor([[1.0], [1e-4], [1e4], [0.3]]) + shift
-        exact = rows.double() @ rows.double().T
-        norms = exact.diagonal().sqrt()
-        off = (torch.from_numpy(measure._products(rows)) - exact) / (norms[:, None] * norms)
-        assert off.abs().max().item() < 3e-7
+        assert off_by(torch.randn(inputs, values) * sizes + shift) < 3e-7
+
+
+@pytest.fixture
+def precisions():
+    """What torch was told about products of float32, as it was before."""
+    places = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place, precision in zip(places, before, strict=True):
+        place.fp32_precision = precision
+
+
+def by_old_name():
+    torch.set_float32_matmul_precision("medium")
+
+
+def by_backend():  # after which get_float32_matmul_precision raises
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def for_all():
+    torch.backends.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("told", [by_old_name, by_backend, for_all])
+def test_products_do_not_depend_on_what_a_program_told_torch(precisions, told):
+    """CPUs with instructions for bfloat16 multiply in that then."""
+    torch.manual_seed(0)
+    rows = torch.randn(3, 65_000)
+    assert measure._multiplies_exactly()
+    told()
+    assert not measure._multiplies_exactly()
+    assert off_by(rows) < 3e-7
 
 
 def test_model_stock_says_how_much_of_the_mean_it_took(tmp_path):

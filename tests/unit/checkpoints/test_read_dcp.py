@@ -4,6 +4,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -182,6 +183,33 @@ def test_safetensors_behind_pickles_are_explained(tmp_path, beside, size):
     path.write_bytes(written[written.index(b'{"__metadata__"') - 8 :])
     with open_checkpoint(path) as checkpoint:
         assert_reads(checkpoint, state)
+
+
+def torch_file(path):
+    torch.save({"rows": torch.randn(1000), "__metadata__": 1}, path)
+
+
+def arrays(path):
+    with path.open("wb") as file:
+        np.savez(file, rows=np.ones(1000))
+
+
+def text(path):
+    """A file of torch.save with the words of a header, but no length before them."""
+    torch.save({"rows": torch.randn(1000), "note": '{"__metadata__": {}}'}, path)
+
+
+@pytest.mark.parametrize("write", [torch_file, arrays, text])
+@pytest.mark.parametrize("left", [0.5, 0.99])
+def test_other_damaged_zips_get_no_such_explanation(tmp_path, write, left):
+    """Only the name is that of a safetensors file: nothing in it is whole."""
+    path = tmp_path / "model.safetensors"
+    write(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * left)])
+    with pytest.raises(FormatError) as caught:
+        open_checkpoint(path)
+    assert "HuggingFaceStorageWriter" not in str(caught.value)
+    assert "What is saved is whole" not in str(caught.value)
 
 
 def test_a_chunk_of_another_tensor_is_noticed(single, tmp_path):

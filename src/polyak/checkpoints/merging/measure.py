@@ -21,6 +21,7 @@ from polyak.checkpoints.reading.stored import TORCH_DTYPES, accumulator, itemsiz
 _PIECE = 1 << 16
 _SAMPLE, _RUN = 1 << 15, 1 << 8
 _SUMMED = 1 << 9  # products that are summed in float32
+_LONG = 8 * _SUMMED  # values of a row; float64 is as fast for fewer
 _SMALL = 1e-25  # a sum of squares of a piece, of which the largest are far from the smallest number
 _memory = threading.local()  # buffers of each thread, for the inputs and for the base
 
@@ -73,17 +74,25 @@ def gram_matrix(tensor: MergedTensor, *, has_base: bool) -> Any:
 
 
 def _products(rows: Tensor) -> Any:
-    """Of every two rows; in float64 throughout where float32 would round squares to 0 or to infinity."""
-    if rows.dtype == torch.float32:
-        even = rows.shape[1] // _SUMMED * _SUMMED
+    """Of every two rows; in float64 throughout where float32 would round squares to 0 or to infinity.
+
+    Also where torch may multiply float32 in fewer bits, and of short rows, whose runs are too few to cancel errors.
+    """
+    even = rows.shape[1] // _SUMMED * _SUMMED
+    if rows.dtype == torch.float32 and even >= _LONG and _multiplies_exactly():
         runs = rows[:, :even].reshape(len(rows), -1, _SUMMED).transpose(0, 1)
-        rest = rows[:, even:]
-        found = torch.bmm(runs, runs.mT).double().sum(0) + (rest @ rest.T).double()
+        rest = rows[:, even:].double()
+        found = torch.bmm(runs, runs.mT).double().sum(0) + rest @ rest.T
         squares = found.diagonal()
         if bool(((squares > _SMALL) & squares.isfinite()).all()):
             return found.numpy()
     wide = rows.double()
     return (wide @ wide.T).numpy()
+
+
+def _multiplies_exactly() -> bool:
+    """Unless asked for less on CPUs; `torch.get_float32_matmul_precision` raises where that was done by backend."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:

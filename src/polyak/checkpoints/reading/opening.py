@@ -173,7 +173,7 @@ def read_file(file: ByteFile, key: str | None = None) -> Checkpoint:
         try:
             return _read_zip(file, key)
         except FormatError as error:
-            if not file.path.endswith(".safetensors"):
+            if not _has_header_behind(file):
                 raise
             raise FormatError(f"{error} {_PICKLES_IN_FRONT}") from None
     if is_legacy(start):
@@ -192,6 +192,18 @@ def _read_zip(file: ByteFile, key: str | None) -> Checkpoint:
     return _without_key(read_npz(file, archive), key)
 
 
+def _has_header_behind(file: ByteFile) -> bool:
+    """Whether it is called .safetensors and has the header of one not far behind its beginning."""
+    if not file.path.endswith(".safetensors"):
+        return False
+    start = file.read(0, min(file.size, _MAX_IN_FRONT))
+    at = start.find(_HEADER)
+    length = int.from_bytes(start[max(at - 8, 0) : at], "little")
+    return at >= 8 and len(_HEADER) < length <= file.size - at
+
+
+_HEADER = b'{"__metadata__"'
+_MAX_IN_FRONT = 1 << 24  # bytes of pickles, each of a value that is no tensor
 _PICKLES_IN_FRONT = (
     "The file is called .safetensors and begins with a file of torch.save. torch.distributed.checkpoint's "
     "HuggingFaceStorageWriter (torch 2.13) writes so if the state holds a value that is no tensor, such as a "
