@@ -268,9 +268,14 @@ class RecordFolder:
             hidden.replace(hidden.with_name(hidden.name.removeprefix(".")))
 
 
-def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Contents:
+def contents_of(member: Member, span: Span, record: str) -> Contents:
     """What the file of an interval holds: the mean, the newest statistics, all else as it is now."""
+    from polyak.checkpoints.intervals import interval_metadata
+
     tracker = member.tracker
+    tracker.finish()
+    squares = float(member.clock.on_host().sum_squared_shares)
+    metadata = interval_metadata(span, tracker.unit or "", record, squares)
     tensors, held = tracker.tensors, member.accumulator
     tensors.settle()
     assert held is not None, "something was captured"  # noqa: S101 - for the type checker
@@ -289,6 +294,19 @@ def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Cont
     said = {**metadata, "batchnorm": "stale" if tensors.statistics else "none"}
     whole = {name: slot.tensor for name, slot in named.slots.items()}
     return Contents(span, averaged, others, ties, said, whole, _event(averaged.values()))
+
+
+def bytes_of_one(member: Member, *, narrow: bool) -> int:
+    """How large the file of an interval is; `narrow` if what is averaged is rounded to 16 bits."""
+    held, tensors = member.accumulator, member.tracker.tensors
+    kept_as = held.tensors_held()[0] if held else []
+    averaged = dict(zip(tensors.names, kept_as, strict=bool(held)))
+    total = 0
+    for name, slot in named_tensors(tensors.model).slots.items():
+        kept = averaged.get(name, slot.tensor)
+        is_narrow = narrow and name in averaged and kept.is_floating_point()
+        total += slot.tensor.numel() * (2 if is_narrow else kept.element_size()) * slot.persistent
+    return total
 
 
 def record_id(tensors: Sequence[Tensor]) -> str:

@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from polyak.averaging import saving, state
 from polyak.averaging.hook import Attachment, Members
 from polyak.averaging.record_folder import (
-    Contents,
     Outcome,
     RecordFolder,
+    bytes_of_one,
     contents_of,
     record_id,
 )
@@ -395,7 +395,7 @@ class Recorder:
         self._begun = True
         if rank() != 0:
             return
-        each = self._bytes_of_one()
+        each = bytes_of_one(self._member, narrow=self._folder.narrow is not None)
         said, most = expected(each, self._total, self._base, self._keep)
         sys.stderr.write(f"polyak: recording to {self._folder.path}, {said}.\n")
         free = shutil.disk_usage(self._folder.path).free
@@ -410,26 +410,15 @@ class Recorder:
                 f"The record holds tensors only, and is without state that is no tensor: {', '.join(lost)}."
             )
 
-    def _bytes_of_one(self) -> int:
-        held = self._member.accumulator
-        dtype = torch.bfloat16 if self._folder.narrow else None
-        named = named_tensors(self.model)
-        kept_as = held.tensors_held()[0] if held else []
-        averaged = dict(zip(self._tracker.tensors.names, kept_as, strict=bool(held)))
-        total = 0
-        for name, slot in named.slots.items():
-            kept = averaged.get(name, slot.tensor)
-            narrow = dtype is not None and name in averaged and kept.is_floating_point()
-            total += slot.tensor.numel() * (2 if narrow else kept.element_size()) * slot.persistent
-        return total
-
     def _write(self) -> None:
         """Hand the mean of the interval to the thread that writes; captures wait for it from now on."""
         span = Span(self._start, self._time, self._captures)
         interval, protected, merges = self._interval, self._state_start, self._merges
         if self._keep is not None and self._place(self._time) >= self._keep:
             interval, merges = 2 * interval, True
-        contents = self._contents(span) if self._takes_part() else None
+        contents = None
+        if self._takes_part():
+            contents = contents_of(self._member, span, self._folder.id)
 
         def merge() -> None:
             if merges:
@@ -441,14 +430,6 @@ class Recorder:
         self._interval, self._merges = interval, merges
         if contents is not None:
             self._folder.start(contents, self._number(span), self._carry, merge)
-
-    def _contents(self, span: Span) -> Contents:
-        from polyak.checkpoints.intervals import interval_metadata
-
-        squares = float(self._member.clock.on_host().sum_squared_shares)
-        self._tracker.finish()
-        metadata = interval_metadata(span, self.unit, self._folder.id, squares)
-        return contents_of(self._member, span, metadata)
 
     def _number(self, span: Span) -> int:
         """Of intervals of the first length, those that have ended, and one that has not."""
