@@ -47,8 +47,8 @@ class Contents:
 class Outcome:
     """What came of writing: the error, if there was one, and how long the training waited."""
 
-    error: PolyakError | None = None
-    merge_error: PolyakError | None = None
+    error: Exception | None = None
+    merge_error: Exception | None = None
     waited: float = 0.0
     carry: dict[str, Tensor] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class RecordFolder:
         self._future: Future[Outcome] | None = None
         self._group: Any = None  # of the ranks that write together, and their
         self._ranks: Any = None
-        # Of a resumed record: what begins there or later is of a run that was given up.
+        # What ends after it is of a run that was given up, or was left by writing that failed.
         self._stale_from: float | None = None
 
     def join(self) -> None:
@@ -104,16 +104,16 @@ class RecordFolder:
         self._make()
         return record
 
-    def resume(self, record: str, start: float) -> None:
-        """Continue a record: what begins at `start` or later is rewritten as it is reached.
+    def check(self, record: str) -> None:
+        """Raise OutputError if the folder holds the files of another record."""
+        self._once(lambda: self._check(record))
 
-        Raises OutputError if the folder holds the files of another record.
-        """
-        self._once(lambda: self._resume(record))
+    def resume(self, record: str, start: float) -> None:
+        """Continue a record that was checked: what ends after `start` is rewritten as it is reached."""
         self.id = record
         self._stale_from = start
 
-    def _resume(self, record: str) -> None:
+    def _check(self, record: str) -> None:
         from polyak.checkpoints.intervals import scan_intervals
 
         foreign = [one for one in scan_intervals(self.path).intervals if one.record != record]
@@ -132,19 +132,23 @@ class RecordFolder:
         merge: Callable[[], None],
     ) -> None:
         """Begin to write an interval, then call `merge`; `wait` says what came of it."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "polyak-recorder")
-        self._future = self._pool.submit(self._write, contents, number, carry, merge)
+        pool = self._pool or ThreadPoolExecutor(1, "polyak-recorder")
+        # A pool whose thread could not be started is not kept: a later thread would do what waits in it.
+        self._future = pool.submit(self._write, contents, number, carry, merge)
+        self._pool = pool
 
     def wait(self) -> Outcome | None:
-        """The outcome of what was being written; None if nothing was."""
+        """The outcome of what was written last; None if nothing was. It can be asked again."""
         if self._future is None:
             return None
         begin = time.perf_counter()
-        future, self._future = self._future, None
-        outcome = future.result()
+        outcome = self._future.result()
         outcome.waited = time.perf_counter() - begin
         return outcome
+
+    def forget(self) -> None:
+        """What was written last is settled."""
+        self._future = None
 
     def merge(self, interval: float, protected: float) -> None:
         """Merge all that is within one interval, which has become longer.
@@ -193,14 +197,18 @@ class RecordFolder:
             outcome.carry = self._write_file(contents, number, carry)
         except PolyakError as error:
             outcome.error = error
-            return outcome
         except OSError as error:
             outcome.error = OutputError(f"Could not write to {self.path}: {error.strerror}.")
+        except Exception as error:  # raised or told by whoever waits
+            outcome.error = error
+        if outcome.error is not None:
+            stale_from = contents.span.start if self._stale_from is None else self._stale_from
+            self._stale_from = min(stale_from, contents.span.start)  # its file may be there
             return outcome
         try:
             self._once(merge)
-        except (PolyakError, OSError) as error:
-            outcome.merge_error = OutputError(str(error))
+        except Exception as error:  # the file is written, and merging is tried again
+            outcome.merge_error = error
         return outcome
 
     def _write_file(
@@ -235,10 +243,10 @@ class RecordFolder:
         write_collectively(path, boxes, overwrite=True, group=self._group, **described)
 
     def _remove_stale(self, written: Path) -> None:
-        """After a resume: remove what a run that is given up has written after the state."""
+        """Remove what a run that is given up has written after the state, or writing that failed."""
         from polyak.checkpoints.intervals import NAME, scan_intervals
 
-        start, self._stale_from = self._stale_from, None
+        start = self._stale_from
         if start is None:
             return
         for one in self.path.iterdir():
@@ -248,6 +256,7 @@ class RecordFolder:
         for found in scan_intervals(self.path).intervals:
             if found.end > start and found.path != written:
                 found.path.unlink(missing_ok=True)
+        self._stale_from = None
 
     def _restore(self, hidden: Path, start: float) -> None:
         from polyak.checkpoints.reading.opening import open_checkpoint
@@ -259,9 +268,14 @@ class RecordFolder:
             hidden.replace(hidden.with_name(hidden.name.removeprefix(".")))
 
 
-def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Contents:
+def contents_of(member: Member, span: Span, record: str) -> Contents:
     """What the file of an interval holds: the mean, the newest statistics, all else as it is now."""
+    from polyak.checkpoints.intervals import interval_metadata
+
     tracker = member.tracker
+    tracker.finish()
+    squares = float(member.clock.on_host().sum_squared_shares)
+    metadata = interval_metadata(span, tracker.unit or "", record, squares)
     tensors, held = tracker.tensors, member.accumulator
     tensors.settle()
     assert held is not None, "something was captured"  # noqa: S101 - for the type checker
@@ -280,6 +294,19 @@ def contents_of(member: Member, span: Span, metadata: Mapping[str, str]) -> Cont
     said = {**metadata, "batchnorm": "stale" if tensors.statistics else "none"}
     whole = {name: slot.tensor for name, slot in named.slots.items()}
     return Contents(span, averaged, others, ties, said, whole, _event(averaged.values()))
+
+
+def bytes_of_one(member: Member, *, narrow: bool) -> int:
+    """How large the file of an interval is; `narrow` if what is averaged is rounded to 16 bits."""
+    held, tensors = member.accumulator, member.tracker.tensors
+    kept_as = held.tensors_held()[0] if held else []
+    averaged = dict(zip(tensors.names, kept_as, strict=bool(held)))
+    total = 0
+    for name, slot in named_tensors(tensors.model).slots.items():
+        kept = averaged.get(name, slot.tensor)
+        is_narrow = narrow and name in averaged and kept.is_floating_point()
+        total += slot.tensor.numel() * (2 if is_narrow else kept.element_size()) * slot.persistent
+    return total
 
 
 def record_id(tensors: Sequence[Tensor]) -> str:

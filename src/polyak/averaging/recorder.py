@@ -16,10 +16,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from polyak.averaging import saving, state
 from polyak.averaging.hook import Attachment, Members
-from polyak.averaging.record_folder import RecordFolder, contents_of, record_id
+from polyak.averaging.record_folder import (
+    Outcome,
+    RecordFolder,
+    bytes_of_one,
+    contents_of,
+    record_id,
+)
 from polyak.averaging.recorder_options import (
     TINY,
     VERSION,
+    checked_carry,
     checked_interval,
     checked_keep,
     checked_state,
@@ -28,14 +35,21 @@ from polyak.averaging.recorder_options import (
     size,
 )
 from polyak.averaging.tracker import Member, Tracker
-from polyak.errors import ArgumentError, NonFiniteError, UsageError, require, warn
+from polyak.errors import (
+    ArgumentError,
+    NonFiniteError,
+    PolyakError,
+    UsageError,
+    require,
+    warn,
+)
 from polyak.files import as_path
 from polyak.maths.arguments import at_least_one, number
 from polyak.maths.planning import Span
 from polyak.maths.profiles import SWA
 from polyak.tensors.names import named_tensors
 from polyak.tensors.ranks import rank
-from polyak.tensors.sharding import is_sharded, part_of, sharded_as
+from polyak.tensors.sharding import is_sharded, sharded_as
 
 SLOW_SECONDS = 1.0
 """How long a capture may wait for the disk before a warning says so."""
@@ -211,8 +225,7 @@ class Recorder:
         average = state.state_dict(self._member)  # takes what is due
         self._read_time()
         self._settle()
-        self._state_start = self._start
-        return {
+        saved = {
             "version": VERSION,
             "record": self._folder.id,
             "base": self._base,
@@ -224,6 +237,8 @@ class Recorder:
             "carry": self._carry_to_save(),
             "average": average if self._captures else {**average, **no_average(average)},
         }
+        self._state_start = self._start
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue a record: files from after the state are rewritten as their time comes again.
@@ -235,17 +250,21 @@ class Recorder:
         self._settle()
         found = checked_state(state_dict, self._base)
         state.check_state(self._member, found["average"])
-        if found["record"] and self._takes_part():
+        slots = named_tensors(self.model).slots
+        carry = checked_carry(dict(found["carry"]), {n: s.tensor for n, s in slots.items()})
+        takes_part = bool(found["record"]) and self._takes_part()
+        if takes_part:
+            self._folder.check(found["record"])
+        state.load_state(self._member, found["average"])
+        if takes_part:
             self._folder.resume(found["record"], found["start"])
         self._begun = bool(found["record"])
-        state.load_state(self._member, found["average"])
         self._interval, self._time = found["interval"], found["time"]
         self._start, self._covered = found["start"], found["captured"]
-        slots = named_tensors(self.model).slots
-        self._captures = found["captures"]
-        self._carry = {n: part_of(t, slots[n].tensor) for n, t in dict(found["carry"]).items()}
+        self._captures, self._carry = found["captures"], carry
         self._unread, self._latest = 0.0, self._time
-        self._next_middle = self._next_edge = 0.0
+        self._next_middle = self._next_edge = self._tried = 0.0
+        self._merges = self._interval > self._base  # it may not have been done
         self._state_start = self._start
         self._closed = False
 
@@ -287,18 +306,22 @@ class Recorder:
             raise ArgumentError(f"dt is {dt}; expected the positive time since the last update.")
         if real is False:
             return
+        latest = self._latest + dt
+        # Where only the device knows what was skipped, it is asked when something is due, not every step.
+        may_be_due = latest >= self._next_edge or latest - dt / 2 >= self._next_middle
+        if may_be_due:
+            self._tracker.refuse_during_loan("update()")
         if isinstance(real, Tensor):
             self._unread = self._unread + real.detach().reshape(()).to(torch.float64) * dt
         else:
             self._time += dt
-        self._latest += dt
-        # Where only the device knows what was skipped, it is asked when something is due, not every step.
-        if self._latest >= self._next_edge or self._latest - dt / 2 >= self._next_middle:
+        self._latest = latest
+        if may_be_due:
             self._take_if_due(dt)
 
     def _read_time(self) -> None:
-        self._time += float(self._unread)
-        self._unread, self._latest = 0.0, self._time
+        now = self._time + float(self._unread)
+        self._time, self._unread, self._latest = now, 0.0, now
 
     def _take_if_due(self, dt: float) -> None:
         if isinstance(self._unread, Tensor):
@@ -306,7 +329,6 @@ class Recorder:
         cells = self._cells(self._time, dt)
         is_due = cells > self._covered_cells
         if is_due or self._ends():
-            self._tracker.refuse_during_loan("update()")
             self._settle()
             if is_due:
                 self._capture(self._time if dt >= self._cell else cells * self._cell)
@@ -353,7 +375,11 @@ class Recorder:
         """The present weights stand for the time from the last ones to `until`."""
         if self._takes_part():
             self._tracker.update(until - self._covered, True, [self._member])
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                self._member.restart()  # these weights are not counted
+                raise
         self._covered = until
         self._captures += 1
 
@@ -369,7 +395,7 @@ class Recorder:
         self._begun = True
         if rank() != 0:
             return
-        each = self._bytes_of_one()
+        each = bytes_of_one(self._member, narrow=self._folder.narrow is not None)
         said, most = expected(each, self._total, self._base, self._keep)
         sys.stderr.write(f"polyak: recording to {self._folder.path}, {said}.\n")
         free = shutil.disk_usage(self._folder.path).free
@@ -384,41 +410,26 @@ class Recorder:
                 f"The record holds tensors only, and is without state that is no tensor: {', '.join(lost)}."
             )
 
-    def _bytes_of_one(self) -> int:
-        held = self._member.accumulator
-        dtype = torch.bfloat16 if self._folder.narrow else None
-        named = named_tensors(self.model)
-        kept_as = held.tensors_held()[0] if held else []
-        averaged = dict(zip(self._tracker.tensors.names, kept_as, strict=bool(held)))
-        total = 0
-        for name, slot in named.slots.items():
-            kept = averaged.get(name, slot.tensor)
-            narrow = dtype is not None and name in averaged and kept.is_floating_point()
-            total += slot.tensor.numel() * (2 if narrow else kept.element_size()) * slot.persistent
-        return total
-
     def _write(self) -> None:
         """Hand the mean of the interval to the thread that writes; captures wait for it from now on."""
         span = Span(self._start, self._time, self._captures)
-        self._writing, self._covered = span, self._time
-        if self._keep is not None and self._place(self._time) >= self._keep:
-            self._interval *= 2
-            self._merges = True
-        if not self._takes_part():
-            return
         interval, protected, merges = self._interval, self._state_start, self._merges
+        if self._keep is not None and self._place(self._time) >= self._keep:
+            interval, merges = 2 * interval, True
+        contents = None
+        if self._takes_part():
+            contents = contents_of(self._member, span, self._folder.id)
 
         def merge() -> None:
             if merges:
                 self._folder.merge(interval, protected)
 
-        from polyak.checkpoints.intervals import interval_metadata
-
-        squares = float(self._member.clock.on_host().sum_squared_shares)
-        self._tracker.finish()
-        metadata = interval_metadata(span, self.unit, self._folder.id, squares)
-        contents = contents_of(self._member, span, metadata)
-        self._folder.start(contents, self._number(span), self._carry, merge)
+        # Nothing above has changed anything, for it can fail.
+        self._folder.forget()
+        self._writing, self._covered = span, self._time
+        self._interval, self._merges = interval, merges
+        if contents is not None:
+            self._folder.start(contents, self._number(span), self._carry, merge)
 
     def _number(self, span: Span) -> int:
         """Of intervals of the first length, those that have ended, and one that has not."""
@@ -427,29 +438,38 @@ class Recorder:
 
     def _settle(self, *, last: bool = False) -> None:
         """Wait for what is being written; begin the next interval, or go on with one that was not."""
-        span, self._writing = self._writing, None
+        span = self._writing
         if span is None:
             return
-        outcome = self._folder.wait()
-        if outcome is not None:
-            if outcome.error is not None and not isinstance(outcome.error, NonFiniteError):
-                if last:
-                    raise outcome.error
-                self._tried = span.end
-                warn(
-                    f"{outcome.error} The interval from {span.start:g} to {span.end:g} {self.unit} is not "
-                    "lost: it goes on as a longer one, and writing is tried again at its end."
-                )
-                return
-            self._tell(span, outcome)
+        outcome = self._folder.wait()  # an interrupt here leaves all to the next call
+        if outcome is None and self._takes_part():
+            self._writing = None  # it was never handed over
+            return
+        outcome = outcome or Outcome()
+        error = outcome.error
+        if error is None or isinstance(error, NonFiniteError):
             self._carry = outcome.carry or self._carry
             self._merges = self._merges and outcome.merge_error is not None
-        self._start, self._captures = span.end, 0
-        self._member.restart()
+            self._start, self._captures = span.end, 0
+            self._member.restart()
+        else:
+            self._tried = span.end
+        self._writing = None
+        # A warning may be raised as an error: it comes when all is done.
+        self._tell(span, outcome, last=last)
 
-    def _tell(self, span: Span, outcome: Any) -> None:
+    def _tell(self, span: Span, outcome: Outcome, *, last: bool) -> None:
         where = f"the interval from {span.start:g} to {span.end:g} {self.unit}"
-        if outcome.error is not None:
+        error = outcome.error
+        if error is not None and not isinstance(error, NonFiniteError):
+            if last or not isinstance(error, PolyakError):
+                raise error
+            warn(
+                f"{error} The{where[3:]} is not lost: it goes on as a longer one, and writing is tried "
+                "again at its end."
+            )
+            return
+        if error is not None:
             warn(f"{outcome.error} It is missing from the record: {where}.")
         if outcome.merge_error is not None:
             warn(f"Neighbours were not merged, which is tried again: {outcome.merge_error}")

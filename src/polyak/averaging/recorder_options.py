@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polyak.errors import ArgumentError, FormatError, MismatchError, require
 from polyak.maths.arguments import at_least_one, number
+from polyak.tensors.sharding import part_of
 
 VERSION = 1
 TINY = 1e-9
@@ -67,6 +68,24 @@ def checked_state(found: Any, base: float) -> dict[str, Any]:
             "Nothing was loaded. Make the Recorder with the interval that the record began with."
         )
     return dict(found)
+
+
+def checked_carry(carry: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What rounding has left, this rank's part of it. Raises MismatchError if it is of another model."""
+    changed = {
+        n: f"{tuple(t.shape)}, but this model's is {tuple(model[n].shape)}"
+        for n, t in carry.items()
+        if n in model and t.shape != model[n].shape
+    }
+    if changed or carry.keys() - model.keys():
+        raise MismatchError.of(
+            "The state is of the record of another model.",
+            missing=(),
+            unexpected=carry.keys() - model.keys(),
+            changed=changed,
+            advice="Nothing was loaded.",
+        )
+    return {n: part_of(t, model[n]) for n, t in carry.items()}
 
 
 def no_average(average: Mapping[str, Any]) -> dict[str, Any]:
