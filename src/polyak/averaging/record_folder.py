@@ -244,14 +244,15 @@ class RecordFolder:
 
     def _remove_stale(self, written: Path) -> None:
         """Remove what a run that is given up has written after the state, or writing that failed."""
-        from polyak.checkpoints.intervals import NAME, scan_intervals
+        from polyak.checkpoints.intervals import scan_intervals
+        from polyak.checkpoints.reading.folders import INTERVAL
 
         start = self._stale_from
         if start is None:
             return
         for one in self.path.iterdir():
             hidden = one.name.removeprefix(".") if one.name.startswith(".interval-") else ""
-            if NAME.fullmatch(hidden):
+            if INTERVAL.fullmatch(hidden):
                 self._restore(one, start)
         for found in scan_intervals(self.path).intervals:
             if found.end > start and found.path != written:

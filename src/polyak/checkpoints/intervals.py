@@ -12,18 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polyak.checkpoints.reading.folders import INTERVAL, is_record
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import FLOATS, Checkpoint
 from polyak.errors import ArgumentError, FormatError, MismatchError, PolyakError, require
 from polyak.maths.planning import Span
-
-NAME = re.compile(r"interval-(\d{1,15})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,6 @@ def interval_metadata(
     return said | ({"step": str(round(span.end))} if unit == "steps" else {})
 
 
-def is_record(path: object) -> bool:
-    """Whether this is a folder with recorded intervals."""
-    try:
-        names = [one.name for one in Path(str(path)).iterdir()]
-    except OSError:
-        return False
-    return any(map(NAME.fullmatch, names))
-
-
 def records_in(folder: Path) -> list[Path]:
     """Folders with recorded intervals inside one that is no record itself: a run's, up to three levels down."""
     if is_record(folder):
@@ -112,7 +101,7 @@ def records_in(folder: Path) -> list[Path]:
     found: set[Path] = set()
     for depth in range(1, 4):
         for path in folder.glob("*/" * depth + "interval-*.safetensors"):
-            if NAME.fullmatch(path.name):
+            if INTERVAL.fullmatch(path.name):
                 found.add(path.parent)
     return sorted(found)
 
@@ -122,7 +111,7 @@ def scan_intervals(folder: Path) -> Scan:
     found: list[Interval] = []
     damaged: dict[str, str] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not (match := NAME.fullmatch(path.name)):
+        if not (match := INTERVAL.fullmatch(path.name)):
             continue
         try:
             with open_checkpoint(path) as opened:

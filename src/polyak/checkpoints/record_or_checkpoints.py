@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyak.checkpoints.intervals import is_record, records_in
+from polyak.checkpoints.intervals import records_in
 from polyak.checkpoints.merging.counted import average_rank
 from polyak.checkpoints.merging.finding import Finder
 from polyak.checkpoints.merging.passed_over import is_weights_file
+from polyak.checkpoints.reading.folders import is_record
 from polyak.errors import ArgumentError, PolyakError, some
 
 

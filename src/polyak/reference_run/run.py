@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from polyak.checkpoints.intervals import is_record
+from polyak.checkpoints.reading.folders import is_record
 from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
 from polyak.files import replacing, writing_errors
 from polyak.reference_run.data import Data, load_data

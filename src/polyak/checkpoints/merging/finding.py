@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from polyak.checkpoints.intervals import is_record
 from polyak.checkpoints.merging.counted import LeftOut, average_rank
 from polyak.checkpoints.merging.passed_over import (
     has_step,
@@ -23,7 +22,7 @@ from polyak.checkpoints.merging.passed_over import (
     why_none,
 )
 from polyak.checkpoints.reading.components import components_in, part_folders
-from polyak.checkpoints.reading.folders import is_model_file, step_in_name
+from polyak.checkpoints.reading.folders import is_model_file, is_record, step_in_name
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.storage import Place
 from polyak.checkpoints.reading.stored import Checkpoint

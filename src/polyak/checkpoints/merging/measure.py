@@ -92,7 +92,8 @@ def _products(rows: Tensor) -> Any:
 
 def _multiplies_exactly() -> bool:
     """Unless asked for less on CPUs; `torch.get_float32_matmul_precision` raises where that was done by backend."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
+    return matmul.fp32_precision in ("none", "ieee")
 
 
 def kth_largest_changes(tensor: MergedTensor, density: float) -> list[float]:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from polyak.checkpoints.intervals import is_record
 from polyak.checkpoints.reading.components import components_in, has_weight_files
-from polyak.checkpoints.reading.folders import is_index, step_in_name
+from polyak.checkpoints.reading.folders import is_index, is_record, step_in_name
 from polyak.checkpoints.reading.storage import Place
 from polyak.errors import FormatError
 

@@ -26,9 +26,18 @@ _SINGLE = (
 )
 _INDEX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-
-
+INTERVAL = re.compile(r"interval-(\d{1,15})\.safetensors")
+"""The files of a record."""
 _VARIANT = re.compile(r".*\.(?:safetensors|bin)\.index(?:\.[\w-]+)?\.json")
+
+
+def is_record(path: object) -> bool:
+    """Whether this is a folder with recorded intervals."""
+    try:
+        names = [one.name for one in Path(str(path)).iterdir()]
+    except OSError:
+        return False
+    return any(map(INTERVAL.fullmatch, names))
 
 
 def is_index(name: str) -> bool:
