@@ -30,6 +30,7 @@ from polyak.averaging import recorder as recorder_module
 from polyak.checkpoints import select_checkpoints
 from polyak.errors import EmptyAverage, PolyakWarning, StaleStatistics
 from polyak.integrations.transformers import attach
+from polyak.study.metrics import nll
 from polyak.tensors import fused
 
 SOURCE = Path(polyak.__file__).parent
@@ -519,9 +520,8 @@ def lightning_module_with_other_weights(folder):
 
 @case(PolyakWarning)
 def probabilities_where_logits_belong(folder):
-    polyak.study.nll(
-        torch.rand(4, 3).softmax(1), torch.zeros(4).long()
-    )  # the line that is to be named
+    shares = torch.rand(4, 3).softmax(1)
+    nll(shares, torch.zeros(4).long())  # the line that is to be named
 
 
 @case(StaleStatistics)
