@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from polyak.files import names_folder
-
 
 def whole_number(type_: Any, tokens: Sequence[Token]) -> int:
     """A whole number as it is typed: the parser would round 2.5."""
@@ -33,6 +31,8 @@ def seed_range(type_: Any, tokens: Sequence[Token]) -> dict[str, int]:
 
 def file_name(type_: Any, tokens: Sequence[Token]) -> Path:
     """A file to be written: `Path` would forget the slash by which a folder is named."""
+    from polyak.files import names_folder
+
     (token,) = tokens
     if names_folder(token.value):
         raise ValueError(f"{token.value!r} names a folder; expected the name of a file.")

@@ -143,7 +143,7 @@ def test_a_record(folder, capsys):
         (["line", "a.pt", "b.pt", *PLAIN, "-o", "no/line.svg"], "There is no folder no for line.svg"),
         (["line", "a.pt", "b.pt", *PLAIN, "-o", "l.svg", "-o", "l.svg"], "same output is named twice"),
         (["line", "a.pt", "b.pt", *PLAIN, "--data", "judged:data"], "pass --model too"),
-        (["line", "a.pt", "b.pt", *PLAIN, "--points", "2"], "--points is 2; expected a whole number of at least 3"),
+        (["line", "a.pt", "b.pt", *PLAIN, "--points", "2"], "--points is 2; expected 3 or more"),
         (["plane", "a.pt", "b.pt", *PLAIN], "a plane needs three"),
         (["rays", "a.pt", *PLAIN, "--reach", "-1"], "--reach is -1"),
         (["plane", "--trajectory", "nowhere", *PLAIN], "There is no folder nowhere"),
