@@ -646,7 +646,8 @@ def test_a_scan_into_the_axes_of_another_figure(scan):
 
     ax = Figure().add_subplot()
     plot_scan(scan, ax, ylabel="loss")
-    assert "loss" in (ax.get_ylabel(), ax.get_title())
+    legend = ax.get_legend()
+    assert "loss" in (ax.get_ylabel(), legend and legend.get_title().get_text())
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -1e9])
