@@ -230,7 +230,7 @@ class TestSave:
         assert not list(tmp_path.iterdir())
 
     def test_no_such_folder(self, tmp_path):
-        with pytest.raises(OutputError, match="There is no folder .*none for"):
+        with pytest.raises(OutputError, match=r"There is no folder .*none for"):
             updated(nn.Linear(3, 2)).save(tmp_path / "none" / "a.safetensors")
 
     @pytest.mark.filterwarnings("ignore:Complex modules:UserWarning")
