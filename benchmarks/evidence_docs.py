@@ -1,14 +1,53 @@
-"""Where the evidence's tables go in the documentation, and what tables of runs have in common."""
+"""Where the evidence's tables go in the documentation, and what the evidence of tuned runs has in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from polyak.report.tables import Finals, format_estimate
 
 DOCS = Path(__file__).parent.parent / "docs" / "should-i-average.md"
+
+
+Records = list[dict[str, Any]]
+
+
+def tell(
+    name: str,
+    described: str | None,
+    results: Path,
+    measure: Callable[[Path, int, bool], Records],
+    summary: Callable[[Records], str],
+) -> None:
+    """The command line: train what is missing and print the tables, or put those of the results into the docs.
+
+    measure: gives the records, from the folder of the runs, the number of seeds, and whether it is a smoke.
+    """
+    parser = argparse.ArgumentParser(
+        description=described, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path(f"runs/evidence-{name}"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a smoke: a few epochs, 2 seeds")
+    parser.add_argument("--output", type=Path, default=results)
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into the docs")
+    given = parser.parse_args()
+    if given.quick and given.output == results:
+        parser.error("--quick needs a different --output: its figures are not evidence")
+    if not given.write_docs:
+        torch.set_num_threads(1)
+        records = measure(given.work, 2 if given.quick else given.seeds, given.quick)
+        given.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = summary([json.loads(line) for line in given.output.read_text().splitlines()])
+    print(text)
+    if given.write_docs:
+        write_docs(name, text)
 
 
 def write_docs(name: str, text: str) -> None:

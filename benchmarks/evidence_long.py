@@ -12,14 +12,12 @@ five other seeds, on the test images. After an interruption it continues in --wo
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from evidence_docs import finals_table, rates_table, write_docs
+from evidence_docs import Records, finals_table, rates_table, tell
 
 from polyak.reference_run import Recipe, Run, load_recipe, train
 from polyak.report import verdict
@@ -35,8 +33,6 @@ CHOSEN_BY = {"sgd": "iterate", "swa": "swa", "cyclic": "swa"}
 """The weights of each arm whose validation error decides on its rate."""
 LOWEST = 0.01
 """The rate at which cycles end."""
-
-Records = list[dict[str, Any]]
 
 
 def run(folder: Path, shorter: dict[str, Any], **fields: Any) -> Run:
@@ -104,8 +100,9 @@ def as_run(records: Records, folder: Path) -> Run:
     return Run(folder)
 
 
-def measure(work: Path, seeds: int, shorter: dict[str, Any]) -> Records:
+def measure(work: Path, seeds: int, quick: bool) -> Records:
     """Tune, train every arm at its own rate, and give all records."""
+    shorter = {"epochs": 8} if quick else {}
     tuning = tune(work, shorter)
     rates = best_rates(tuning)
     done = run(work / "final", shorter, rate=rates["sgd"], swa_rate=rates["swa"],
@@ -114,28 +111,5 @@ def measure(work: Path, seeds: int, shorter: dict[str, Any]) -> Records:
     return [*tuning, {"kind": "recipe", "toml": toml}, *done.records()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence-long"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a smoke: 8 epochs, 2 seeds")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into the docs")
-    given = parser.parse_args()
-    if given.quick and given.output == RESULTS:
-        parser.error("--quick needs a different --output: its figures are not evidence")
-    if not given.write_docs:
-        torch.set_num_threads(1)
-        quick = ({"epochs": 8}, 2) if given.quick else ({}, given.seeds)
-        records = measure(given.work, quick[1], quick[0])
-        given.output.write_text("".join(json.dumps(record) + "\n" for record in records))
-    text = summary([json.loads(line) for line in given.output.read_text().splitlines()])
-    print(text)
-    if given.write_docs:
-        write_docs("long", text)
-
-
 if __name__ == "__main__":
-    main()
+    tell("long", __doc__, RESULTS, measure, summary)

@@ -12,16 +12,12 @@ the text. After an interruption it continues in --work.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from evidence_docs import finals_table, rates_table, write_docs
+from evidence_docs import Records, finals_table, rates_table, tell
 
 from polyak.reference_run import Run, load_recipe, train
 from polyak.report import words
@@ -34,8 +30,6 @@ TUNING_SEED = 100
 RATES = (0.004, 0.008, 0.016)
 ARMS = ("cosine", "half", "quarter", "constant")
 QUICK = {"epochs": 8, "epoch_size": 64, "context": 16}
-
-Records = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,29 +123,12 @@ def summary(records: Records) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence-words"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a smoke: a few steps, 2 seeds")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into the docs")
-    given = parser.parse_args()
-    if given.quick and given.output == RESULTS:
-        parser.error("--quick needs a different --output: its figures are not evidence")
-    if given.write_docs:
-        records = [json.loads(line) for line in given.output.read_text().splitlines()]
-        write_docs("words", summary(records))
-        return
-    torch.set_num_threads(1)
-    work = Work(given.work, 2 if given.quick else given.seeds, QUICK if given.quick else {})
+def evidence(folder: Path, seeds: int, quick: bool) -> Records:
+    """Tune, train every arm at its own rate, and give all records."""
+    work = Work(folder, seeds, QUICK if quick else {})
     tuning = tune(work)
-    records = list(itertools.chain(tuning, measure(work, best_rates(tuning))))
-    given.output.write_text("".join(json.dumps(record) + "\n" for record in records))
-    print(summary(records))
+    return [*tuning, *measure(work, best_rates(tuning))]
 
 
 if __name__ == "__main__":
-    main()
+    tell("words", __doc__, RESULTS, evidence, summary)

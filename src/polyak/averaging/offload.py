@@ -168,10 +168,8 @@ class Background:
             job.ended.set()
 
     def _work(self, job: _Job) -> None:
-        for device in self._devices[
-            :1
-        ]:  # a thread begins on device 0, which may be another process's
-            torch.cuda.set_device(device)
+        if self._devices:  # a thread begins on device 0, which may be another process's
+            torch.cuda.set_device(self._devices[0])
         with ExitStack() as streams, torch.no_grad():
             for stream, made in zip(self._streams, job.weights_made, strict=True):
                 streams.enter_context(torch.cuda.stream(stream))

@@ -84,7 +84,7 @@ def scan_line(  # noqa: PLR0913 - keyword-only arguments do not count
     ([0.0, 1.0, 0.0], 1.0)
 
     """
-    at_least_three("points", points)
+    count("points", points, 3)
     require(0 <= number("beyond", beyond) < math.inf, f"beyond is {beyond:g}; expected 0 or more.")
     curved = isinstance(inputs, Curve) or curve is not None
     judging = Judging(
@@ -156,7 +156,7 @@ def scan_plane(  # noqa: PLR0913 - as above
 
     """
     require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
-    at_least_three("points", points)
+    count("points", points, 3)
     _check_number(points**2, "points=")
     judging = Judging(
         model=model, data=data, minimize=minimize, maximize=maximize,
@@ -437,8 +437,3 @@ def _check_number(points: float, names: str) -> None:
         f"That would be {points:.4g} points, each of which is evaluated; expected at most {_MOST_POINTS:,}. Use a "
         f"smaller {names}.",
     )
-
-
-def at_least_three(name: str, value: int) -> None:
-    """Raise ArgumentError for fewer."""
-    count(name, value, 3)
