@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 
+import torch
 from torch import Tensor
 
 from polyak.tensors.memory import address, copy_on_write
 from polyak.tensors.packed import Packed, Scratch, can_be_packed, nan_free, span
 
-_COPIED_BYTES = 3 << 19  # with the scratch for what is packed, 4 MiB in all
+# Copies are faster, so the smallest weights are copied: with the scratch, in 64 MB in all.
+_COPIED_BYTES = {"cpu": 56 << 20}
+_COPIED_BYTES_ELSEWHERE = 3 << 19  # the scratch is larger there
 
 
 def to_pack(
     weights: Sequence[Tensor], averages: Sequence[Tensor], stay: Set[int], refused: Set[int]
 ) -> dict[int, Packed]:
-    """Those that are packed with their average, by index: all but the small ones, if they can be.
+    """Those that are packed with their average, by index: all but the smallest, if they can be.
 
     stay: the ids of weights that are lent in place. The others are shared copy-on-write, so that what is
     written to them in the block is not written to the average. refused: ids to leave out.
@@ -46,13 +50,13 @@ def _pair(weight: Tensor, average: Tensor, scratch: Scratch, stay: Set[int]) -> 
 
 
 def _small(indices: Iterable[int], weights: Sequence[Tensor]) -> set[int]:
-    """The smallest, as many as may be copied: that is faster, and takes hardly any memory."""
-    so_far, found = 0, set()
+    """The smallest on each device, as many as may be copied."""
+    so_far, found = Counter[torch.device](), set()
     for index in sorted(indices, key=lambda i: weights[i].numel()):
-        so_far += weights[index].numel() * weights[index].element_size()
-        if so_far > _COPIED_BYTES:
-            break
-        found.add(index)
+        device = weights[index].device
+        so_far[device] += weights[index].numel() * weights[index].element_size()
+        if so_far[device] <= _COPIED_BYTES.get(device.type, _COPIED_BYTES_ELSEWHERE):
+            found.add(index)
     return found
 
 

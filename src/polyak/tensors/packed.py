@@ -3,7 +3,7 @@
 The two have 48 bits a value. While the average is lent, the weight's memory holds it rounded, and the
 accumulator's holds the weight's 16 bits and the low 16 bits of the average. With those the rounding can be
 undone, because ties go away from zero: `average = (rounded << 16) + low`, with `low` as a signed number.
-Piece by piece: in the memory of n accumulators first n weights, then n low halves.
+Row by row: in the memory of n accumulators first n weights, then n low halves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from polyak.tensors.memory import copy_on_write, in_shared_memory, is_dense, odd_form
 from polyak.tensors.rounding import piece_values
+
+_ROW = 1 << 13  # values; on a CPU, where all that happens to a row is then one thread's work
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,19 @@ class Packed:
         self._order = order
         self._narrow = weight.view(torch.int16).permute(order)
         self._wide = self._average.view(torch.int32).permute(order)
+        self._row = _ROW if self._narrow.is_contiguous() and weight.device.type == "cpu" else 0
         self._swapped: list[tuple[Tensor, Tensor, Tensor | None]] = []  # with a checksum
 
     @torch.no_grad()
     def swap_in(self) -> None:
         """The weight's memory takes the rounded average; the accumulator's keeps both."""
-        for narrow, wide in self._pieces(self._wide):
-            n = narrow.numel()
-            rounded, _, low = self._room(wide)
+        for narrow, wide in self._pieces(self._narrow, self._wide):
+            rounded, _, half = self._room(wide)
+            own, low = _halves(wide)
             torch.add(wide, 0x8000, out=rounded).bitwise_right_shift_(16)
-            low.copy_(wide)
-            halves = wide.view(-1).view(torch.int16)
-            halves[:n].view(wide.shape).copy_(narrow)
-            halves[n:].view(wide.shape).copy_(low)
+            half.copy_(wide)
+            own.copy_(narrow)
+            low.copy_(half)
             narrow.copy_(rounded)
             self._swapped.append((narrow, wide, _checksum(rounded) if self._in_place else None))
 
@@ -76,10 +78,9 @@ class Packed:
         """Both have what they had, bit for bit; an average that was written to has what was written."""
         while self._swapped:
             narrow, wide, checksum = self._swapped[-1]
-            own = self._room(wide)[2]
-            own.copy_(wide.view(-1).view(torch.int16)[: narrow.numel()].view(wide.shape))
-            self._restore(narrow, wide, checksum, wide)
-            narrow.copy_(own)
+            rounded, low = self._unpacked(narrow, wide, checksum)
+            narrow.copy_(_halves(wide)[0])
+            torch.add(low, rounded, alpha=1 << 16, out=wide)
             self._swapped.pop()
 
     @torch.no_grad()
@@ -87,9 +88,10 @@ class Packed:
         """A copy of the average, while it is lent."""
         with torch.inference_mode(False):
             result = torch.empty_like(self._average)
-        targets = self._pieces(result.view(torch.int32).permute(self._order))
+        targets = self._pieces(self._narrow, result.view(torch.int32).permute(self._order))
         for piece, (_, target) in zip(self._swapped, targets, strict=True):
-            self._restore(*piece, target)
+            rounded, low = self._unpacked(*piece)
+            torch.add(low, rounded, alpha=1 << 16, out=target)
         return result
 
     @torch.no_grad()
@@ -97,10 +99,9 @@ class Packed:
         """A copy of the weight, while its average is lent."""
         with torch.inference_mode(False):
             result = torch.empty_like(self.weight)
-        targets = _parts(result.view(torch.int16).permute(self._order), self._wide, self._limit)
+        targets = self._pieces(result.view(torch.int16).permute(self._order), self._wide)
         for target, wide in targets:
-            halves = wide.view(-1).view(torch.int16)
-            target.copy_(halves[: wide.numel()].view(wide.shape))
+            target.copy_(_halves(wide)[0])
         return result
 
     def finite(self) -> Tensor:
@@ -113,15 +114,15 @@ class Packed:
         clone = copy_on_write(self.weight)
         return self.weight.clone() if clone is None else clone
 
-    def _restore(
-        self, narrow: Tensor, wide: Tensor, checksum: Tensor | None, target: Tensor
-    ) -> None:
+    def _unpacked(
+        self, narrow: Tensor, wide: Tensor, checksum: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         rounded, low, _ = self._room(wide)
-        low.copy_(wide.view(-1).view(torch.int16)[narrow.numel() :].view(wide.shape))
+        low.copy_(_halves(wide)[1])
         rounded.copy_(narrow)
         if checksum is not None:  # what was written since does not go with these low halves
             low.mul_(_checksum(rounded) == checksum)
-        torch.add(low, rounded, alpha=1 << 16, out=target)
+        return rounded, low
 
     def _room(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         held, n = self._scratch, like.numel()
@@ -129,8 +130,17 @@ class Packed:
         rounded, low, half = (part.view(like.shape) for part in parts)
         return rounded, low, half
 
-    def _pieces(self, wide: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return _parts(self._narrow, wide, self._limit)
+    def _pieces(self, narrow: Tensor, wide: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the two, whose first dimension is that of rows."""
+        if self._row:
+            narrow, wide = narrow.view(-1), wide.view(-1)
+        for pair in _parts(narrow, wide, self._limit):
+            rows = (
+                (-1, self._row)
+                if self._row and pair[0].numel() % self._row == 0
+                else (1, *pair[0].shape)
+            )
+            yield pair[0].view(rows), pair[1].view(rows)
 
 
 def can_be_packed(weight: Tensor, average: Tensor) -> bool:
@@ -162,6 +172,12 @@ def span(tensor: Tensor) -> int:
     """How many bytes there are from the first to the last value of a tensor that has any."""
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (reach + 1) * tensor.element_size()
+
+
+def _halves(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the memory of each row: the half for weights, and that for low halves."""
+    halves = wide.view(torch.int16).view(wide.shape[0], 2, *wide.shape[1:])
+    return halves[:, 0], halves[:, 1]
 
 
 def _checksum(values: Tensor) -> Tensor:

@@ -28,10 +28,14 @@ def copy_rounded(target: Tensor, source: Tensor) -> Tensor:
         return target.copy_(source)
     here = target.device == source.device and not target.is_neg()
     rounded = target if here else torch.empty_like(source, dtype=torch.bfloat16)
-    for x, y in paired_parts(source, rounded, at_most=piece_values(source.device)):
-        bits = torch.add(x.float().view(torch.int32), 0x8000).bitwise_right_shift_(16)
+    limit = min(source.numel(), piece_values(source.device))
+    room = torch.empty(limit, dtype=torch.int32, device=source.device)
+    for x, y in paired_parts(source, rounded, at_most=limit):
+        bits = room[: x.numel()].view(x.shape)
+        torch.add(x.float().view(torch.int32), 0x8000, out=bits).bitwise_right_shift_(16)
         y.view(torch.int16).copy_(bits)
-        y.masked_fill_(x.isnan(), torch.nan)
+        if source.device.type != "cpu" or x.sum().isnan():  # where the host must not wait, always
+            y.masked_fill_(x.isnan(), torch.nan)
     return target if here else target.copy_(rounded)
 
 
