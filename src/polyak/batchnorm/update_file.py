@@ -20,7 +20,7 @@ from polyak.checkpoints.reading.stored import Checkpoint
 from polyak.checkpoints.writing.extra_state import built, writable
 from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
-from polyak.errors import ArgumentError, check_match
+from polyak.errors import ArgumentError, NonFiniteError, check_match
 from polyak.files import as_path, writing_errors
 from polyak.tensors.policy import RUNNING_STATISTICS
 
@@ -48,7 +48,7 @@ def update_bn_file(
         limit: Use at most this many batches.
 
     Returns the names of the layers. Raises ArgumentError if `model` is not a Module or has no such layers,
-    MismatchError if the file does not fit the model, OutputError if the output exists or cannot be
+    MismatchError if the file does not fit the model, NonFiniteError for a NaN in its weights, OutputError if the output exists or cannot be
     written, and what `update_bn` raises.
 
     """
@@ -65,15 +65,16 @@ def update_bn_file(
     with open_checkpoint(source) as opened:
         ties, metadata, extra = dict(opened.ties), dict(opened.metadata), opened.extra
         around = _around(opened, target)
-        state = dict(iter_averaged_tensors([opened], "swa"))
+        state = dict(iter_averaged_tensors([opened], "swa", exclude=["*"]))  # as they are
+    updated = {
+        f"{layer}.{last}" if layer else last for layer in layers for last in RUNNING_STATISTICS
+    }
+    _refuse_non_finite(state, updated, source)
     _load(model, state, ties, extra, source)
     update_bn(model, batches, limit=limit, layers=layers.values())
     found = model.state_dict()
-    for layer in layers:
-        for last in RUNNING_STATISTICS:
-            name = f"{layer}.{last}" if layer else last
-            if name in state:
-                state[name] = found[name].detach().cpu().to(state[name].dtype)
+    for name in updated & state.keys():
+        state[name] = found[name].detach().cpu().to(state[name].dtype)
     metadata["batchnorm"] = "refreshed"
     write_checkpoint(
         target,
@@ -99,6 +100,20 @@ def _refuse(source: Path, target: Path, *, overwrite: bool) -> None:
             raise ArgumentError(f"{path} is a folder; name the file of weights in it.")
     in_place = target.resolve() == source.resolve()
     check_target(target, overwrite=overwrite or in_place)
+
+
+def _refuse_non_finite(state: Mapping[str, Tensor], updated: set[str], source: Path) -> None:
+    """NonFiniteError for a NaN or an infinity in what stays; statistics are measured anew."""
+    bad = [
+        name
+        for name, tensor in state.items()
+        if name not in updated and not bool(tensor.isfinite().all())
+    ]
+    if bad:
+        raise NonFiniteError(
+            f"Not finite in {source}: {', '.join(sorted(bad))}. No statistics mend such weights: make the average "
+            "again without the checkpoint that they came from."
+        )
 
 
 def _load(

@@ -238,11 +238,25 @@ def _toml(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
+# Every epoch and every seed has its place in the plan; torch takes seeds below 2^63.
+_MOST = {"epochs": 10**6, "seeds": 10**4, "first_seed": 2**48, "epoch_size": 10**12}
+
+# Rates are numbers of float32, and an epoch has one step or more.
+_LIMITS = [
+    *((name, 1e-30, 1e6) for name in ("rate", "swa_rate", "cycle_high", "cycle_low")),
+    ("ema_half_life", 1e-3, 1e6),
+    ("weight_decay", 0.0, 1e6),
+]
+
+
 def _check_counts(recipe: Recipe) -> None:
     require(recipe.task in ARMS, f"task is {recipe.task!r}; expected {' or '.join(ARMS)}.")
     for name in ("epochs", "batch_size", "cycle_epochs", "seeds", "context"):
         value = getattr(recipe, name)
         require(value >= 1, f"Recipe field {name} is {value}; expected 1 or more.")
+    for name, most in _MOST.items():
+        value = getattr(recipe, name)
+        require(value <= most, f"Recipe field {name} is {value}; expected {most} at most.")
     require(
         recipe.record_intervals >= 0,
         f"record_intervals is {recipe.record_intervals}; expected a number of intervals, or 0 to record "
@@ -255,10 +269,10 @@ def _check_counts(recipe: Recipe) -> None:
 
 
 def _check_rates(recipe: Recipe) -> None:
-    for name in ("rate", "swa_rate", "cycle_high", "cycle_low", "ema_half_life"):
+    for name, least, most in _LIMITS:
         value = getattr(recipe, name)
-        ok = 0 < value < float("inf")
-        require(ok, f"Recipe field {name} is {value}; expected a positive, finite number.")
+        expected = f"a number from {least:g} to {most:g}"
+        require(least <= value <= most, f"Recipe field {name} is {value}; expected {expected}.")
     require(
         recipe.cycle_low <= recipe.cycle_high,
         f"cycle_low is {recipe.cycle_low}, above cycle_high, {recipe.cycle_high}; "
@@ -268,12 +282,8 @@ def _check_rates(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         require(0 <= value < 1, f"{name} is {value}; expected 0 <= {name} < 1.")
     require(
-        0 < recipe.power_std < 0.28,
-        f"power_std is {recipe.power_std}; expected a width above 0 and below 0.28, that of the plain mean.",
-    )
-    require(
-        0 <= recipe.weight_decay < float("inf"),
-        f"weight_decay is {recipe.weight_decay}; expected a finite number, 0 or more.",
+        1e-6 <= recipe.power_std < 0.28,
+        f"power_std is {recipe.power_std}; expected a width from 1e-6 to below 0.28, that of the plain mean.",
     )
     require(
         0 <= recipe.final_ratio <= 1,

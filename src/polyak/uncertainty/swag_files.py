@@ -70,6 +70,10 @@ def read(member: Member, path: str | os.PathLike[str]) -> Mapping[str, Any]:
             f"{path} is not the file of a SWAG of this model: {error} is not in it. Expected what SWAG.save "
             "wrote, or a saved state_dict()."
         ) from None
+    if below := [n for n, v in variance.items() if not v.is_complex() and bool((v < 0).any())]:
+        raise FormatError(
+            f"{path} holds a variance below 0, of {', '.join(below)}: the file is damaged. Load another one."
+        )
     state = saved_state(member, path, found, metadata)
     return {**state, "rank": rank, "variance": variance, "deviations": columns}
 

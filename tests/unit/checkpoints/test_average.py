@@ -279,6 +279,19 @@ def test_all_mismatches_at_once_and_nothing_written(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float64", "float16")])
+def test_checkpoints_of_other_dtypes_are_averaged_as_the_message_says(tmp_path, dtypes):
+    states = [{"w": torch.ones(2, dtype=getattr(torch, dtype))} for dtype in dtypes]
+    first, second = stored_checkpoints(tmp_path, states)
+    with pytest.raises(MismatchError, match="average it alone and pass dtype=float32"):
+        merged([first, second], tmp_path)
+    converted = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, target in zip((first, second), converted, strict=True):
+        average_checkpoints([path], target, dtype="float32")
+    average_checkpoints(converted, tmp_path / "mean.safetensors")
+    assert load_file(tmp_path / "mean.safetensors")["w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def test_ties_is_its_twin(tmp_path, density, weights):
     base, inputs = runs(tmp_path)
     found = made(tmp_path, base, inputs, Ties(density, 0.8, weights))
     close(found, base, inputs, lambda _, b, x: combining.ties(b, x, density, 0.8, weights))
+
+
+@pytest.mark.parametrize("size", [1e-140, 1e-40, 0.3, 1e38])
+@pytest.mark.parametrize("method", [Ties, lambda **given: Dare(0.5, elect=True, **given)])
+def test_only_the_ratios_of_weights_count_where_they_are_divided_by_what_agrees(
+    tmp_path, size, method
+):
+    base, inputs = runs(tmp_path, shapes={"w": (61, 7)})
+    expected = made(tmp_path, base, inputs, method(weights=(2.0, 1.0, 0.5)))["w"]
+    given = method(weights=(2 * size, size, size / 2))
+    found = made(tmp_path, base, inputs, given, overwrite=True)["w"]
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-7)
 
 
 def test_ties_trims_large_tensors_by_a_sample_to_the_same_values(tmp_path, monkeypatch):
@@ -293,6 +306,31 @@ def test_what_is_not_finite_is_named(tmp_path, method, bad):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("method", [*METHODS, Slerp(0.3)], ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["base", "run-0", "run-1"])
+def test_what_is_not_finite_is_named_where_only_two_runs_have_an_angle(
+    tmp_path, method, bad, where
+):
+    base, inputs = runs(tmp_path, count=2, shapes={"w": (31, 7), "b": ()})
+    path = tmp_path / f"{where}.safetensors"
+    save_file({**load_file(path), "b": torch.tensor(bad)}, path)
+    with pytest.raises(NonFiniteError, match=rf"b of .*{where}"):
+        made(tmp_path, base, inputs, method)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Ties(scale=1e28), Dare(1e-12, 1e28), Dare(0.02, -1e28), Dare(1e-9, 1e28, elect=True)],
+    ids=repr,
+)
+def test_any_scale_that_is_allowed_gives_an_average_or_says_that_it_is_too_large(tmp_path, method):
+    base, inputs = runs(tmp_path, noise=1e-12)
+    with contextlib.suppress(NonFiniteError):
+        made(tmp_path, base, inputs, method)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -313,6 +351,9 @@ def test_as_text(text, expected):
         (lambda: Ties(0), "density is 0"),
         (lambda: Ties(1.5), "density is 1.5"),
         (lambda: Ties(scale=math.nan), "scale"),
+        (lambda: Ties(scale=1e29), "scale is 1e[+]29; expected a number from -1e[+]28"),
+        (lambda: Dare(0.5, -math.inf), "scale is -inf"),
+        (lambda: parse_method("dare:density=0.5,scale=1e300"), "scale is 1e[+]300"),
         (lambda: Ties(weights=(1, -1)), "not negative"),
         (lambda: Dare(0.5, weights=(0, 0)), "one above 0"),
         (lambda: Dare(0.5, seed=-1), "seed is -1"),

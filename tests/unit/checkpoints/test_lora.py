@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polyak.checkpoints import merge_adapters
-from polyak.errors import ArgumentError, FormatError, MismatchError, OutputError
+from polyak.errors import ArgumentError, FormatError, MismatchError, NonFiniteError, OutputError
 
 
 class Network(nn.Module):
@@ -186,6 +186,89 @@ def test_bad_input(tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError, match="exists"):
         merge_adapters([one], tmp_path / "empty")
+
+
+def changed(folder, target, tensors=lambda found: found, config=()):
+    """A copy of an adapter with other tensors, and other fields in its configuration."""
+    target.mkdir()
+    found = tensors(load_file(folder / "adapter_model.safetensors"))
+    save_file(found, target / "adapter_model.safetensors")
+    known = json.loads((folder / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**known, **dict(config)}))
+    return target
+
+
+def without(part):
+    return lambda found: {name: value for name, value in found.items() if part not in name}
+
+
+def with_value(part, bad):
+    return lambda found: {n: v + bad if part in n else v for n, v in found.items()}
+
+
+DAMAGED = {
+    "no A": (without("lora_A"), {}, MismatchError, "has no lora_A beside it"),
+    "no embedding's A": (without("embedding_A"), {}, MismatchError, "has no lora_A beside it"),
+    "no B": (without("lora_B"), {}, MismatchError, "has nothing"),
+    "empty": (without(""), {}, FormatError, "holds no tensors"),
+    "NaN": (with_value("lora_A", math.nan), {}, NonFiniteError, "lora_A.* is not finite"),
+    "inf": (with_value("embedding_B", math.inf), {}, NonFiniteError, "_B.* is not finite"),
+    "another rank": (dict, {"r": 5}, MismatchError, "has 3 rows; expected 5"),
+    "a module's": (dict, {"rank_pattern": {"q": 2}}, MismatchError, "has 3 rows; expected 2"),
+    "rank 0": (dict, {"r": 0}, FormatError, "r is 0"),
+    "rank as text": (dict, {"r": "3"}, FormatError, "r is '3'"),
+    "no alpha": (dict, {"lora_alpha": None}, FormatError, "lora_alpha is None"),
+    "alpha's list": (dict, {"alpha_pattern": [1]}, FormatError, "alpha_pattern is .1."),
+    "alpha's text": (dict, {"alpha_pattern": {"q": "x"}}, FormatError, "alpha_pattern is"),
+    "no pattern": (dict, {"rank_pattern": {"q(": 3}}, FormatError, "no regular expression"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_adapters_are_refused(tmp_path):
+    whole = [adapter(tmp_path / f"a{i}", i, target_modules=["q", "embed"]) for i in (1, 2)]
+    for at, (tensors, config, error, message) in enumerate(DAMAGED.values()):
+        bad = changed(whole[1], tmp_path / f"bad{at}", tensors, config)
+        for inputs in ([whole[0], bad], [bad, whole[0]]):
+            with pytest.raises(error, match=message):
+                merge_adapters(inputs, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, 0.7]])
+def test_the_base_s_copy_beside_an_embedding_is_carried_over(tmp_path, weights):
+    plain = adapter(tmp_path / "plain", 1)
+    embedded = adapter(tmp_path / "embedded", 2, target_modules=["embed"])
+    copy = {"base_model.model.embed.base_layer.weight": network().embed.weight.data}
+    saved = changed(embedded, tmp_path / "saved", lambda found: {**found, **copy})
+    for inputs in ([plain, saved], [saved, plain]):
+        merge_adapters(inputs, tmp_path / "merged", weights=weights, overwrite=True)
+        same(effective(tmp_path / "merged"), expected(inputs, weights), 2e-6)
+        found = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+        assert torch.equal(found[next(iter(copy))], network().embed.weight.data)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(6, 6)
+        self.weights = nn.Parameter(torch.zeros(3, 6, 6))
+
+    def forward(self, hidden):
+        return torch.einsum("bi,eio->bo", self.q(hidden), self.weights)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_one_parameter_are_refused(tmp_path):
+    for seed in (1, 2):
+        config = LoraConfig(r=2, target_modules=["q"], target_parameters=["weights"])
+        get_peft_model(nn.ModuleDict({"experts": Experts()}), config).save_pretrained(
+            tmp_path / str(seed)
+        )
+    with pytest.raises(MismatchError, match=r"6 rows; expected 2.*target_parameters"):
+        merge_adapters([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -144,6 +144,15 @@ def test_keys(tmp_path):
         open_checkpoint(tmp_path / "x.pt", key="ema.c")
 
 
+def test_a_key_into_a_flat_file_is_left_out(tmp_path):
+    tensors = {"w": torch.ones(2), "b": torch.zeros(1)}
+    torch.save(tensors, tmp_path / "x.pt")
+    save_file(tensors, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        with pytest.raises(ArgumentError, match=r"no key 'model'.* [Ll]eave out key=\.$"):
+            open_checkpoint(tmp_path / name, key="model")
+
+
 def test_a_tensor_alone_and_a_list(tmp_path):
     torch.save(torch.arange(3), tmp_path / "x.pt")
     assert_reads(open_checkpoint(tmp_path / "x.pt"), {"tensor": torch.arange(3)})

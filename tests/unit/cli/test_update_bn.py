@@ -108,3 +108,24 @@ def test_refusals(averaged, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
     after = load_file("average.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["1.running_mean", "1.running_var"])
+def test_statistics_that_are_not_finite_are_what_it_mends(averaged, name):
+    broken = torch.load("step-1.pt", weights_only=True)
+    broken[name][1] = float("nan")
+    torch.save(broken, "broken.pt")
+    assert run(command(averaged, "broken.pt", "-o", "out.pt")) == 0
+    assert run(command(averaged, "step-1.pt", "-o", "right.pt")) == 0
+    found, right = (torch.load(f, weights_only=True) for f in ("out.pt", "right.pt"))
+    assert all(torch.equal(found[key], right[key]) for key in right)
+
+
+@pytest.mark.parametrize(("name", "bad"), [("0.weight", "nan"), ("1.bias", "-inf")])
+def test_weights_that_are_not_finite_are_named(averaged, capsys, name, bad):
+    broken = torch.load("step-1.pt", weights_only=True)
+    broken[name][1] = float(bad)
+    torch.save(broken, "broken.pt")
+    assert run(command(averaged, "broken.pt", "-o", "out.pt")) == 1
+    assert f"Not finite in broken.pt: {name}. " in capsys.readouterr().err
+    assert not Path("out.pt").exists()

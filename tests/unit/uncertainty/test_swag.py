@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -441,3 +443,21 @@ def test_sharded_models_are_refused_before_and_after_sharding(tmp_path):
                 call()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight", -1e-6), ("bias", -math.inf)])
+def test_a_file_with_a_variance_below_zero_is_refused(tmp_path, name, value):
+    model = torch.nn.Linear(3, 2)
+    swag = polyak.SWAG(model, rank=2)
+    for _ in range(3):
+        swag.update()
+    swag.save(tmp_path / "swag.safetensors")
+    tensors = load_file(tmp_path / "swag.safetensors")
+    with safe_open(tmp_path / "swag.safetensors", "pt") as opened:
+        text = opened.metadata()
+    tensors[f"swag.variance.{name}"].view(-1)[1] = value
+    save_file(tensors, tmp_path / "bad.safetensors", text)
+    before = {name: held.clone() for name, held in model.state_dict().items()}
+    with pytest.raises(FormatError, match=f"variance below 0, of {name}: the file is damaged"):
+        swag.load(tmp_path / "bad.safetensors")
+    assert all(torch.equal(before[name], held) for name, held in model.state_dict().items())

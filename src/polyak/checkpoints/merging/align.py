@@ -161,6 +161,9 @@ def _refuse_unreadable(inputs: Sequence[Checkpoint]) -> None:
         raise FormatError("Some tensors cannot be read.\n" + "\n".join(sorted(refused)))
 
 
+_CONVERT = " A checkpoint that differs in its dtype can be converted first: average it alone and pass dtype=float32."
+
+
 def _refuse_mismatches(
     inputs: Sequence[Checkpoint],
     held: Sequence[Mapping[str, StoredTensor]],
@@ -171,6 +174,7 @@ def _refuse_mismatches(
     missing: list[str] = []
     unexpected: list[str] = []
     changed: dict[str, str] = {}
+    retyped = False
     for other, found in zip(inputs[:-1], held, strict=False):
         where = f"(in {other.path})"
         missing += [
@@ -185,6 +189,7 @@ def _refuse_mismatches(
         ]
         for name, how in _differences(newest, other, found, averaged):
             changed[f"{name} {where}"] = how
+            retyped |= name in found and found[name].dtype != newest.tensors[name].dtype
     if missing or unexpected or changed:
         raise MismatchError.of(
             f"The checkpoints do not line up with the newest, {newest.path}.",
@@ -192,7 +197,9 @@ def _refuse_mismatches(
             unexpected=unexpected,
             changed=changed,
             advice="Nothing was written. Give checkpoints of one model, or leave out what differs: "
-            "pass exclude= with name patterns, whose tensors are then the newest's.",
+            "pass exclude= with name patterns, whose tensors are then the newest's."
+            + retyped
+            * _CONVERT,
         )
 
 

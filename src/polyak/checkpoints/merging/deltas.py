@@ -39,6 +39,7 @@ from polyak.maths.arguments import count, number
 from polyak.maths.profile import Profile
 
 _NUMPY: Mapping[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+_LARGEST_SCALE = 1e28  # which float32 holds even where DARE divides it by a density of 2^-32
 
 
 class Combination(ABC):
@@ -70,7 +71,8 @@ class Ties(Combination):
 
     Args:
         density: the share $k$ that is kept, above 0 to 1. The paper keeps 0.2.
-        scale: $\lambda$, by which the merged delta is multiplied. The paper's choice without validation is 1.
+        scale: $\lambda$, by which the merged delta is multiplied, at most 1e28 in size. The paper's choice without
+            validation is 1.
         weights: $w_i$, one per input and not negative; equal by default.
 
     Raises ArgumentError outside these domains, and without a base.
@@ -126,7 +128,7 @@ class Dare(Combination):
     Args:
         density: $p$, the share that is kept, above 0 to 1. The paper drops 90% to 99% of fine-tunes. It is rounded
             to a multiple of $2^{-16}$, of $2^{-32}$ where it is below 1/64.
-        scale: $\lambda$, by which the merged delta is multiplied.
+        scale: $\lambda$, by which the merged delta is multiplied, at most 1e28 in size.
         weights: $w_i$, one per input and not negative; $1/N$ by default.
         elect: combine what is left as `Ties` does: elect a sign, average what agrees.
         seed: of the random numbers, a whole number that is not negative.
@@ -167,7 +169,8 @@ class Dare(Combination):
         def drop(delta: Tensor, name: str, index: int, begin: int) -> None:
             kept = kept_at_random(self.seed, name, index, begin, len(delta), self.density)
             values: Any = delta.numpy()
-            np.multiply(values, kept.numpy().view(np.uint8), out=values)
+            with np.errstate(invalid="ignore"):  # of an infinity, which is named in the end
+                np.multiply(values, kept.numpy().view(np.uint8), out=values)
 
         rule = ElectedDeltas if self.elect else SumOfDeltas
         return rule(inputs.weights, self.scale / share_kept(self.density), drop)
@@ -198,7 +201,12 @@ class ModelStock(Combination):
         runs = len(inputs.weights)
 
         def find(tensor: MergedTensor) -> list[float]:
-            cosines = _cosines(gram_matrix(tensor, has_base=True))
+            gram = gram_matrix(tensor, has_base=True)
+            if not np.isfinite(
+                gram
+            ).all():  # all count, so that merging meets the value and names it
+                return [0.5, *[0.5 / runs] * runs]
+            cosines = _cosines(gram)
             mean = max(0.0, float(cosines[~np.eye(runs, dtype=bool)].mean()))
             share = runs * mean / (1 + (runs - 1) * mean)
             return [1 - share, *[share / runs] * runs]
@@ -324,7 +332,10 @@ def _cosines(gram: Any) -> Any:
 def _check_delta_method(method: Any) -> None:
     density, scale = number("density", method.density), number("scale", method.scale)
     require(0 < density <= 1, f"density is {density}; expected more than 0, to 1.")
-    require(math.isfinite(scale), f"scale is {scale}; expected a finite number.")
+    require(
+        abs(scale) <= _LARGEST_SCALE,
+        f"scale is {scale:g}; expected a number from {-_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}.",
+    )
     if method.weights is not None:
         weights = tuple(number("weights", weight) for weight in method.weights)
         require(

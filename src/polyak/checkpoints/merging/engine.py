@@ -329,9 +329,11 @@ def explained(
                 continue
             at = _first_non_finite(source, segment, first, last)
             if at is not None:
+                advice = "Leave this checkpoint out, or pass exclude= to take the tensor from the newest."
+                if len(paths) == 1:
+                    advice = "Pass exclude= with its name to write it as it is."
                 return NonFiniteError(
-                    f"{tensor.name} of {path} is not finite (value {at[0]} of it is {at[1]}). "
-                    "Leave this checkpoint out, or pass exclude= to take the tensor from the newest."
+                    f"{tensor.name} of {path} is not finite (value {at[0]} of it is {at[1]}). {advice}"
                 )
     name = _overflowing(segment, chunk, total)
     return NonFiniteError(

@@ -26,12 +26,13 @@ from polyak.checkpoints.reading.stored import FLOATS, TORCH_DTYPES, Checkpoint, 
 from polyak.checkpoints.reading.untrusted_json import parse_json
 from polyak.checkpoints.writing.layouts import OutputFile, SafetensorsLayout, TensorSpec
 from polyak.checkpoints.writing.save import bytes_on_host, file_metadata
-from polyak.errors import ArgumentError, FormatError, MismatchError, require
+from polyak.errors import ArgumentError, FormatError, MismatchError, NonFiniteError, require
 from polyak.files import as_path, refuse_existing, replacing, replacing_folder
 from polyak.maths.arguments import at_least_one, number
 
 PathLike = str | os.PathLike[str]
 _A = re.compile(r"^(?P<module>.*)\.lora_(?P<kind>embedding_)?A(?P<end>(\.weight)?)$")
+_B = re.compile(r"\.lora_(embedding_)?B((?:\.weight)?)$")
 _MAGNITUDE = "lora_magnitude_vector"
 _FILE = "adapter_model.safetensors"
 _STARTS_FROM_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -67,14 +68,23 @@ class _Adapter:
 
     def tensor(self, name: str) -> Tensor | None:
         found = self.checkpoint.tensors.get(self.checkpoint.ties.get(name, name))
-        return None if found is None else found.load().double()
+        values = None if found is None else found.load().double()
+        if values is not None and not bool(values.isfinite().all()):
+            raise NonFiniteError(
+                f"{name} of {self.checkpoint.path} is not finite. Leave this adapter out."
+            )
+        return values
 
     def scale(self, module: str, rank: int) -> float:
         """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        patterns = self.config.get("alpha_pattern") or {}
+        alpha = self.of_module(module, "lora_alpha", "alpha_pattern")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def of_module(self, module: str, field: str, pattern: str) -> float:
+        """What the configuration gives for a module: the first pattern that fits its name, or the field."""
+        patterns = self.config.get(pattern) or {}
         key = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", module)), None)
-        alpha = self.config.get("lora_alpha", 8) if key is None else patterns[key]
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return float(self.config.get(field, 8) if key is None else patterns[key])
 
 
 def merge_adapters(
@@ -108,7 +118,8 @@ def merge_adapters(
     Raises:
         ArgumentError: no input, weights that do not fit, a rank below 1, DoRA without `base`.
         FormatError: an input that is no LoRA adapter of PEFT, or whose start changed the base (PiSSA, OLoRA).
-        MismatchError: adapters that do not belong to one model, or are of different kinds.
+        MismatchError: adapters that do not belong to one model, are of different kinds, or are not whole.
+        NonFiniteError: a NaN or an infinity in an adapter.
         OutputError: `output` exists, or cannot be written.
 
     Source: Hu et al. 2021, arXiv 2106.09685 (LoRA); Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA);
@@ -196,14 +207,22 @@ def _results(
             module = name.removesuffix(".lora_B.bias")
             yield name, _mean_of_biases(adapters, name, module)
         elif name not in done:
-            values = [one.tensor(name) for one in adapters]
-            total = math.fsum(one.share for one in adapters)
-            if any(value is None for value in values) or abs(total - 1) > 1e-6:
-                raise MismatchError(
-                    f"{name} is a whole tensor and no difference to one, so its weights must sum to 1 (found "
-                    f"{total:.6g}) and every adapter must have it."
-                )
-            yield name, _sum(adapters, values)
+            yield name, _whole(adapters, name)
+
+
+def _whole(adapters: Sequence[_Adapter], name: str) -> Tensor:
+    """The mean of what is no factor; the base's, of which PEFT saves a copy beside embeddings, as it is."""
+    values = [one.tensor(name) for one in adapters]
+    held = [value for value in values if value is not None]
+    if name.endswith(".base_layer.weight") and all(held[0].equal(one) for one in held):
+        return held[0]
+    total = math.fsum(one.share for one in adapters)
+    if len(held) < len(values) or abs(total - 1) > 1e-6:
+        raise MismatchError(
+            f"{name} is a whole tensor and no difference to one, so its weights must sum to 1 (found "
+            f"{total:.6g}) and every adapter must have it."
+        )
+    return _sum(adapters, held)
 
 
 def _factored(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
@@ -287,10 +306,8 @@ def _mean_of_biases(adapters: Sequence[_Adapter], name: str, module: str) -> Ten
     return torch.zeros(()) if total is None else total
 
 
-def _sum(adapters: Sequence[_Adapter], values: Sequence[Tensor | None]) -> Tensor:
-    terms = [
-        one.share * value for one, value in zip(adapters, values, strict=True) if value is not None
-    ]
+def _sum(adapters: Sequence[_Adapter], values: Sequence[Tensor]) -> Tensor:
+    terms = [one.share * value for one, value in zip(adapters, values, strict=True)]
     return torch.stack(terms).sum(0)
 
 
@@ -302,13 +319,18 @@ def _modules(adapters: Sequence[_Adapter]) -> dict[str, tuple[str, str]]:
             if match := _A.match(name):
                 b_name = f"{match['module']}.lora_{match['kind'] or ''}B{match['end']}"
                 found[name] = (b_name, match["module"])
-                _check_pair(one, name, b_name)
+                _check_pair(one, name, b_name, match["module"])
+            elif _B.search(name) and _B.sub(r".lora_\1A\2", name) not in one.checkpoint.tensors:
+                raise MismatchError(
+                    f"{name} of {one.checkpoint.path} has no lora_A beside it: the file is not whole. Save "
+                    "the adapter again."
+                )
     if not found:
         raise FormatError(f"{adapters[0].checkpoint.path} holds no lora_A: it is no LoRA adapter.")
     return found
 
 
-def _check_pair(one: _Adapter, a_name: str, b_name: str) -> None:
+def _check_pair(one: _Adapter, a_name: str, b_name: str, module: str) -> None:
     a, b = one.checkpoint.tensors[a_name], one.checkpoint.tensors.get(b_name)
     pointwise = b is not None and all(size == 1 for size in b.shape[2:])
     if b is None or len(b.shape) < 2 or not pointwise or a.shape[0] != b.shape[1]:
@@ -316,6 +338,12 @@ def _check_pair(one: _Adapter, a_name: str, b_name: str) -> None:
         raise MismatchError(
             f"{a_name} of {one.checkpoint.path} has the shape {a.shape}, and {b_name} has {found}: they are no "
             "product. LoRA of grouped convolutions is not merged."
+        )
+    rank = one.of_module(_plain(module), "r", "rank_pattern")
+    if a.shape[0] != rank:
+        raise MismatchError(
+            f"{a_name} of {one.checkpoint.path} has {a.shape[0]} rows; expected {rank:g}, the rank that "
+            f"{CONFIG} gives. LoRA of the experts in one parameter (target_parameters) is not merged."
         )
 
 
@@ -360,7 +388,33 @@ def _opened(path: Path, share: float, stack: ExitStack) -> _Adapter:
             f"{path} began with init_lora_weights={start!r}, which changes the weights of the base. Let PEFT "
             "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    return _Adapter(stack.enter_context(open_checkpoint(path)), config, share)
+    _check_numbers(config, file)
+    checkpoint = stack.enter_context(open_checkpoint(path))
+    if not checkpoint.tensors:
+        raise FormatError(f"{path} holds no tensors. Save the adapter again.")
+    return _Adapter(checkpoint, config, share)
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """FormatError unless ranks and alphas are numbers, and patterns give them for regular expressions."""
+    for field, pattern, least in (("r", "rank_pattern", 1), ("lora_alpha", "alpha_pattern", None)):
+        patterns = config.get(pattern) or {}
+        given = [config.get(field, 8), *(patterns.values() if isinstance(patterns, dict) else "?")]
+        if any(
+            isinstance(one, bool) or not isinstance(one, int | float) or (least and one < least)
+            for one in given
+        ):
+            raise FormatError(
+                f"{file}: {field} is {config.get(field)!r} and {pattern} is {patterns!r}; expected a number, "
+                "and such numbers by module (ranks from 1 on). Save the adapter again."
+            )
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise FormatError(
+                    f"{file}: {pattern} has the key {key!r}, which is no regular expression ({error})."
+                ) from None
 
 
 def _refuse_unlike(adapters: Sequence[_Adapter]) -> None:
@@ -389,7 +443,8 @@ def _config(adapters: Sequence[_Adapter], width: int) -> dict[str, Any]:
         target = targets[0]
     else:
         raise MismatchError(
-            f"The adapters have different target_modules, not all of them lists: {targets}."
+            f"The adapters have different target_modules, not all of them lists: {targets}. Merge each into "
+            "its base (peft: merge_and_unload) and average the full models."
         )
     return {
         **adapters[-1].config,

@@ -104,7 +104,8 @@ def refuse_twice(paths: Sequence[str], outputs: Mapping[PathLike, Method]) -> No
     twice = sorted({path for path in resolved if resolved.count(path) > 1})
     if twice:
         raise ArgumentError(
-            f"Given twice as an input: {', '.join(twice)}. To count one more often, give a weight per input."
+            f"Given twice as an input: {', '.join(twice)}. Give each once; to count one for more than the "
+            "others, give it a larger weight."
         )
     targets = [_resolved(path) for path in outputs]
     if len(set(targets)) < len(targets):

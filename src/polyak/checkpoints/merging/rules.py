@@ -215,8 +215,11 @@ class ElectedDeltas(SumOfDeltas):
     def __init__(self, weights: Sequence[float], scale: float, thin: Thin) -> None:
         counted = [weight for weight in weights if weight]
         self._in_bytes = len(set(counted)) == 1 and len(counted) < 256
+        # Only their ratios count: a power of 2 keeps sums of them far from what float32 cannot hold.
+        exponent = math.frexp(max(weights))[1]
+        scaled = [math.ldexp(weight, -exponent) for weight in weights]
         super().__init__(
-            [float(w != 0) for w in weights] if self._in_bytes else weights, scale, thin
+            [float(w != 0) for w in weights] if self._in_bytes else scaled, scale, thin
         )
 
     def add(self, rows: Sequence[Tensor], part: Part) -> None:

@@ -81,7 +81,7 @@ class _Search:
 
     def add(self, found: FoundTensors, name: str, value: Any) -> None:
         if name in found.tensors or name in found.refused:
-            raise FormatError(f"{self.where}: two tensors are named {name!r}. Pass key= (--key).")
+            raise FormatError(f"{self.where}: two tensors are named {name!r}. Pass key=.")
         if isinstance(value, TensorRef):
             found.tensors[name] = value
             if len(found.tensors) > MAX_TENSORS:
@@ -191,7 +191,7 @@ class _Search:
             if _is_copy(ours, _shapes(value)):
                 raise FormatError(
                     f"{self.where}: the model's tensors are there twice, under {key!r} and under "
-                    f"{other!r}. Pass key= (--key) to say which are meant: {key!r} or {other!r}."
+                    f"{other!r}. Pass key= to say which are meant: {key!r} or {other!r}."
                 )
 
     def follow(self, key: str) -> Any:
@@ -205,8 +205,10 @@ class _Search:
                     current, rest = found, ".".join(parts[count:])
                     break
             else:
+                flat = isinstance(self.root, dict) and any(map(is_tensor_like, self.root.values()))
+                advice = "The tensors are at its top: leave out key=." if flat else self.advice()
                 raise ArgumentError(
-                    f"{self.where} has no key {key!r} ({rest!r} was not found). {self.advice()}"
+                    f"{self.where} has no key {key!r} ({rest!r} was not found). {advice}"
                 )
         return current
 
@@ -240,7 +242,7 @@ class _Search:
         if not keys:
             return "It holds no tensor anywhere."
         shown = ", ".join(repr(key[:100]) for key in keys[:20]) + (", ..." if keys[20:] else "")
-        return f"Pass key= (--key) to say where they are; there are tensors under {shown}."
+        return f"Pass key= to say where they are; there are tensors under {shown}."
 
 
 def _opaque(value: Global | Stub, inner: Callable[[Any, Any], Any]) -> Opaque:

@@ -222,6 +222,6 @@ def _opened_tar(file: ByteFile) -> LegacyTar:
 def _without_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
     if key:
         raise ArgumentError(
-            f"{checkpoint.path} is flat ({checkpoint.format}), so it has no key {key!r}. Leave key out."
+            f"{checkpoint.path} is flat ({checkpoint.format}), so it has no key {key!r}. Leave out key=."
         )
     return checkpoint
