@@ -205,9 +205,8 @@ class _Search:
                     current, rest = found, ".".join(parts[count:])
                     break
             else:
-                raise ArgumentError(
-                    f"{self.where} has no key {key!r} ({rest!r} was not found). {self.advice()}"
-                )
+                inner = "" if rest == key else f" ({rest!r} was not found)"
+                raise ArgumentError(f"{self.where} has no key {key!r}{inner}. {self.advice()}")
         return current
 
     def leaves(self, root: Any) -> Iterator[tuple[str, Any]]:
@@ -240,7 +239,7 @@ class _Search:
         if not keys:
             return "It holds no tensor anywhere."
         shown = ", ".join(repr(key[:100]) for key in keys[:20]) + (", ..." if keys[20:] else "")
-        return f"Pass key= (--key) to say where they are; there are tensors under {shown}."
+        return f"There are tensors under {shown}: pass one as key= (--key)."
 
 
 def _opaque(value: Global | Stub, inner: Callable[[Any, Any], Any]) -> Opaque:
