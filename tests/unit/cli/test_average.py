@@ -97,6 +97,12 @@ def test_what_is_refused_is_said_once(folder, capsys, flags, said, unsaid):
     assert unsaid not in printed.replace("(safetensors)", "").replace(said, "")
 
 
+@pytest.mark.parametrize("threads", ["-3", "0", "2000"])
+def test_one_domain_is_said_of_the_threads(folder, capsys, threads):
+    assert run(["average", "run", "-o", "e.pt", "--threads", threads]) != 0
+    assert "expected 1 to 1024" in capsys.readouterr().err
+
+
 def test_key_says_where_the_tensors_are(folder):
     for step in (1, 2):
         nested = {

@@ -70,6 +70,11 @@ def check_outputs(merge: Merge) -> None:
 
     What a merge that was begun finds at its outputs may be its own; `execute` looks at that.
     """
+    with writing_errors(merge.blueprints[0].target):
+        _check_outputs(merge)
+
+
+def _check_outputs(merge: Merge) -> None:
     begun = any(staging_folder(o.target, merge.identity).exists() for o in merge.blueprints)
     refuse_parts_in_one_file(merge.blueprints, merge.inputs[-1])
     for one in merge.blueprints:

@@ -92,7 +92,8 @@ def checked_outputs(
     for path in outputs:
         if as_path(path) == Path():  # as the command line passes an empty name
             raise ArgumentError(
-                "An output is '.', the folder that this runs in, or an empty name. Give it a name of its own."
+                "The output '.' names no file: it is the folder that this runs in, or an empty name. Is a variable "
+                "of the shell not set?"
             )
     return outputs
 
