@@ -19,13 +19,13 @@ from evidence_tables import Record, format_estimate
 from torch import nn
 
 import polyak
+from polyak.maths.numbers import count
 from polyak.maths.text import parse_profile
 from polyak.reference_run.arm import Arm
 from polyak.reference_run.data import load_data
 from polyak.reference_run.evaluation import final_record
 from polyak.reference_run.hardware import Hardware
 from polyak.reference_run.recipe import Recipe
-from polyak.report.numbers import count
 from polyak.study import ScaledNLL
 from polyak.study.paired import estimate, paired
 

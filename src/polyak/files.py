@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from polyak.errors import ArgumentError, OutputError
 
 
 def as_path(path: object) -> Path:
-    """A path given as text or Path; ArgumentError for anything else."""
+    """A path given as text or Path; ArgumentError for anything else, and for an empty text."""
+    if path == "":
+        raise ArgumentError("A path is empty; expected a name. Is a variable of the shell not set?")
     if isinstance(path, str | os.PathLike):
         return Path(path)
     raise ArgumentError(f"Expected a path; found {path!r}.")
@@ -164,6 +167,20 @@ def replacing_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def take_lock(descriptor: int, path: object, output: object, *, shared: bool = False) -> None:
+    """Lock an open file or folder until it is closed, or the process ends.
+
+    Raises OutputError if another process writes `output`, whose lock `path` is. shared: only ask whether.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"Another process is writing {output} (it holds the lock {path}). Wait for it, or choose another "
+            "name."
+        ) from None
 
 
 def sync(path: Path) -> None:

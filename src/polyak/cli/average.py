@@ -318,14 +318,13 @@ def _dry_run(
     from polyak.checkpoints.merging.spread import spread_of, warn_of_no_basin
 
     with prepared(found.kept, methods, options) as merge:
+        check_outputs(merge)
         warn_of_stale(merge)
         warn_of_lost_state(merge)
         spread = spread_of(merge)
         warn_of_no_basin(spread)
         _print_inputs(console, found.left_out, merge, spread)
         _print_plan(console, merge)
-        if not merge.options.resume:
-            check_outputs(merge)
 
 
 def _print_inputs(

@@ -87,6 +87,7 @@ def soup(*inputs: str, made: Made, scorer: Scorer = _SCORER) -> None:
 
     from polyak.checkpoints.merging.options import MergeOptions
     from polyak.checkpoints.merging.selection import find_checkpoints
+    from polyak.maths.numbers import for_terminal, significant
     from polyak.study.evaluator import Judging
     from polyak.study.soup import run_soup
     from polyak.study.soup_plan import planned
@@ -112,7 +113,9 @@ def soup(*inputs: str, made: Made, scorer: Scorer = _SCORER) -> None:
             judging,
             method=made.method,
             announce=partial(_print_plan, console, found.left_out),
-            progress=lambda what, score: console.print(f"  {what}: {score:.6g}"),
+            progress=lambda what, score: console.print(
+                f"  {what}: {for_terminal(significant(score, 6))}"
+            ),
         )
     console.print(str(done))
 

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 
 from polyak.errors import MissingExtra, OutputError
+from polyak.maths.numbers import count, rounded
 from polyak.reference_run.data import load_data
 from polyak.reference_run.flatness import measure_landscape
 from polyak.reference_run.hardware import Hardware
@@ -25,7 +26,6 @@ from polyak.reference_run.placement import Placement, check_placement
 from polyak.reference_run.ranks import joined
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run, recorded_threads
-from polyak.report.numbers import count, rounded
 from polyak.report.opening import describe_data
 from polyak.report.page import write_report
 from polyak.report.tables import IMAGES, Finals, Metric, format_estimate

@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import functools
 import json
 import os
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from polyak.checkpoints.reading.folders import is_record
 from polyak.errors import ArgumentError, FormatError, OutputError, UsageError
-from polyak.files import replacing, writing_errors
+from polyak.files import replacing, take_lock, writing_errors
 from polyak.reference_run.data import Data, load_data
 from polyak.reference_run.models import build_model
 from polyak.reference_run.recipe import AVERAGES, AVERAGING_ARMS, Recipe, load_recipe
@@ -206,7 +205,7 @@ def run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path]:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (folder / "checkpoints" / "lock").open("w")
     with lock:
-        _lock(lock.fileno(), folder)
+        take_lock(lock.fileno(), lock.name, folder)
         for left in folder.rglob(".*.part"):  # by a writer that was killed
             left.unlink()
         if not (folder / "recipe.toml").exists():
@@ -255,12 +254,3 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
             + "\n  ".join(differences)
             + "\nResume it with the same recipe, or start again in another folder."
         )
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"Another run is writing to {folder}. Wait for it, or choose another folder."
-        ) from None

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from polyak.maths.numbers import count
 from polyak.reference_run.data import Data
 from polyak.reference_run.recipe import Recipe
 from polyak.reference_run.run import Run
@@ -19,7 +20,6 @@ from polyak.report import verdict, words
 from polyak.report.budget import ANNEALED, Budget, budget_of, mean_curve
 from polyak.report.drawing import Drawing, Picture, draw
 from polyak.report.figures import Band, plot_budget
-from polyak.report.numbers import count
 from polyak.report.tables import IMAGES, Finals
 
 _NETWORKS = {

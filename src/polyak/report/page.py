@@ -19,12 +19,12 @@ from jinja2 import Environment, PackageLoader
 
 from polyak.errors import ArgumentError
 from polyak.files import file_target, replacing, writing_errors
+from polyak.maths.numbers import count
 from polyak.reference_run.flatness import Landscape, stored_landscape
 from polyak.reference_run.run import Run
 from polyak.report import sentences
 from polyak.report.drawing import Drawing, Picture, write_png
 from polyak.report.figures import plot_results
-from polyak.report.numbers import count
 from polyak.report.opening import opening_of
 from polyak.report.sections import (
     RenderedSection,

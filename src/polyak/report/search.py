@@ -10,13 +10,13 @@ from typing import Any
 
 from polyak.errors import require
 from polyak.files import file_target, replacing
+from polyak.maths.numbers import decimals, difference, percent, rounded
 from polyak.maths.text import parse_profile
 from polyak.report.drawing import Picture
-from polyak.report.numbers import as_shown, decimals, percent, rounded
 from polyak.report.page import Cell, Head, Line, Table, environment
 from polyak.report.search_figures import plot_along, plot_lengths, plot_windows
 from polyak.report.sections import Section, render
-from polyak.study.found import QUESTIONS, Comparison, Found, Scored
+from polyak.study.found import QUESTIONS, Comparison, Found, Scored, score_decimals
 from polyak.version import __version__
 
 
@@ -101,17 +101,8 @@ def _sentence(one: Comparison) -> str:
         return f"Minus {one.against}: {rounded(one.difference, decimals(one.difference, 2), signed=True)}."
     if one.low == one.high == one.difference == 0:
         return f"The best scores as {one.against} does on every example."
-    digits = decimals((one.high - one.low) / 2, 2)
-    difference, low, high = (
-        rounded(value, digits, signed=True) for value in (one.difference, one.low, one.high)
-    )
-    reaches_0 = as_shown(one.low, digits) <= 0 <= as_shown(one.high, digits)
-    return f"Minus {one.against}: {difference} ({low} to {high}{', within noise' if reaches_0 else ''})."
-
-
-def score_decimals(found: Found) -> int:
-    """All scores of a page have as many decimals, so that they can be compared: five digits of the best."""
-    return decimals(found.best.score, 5)
+    value, low, high, holds_0 = difference(one.difference, one.low, one.high)
+    return f"Minus {one.against}: {value} ({low} to {high}{', within noise' if holds_0 else ''})."
 
 
 def score_table(found: Found) -> Table:

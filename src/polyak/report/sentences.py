@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from polyak.maths.numbers import as_shown, count, percent, plus_minus, rounded
 from polyak.reference_run.flatness import ERROR, LOSS, Landscape
 from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS
 from polyak.report.budget import Reached
-from polyak.report.numbers import as_shown, count, percent, plus_minus, rounded
 from polyak.report.tables import IMAGES, LABELS, WORDS, ArmWeights, Finals, Metric
 from polyak.study.landscape import Rays, Segments
 from polyak.study.paired import Estimate, estimate, paired

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from polyak.maths.numbers import plus_minus, rounded
 from polyak.reference_run.recipe import AVERAGING_ARMS, SHORT_ARMS
-from polyak.report.numbers import plus_minus, rounded
 from polyak.study.paired import Estimate, estimate, paired
 
 LABELS = {

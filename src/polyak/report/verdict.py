@@ -6,8 +6,8 @@ many digits here as in the table, so that both find the same.
 
 from __future__ import annotations
 
+from polyak.maths.numbers import count, plus_minus, rounded
 from polyak.report.budget import ANNEALED, Budget
-from polyak.report.numbers import count, plus_minus, rounded
 from polyak.report.sentences import difference, found, how_measured, when
 from polyak.report.tables import BASELINE, METRICS, Finals
 from polyak.study.paired import Estimate, paired

@@ -6,8 +6,8 @@ the table.
 
 from __future__ import annotations
 
+from polyak.maths.numbers import count, plus_minus, rounded
 from polyak.report.budget import ANNEALED, Budget
-from polyak.report.numbers import count, plus_minus, rounded
 from polyak.report.sentences import difference, found, how_measured, short_difference, when
 from polyak.report.tables import WORDS_BASELINE, WORDS_METRICS, Finals
 from polyak.study.paired import Estimate

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from polyak.batchnorm.update import restored_rng, uncompiled
 from polyak.errors import ArgumentError, NonFiniteError, PolyakError, UsageError, require
 from polyak.maths.arguments import at_least_one, number
+from polyak.maths.numbers import decimals, for_terminal, plus_minus, rounded
 from polyak.study.filling import Weights, fill, own_weights
 from polyak.study.frame import Frame, anchors_of
 from polyak.study.losses import Loss, check_loss, loss_of
@@ -44,9 +45,15 @@ class Curvature:
     converged: bool
 
     def __str__(self) -> str:
-        rows = (f"{v:.6g} +- {e:.1g}" for v, e in zip(self.values, self.errors, strict=True))
+        rows = map(_with_error, self.values, self.errors)
         short = "" if self.converged else ", not converged: allow more iterations"
-        return f"{', '.join(rows)} ({self.products} products{short})"
+        return for_terminal(f"{', '.join(rows)} ({self.products} products{short})")
+
+
+def _with_error(value: float, error: float) -> str:
+    """With the decimals that the error leaves, six digits at most."""
+    digits = min(decimals(error, 1), decimals(value, 6))
+    return f"{rounded(value, digits)} {plus_minus(error, digits)}"
 
 
 def hessian_eigenvalues(  # noqa: PLR0913 - keyword-only arguments do not count

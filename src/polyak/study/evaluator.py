@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,11 @@ class Judging:
                 f"timeout is {self.timeout:g}; expected a positive number of seconds, at most {_LONGEST:g}; leave out "
                 "timeout= for no limit.",
             )
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Judging:
+        """From the arguments of a function that has all of these among its own, as `locals()` gives them."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     @property
     def refreshes(self) -> bool:

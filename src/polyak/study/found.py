@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from polyak.maths.numbers import decimals, difference, for_terminal, rounded
+
 QUESTIONS = {
     "search": "Which average is best",
     "decay": "What if I had decayed from here",
@@ -66,11 +68,16 @@ class Comparison:
     def __str__(self) -> str:
         if self.same:
             return f"{self.what} and {self.against} are one and the same average"
-        text = f"{self.what} minus {self.against}: {self.difference:+.4g}"
+        text = f"{self.what} minus {self.against}: "
         if self.low is None or self.high is None:
-            return f"{text} on the data that chose it, so without an interval"
-        noise = ", within noise" if self.within_noise else ""
-        return f"{text}, 95% interval {self.low:+.4g} to {self.high:+.4g}{noise}"
+            shown = rounded(self.difference, decimals(self.difference, 2), signed=True)
+            text += f"{shown} on the data that chose it, so without an interval"
+        elif self.low == self.high == self.difference == 0:
+            text += "no difference on any example"
+        else:
+            value, low, high, holds_0 = difference(self.difference, self.low, self.high)
+            text += f"{value}, 95% interval {low} to {high}{', within noise' if holds_0 else ''}"
+        return for_terminal(text)
 
 
 @dataclass(frozen=True)
@@ -108,18 +115,20 @@ class Found:
         shown = {one: name for name, one in self.references.items()}
         for one in [*self.scored, *(r for r in shown if r not in self.scored)]:
             name = "best" if one == self.best else shown.get(one, "")
-            rows.append([name, *_cells(one, self.end), one.profile])
+            rows.append([name, *_cells(one, self.end, score_decimals(self)), one.profile])
         title = f"{QUESTIONS[self.question]} ({'lower' if self.minimize else 'higher'} is better)"
         plural = "" if self.evaluations == 1 else "s"
         counted = f"{self.evaluations} evaluation{plural}, {self.cached} more were known"
-        return "\n".join([title, *_aligned(rows), *self._answer(), counted, *self.notes])
+        lines = [title, *_aligned(rows), *self._answer(), counted, *self.notes]
+        return for_terminal("\n".join(lines))
 
     def _answer(self) -> list[str]:
         best = self.best
-        lines = [f"Best: {best.profile} at {best.until:,g} {self.unit}, score {best.score:.6g}"]
+        score = rounded(best.score, score_decimals(self))
+        lines = [f"Best: {best.profile} at {best.until:,g} {self.unit}, score {score}"]
         if self.question in ("swad", "two_tailed"):
             lines = [
-                f"Chosen by the rule: {best.profile} at {best.until:,g} {self.unit}, score {best.score:.6g}"
+                f"Chosen by the rule: {best.profile} at {best.until:,g} {self.unit}, score {score}"
             ]
         if self.question == "stop":
             lines = [
@@ -133,11 +142,16 @@ class Found:
         return [*lines, *(f"  {one}" for one in self.comparisons)]
 
 
-def _cells(one: Scored, end: float) -> list[str]:
+def score_decimals(found: Found) -> int:
+    """All scores have as many decimals, so that they can be compared: five digits of the best."""
+    return decimals(found.best.score, 5)
+
+
+def _cells(one: Scored, end: float, digits: int) -> list[str]:
     begins = "" if one.start is None else f"{one.start:,g}"
-    held = "" if one.held_out is None else f"{one.held_out:.6g}"
+    held = "" if one.held_out is None else rounded(one.held_out, digits)
     return [
-        begins, f"{one.until:,g}", f"{one.until / end:.0%}", f"{one.score:.6g}", held, f"{one.error:.2g}",
+        begins, f"{one.until:,g}", f"{one.until / end:.0%}", rounded(one.score, digits), held, f"{one.error:.2g}",
     ]  # fmt: skip
 
 

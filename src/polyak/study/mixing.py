@@ -5,7 +5,6 @@ A mean of n is that of n - 1 and one more, so trying an ingredient reads this on
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -32,8 +31,7 @@ from polyak.checkpoints.merging.weights import OutputWeights, metadata_of
 from polyak.checkpoints.reading.extra_state import is_extra, tensors_in
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import Checkpoint
-from polyak.errors import OutputError
-from polyak.files import writing_errors
+from polyak.files import take_lock, writing_errors
 from polyak.study.evaluator import Subject
 
 Kind = Literal["sum", "model-stock", "grown"]
@@ -132,12 +130,7 @@ class Mixing:
             with suppress(FileNotFoundError), ExitStack() as stack:
                 lock = os.open(self._folder, os.O_RDONLY)
                 stack.callback(os.close, lock)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OutputError(
-                        f"Another process makes this output (it holds a lock on {self._folder}). Wait for it."
-                    ) from None
+                take_lock(lock, self._folder, "this output")
                 if os.path.samestat(os.fstat(lock), self._folder.stat()):
                     stack.pop_all()
                     return lock

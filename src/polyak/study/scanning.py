@@ -87,10 +87,7 @@ def scan_line(  # noqa: PLR0913 - keyword-only arguments do not count
     count("points", points, 3)
     require(0 <= number("beyond", beyond) < math.inf, f"beyond is {beyond:g}; expected 0 or more.")
     curved = isinstance(inputs, Curve) or curve is not None
-    judging = Judging(
-        model=model, data=data, minimize=minimize, maximize=maximize,
-        holdout=holdout, cache=cache, timeout=timeout, name=name,
-    )  # fmt: skip
+    judging = Judging.of(locals())
     anchors = _line_anchors(inputs, curve, key, model)
     measuring = _Measuring(anchors, evaluate, judging, inputs)
     gram = measuring.frame.gram()
@@ -158,10 +155,7 @@ def scan_plane(  # noqa: PLR0913 - as above
     require(0 <= number("margin", margin) < math.inf, f"margin is {margin:g}; expected 0 or more.")
     count("points", points, 3)
     _check_number(points**2, "points=")
-    judging = Judging(
-        model=model, data=data, minimize=minimize, maximize=maximize,
-        holdout=holdout, cache=cache, timeout=timeout, name=name,
-    )  # fmt: skip
+    judging = Judging.of(locals())
     principal = None
     if isinstance(inputs, Trajectory):
         principal = principal_points(inputs)
@@ -238,10 +232,7 @@ def scan_rays(  # noqa: PLR0913 - keyword-only arguments do not count
     at_least_one("rays", rays)
     count("points", points, 2)
     count("seed", seed)
-    judging = Judging(
-        model=model, data=data, minimize=minimize, maximize=maximize,
-        holdout=holdout, cache=cache, timeout=timeout, name=name,
-    )  # fmt: skip
+    judging = Judging.of(locals())
     anchors = _anchors(inputs, key, ("last", "mean"), model)
     require(bool(anchors), "There is no checkpoint; rays need one or more.")
     _check_number(len(anchors) * rays * points, "rays= or points=")

@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from polyak.maths.numbers import (
+    difference,
+    for_terminal,
+    rounded,
+    shared_decimals,
+    significant,
+)
 
 Floats = NDArray[np.float64]
 Rows = list[list[str | float]]
@@ -37,15 +46,15 @@ class Barrier:
     high: float | None = None
 
     def __str__(self) -> str:
-        text = f"Barrier from {self.start} to {self.end}: {self.height:.4g}"
+        text = f"Barrier from {self.start} to {self.end}: {significant(self.height, 4)}"
         if self.height > 0:
             text += f", highest at {self.at:.3g}"
         if self.difference is None or self.low is None or self.high is None:
             return text
-        noise = ", within noise" if self.low <= 0 <= self.high else ""
-        return (
+        value, low, high, holds_0 = difference(self.difference, self.low, self.high)
+        return for_terminal(
             f"{text}; at {self.chosen:.3g}, on the examples that did not choose that position, "
-            f"{self.difference:+.4g}, 95% interval {self.low:+.4g} to {self.high:+.4g}{noise}"
+            f"{value}, 95% interval {low} to {high}{', within noise' if holds_0 else ''}"
         )
 
 
@@ -90,9 +99,13 @@ class LineScan(_Scan):
     def __str__(self) -> str:
         at = {float(i): name for i, name in enumerate(self.names)}
         head, *rows = self.rows()
-        shown = [[*_cells(row), at.get(float(row[0]), "")] for row in rows]
+        digits = shared_decimals(self.values.tolist())
+        shown = [
+            [significant(p, 6), significant(d, 6), rounded(v, digits), at.get(p, "")]
+            for p, d, v in ([float(cell) for cell in row] for row in rows)
+        ]
         lines = _aligned([[*map(str, head), ""], *shown])
-        return "\n".join([*lines, *map(str, self.barriers), *self._counted()])
+        return for_terminal("\n".join([*lines, *map(str, self.barriers), *self._counted()]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +135,8 @@ class PlaneScan(_Scan):
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.x)} by {len(self.y)} points, x from {self.x[0]:.4g} to {self.x[-1]:.4g}, y from "
-            f"{self.y[0]:.4g} to {self.y[-1]:.4g}{self._range()}"
+            f"{len(self.x)} by {len(self.y)} points, x from {_at(self.x[0])} to {_at(self.x[-1])}, y from "
+            f"{_at(self.y[0])} to {_at(self.y[-1])}{self._range()}"
         ]
         for name, at in self.points.items():
             if len(at) == 1:
@@ -132,10 +145,10 @@ class PlaneScan(_Scan):
                     if self.distance[name] > 1e-6
                     else ""
                 )
-                lines.append(f"  {name} at ({at[0, 0]:.4g}, {at[0, 1]:.4g}){off}")
+                lines.append(f"  {name} at ({_at(at[0, 0])}, {_at(at[0, 1])}){off}")
         if self.explained is not None:
             lines.append(f"The plane holds {self.explained:.1%} of the variance of the intervals.")
-        return "\n".join([*lines, *self._counted()])
+        return for_terminal("\n".join([*lines, *self._counted()]))
 
     def _range(self) -> str:
         """The least and the greatest score, and where the best one is; nothing where there is none."""
@@ -144,9 +157,10 @@ class PlaneScan(_Scan):
             return ""
         best = finite.min() if self.minimize else finite.max()
         i, j = np.argwhere(self.values == best)[0]
+        digits = shared_decimals(finite.tolist())
         return (
-            f"; scores from {finite.min():.6g} to {finite.max():.6g}\n"
-            f"Best on the grid: {best:.6g} at ({self.x[j]:.4g}, {self.y[i]:.4g})"
+            f"; scores from {rounded(finite.min(), digits)} to {rounded(finite.max(), digits)}\n"
+            f"Best on the grid: {rounded(best, digits)} at ({_at(self.x[j])}, {_at(self.y[i])})"
         )
 
 
@@ -175,14 +189,14 @@ class RayScan(_Scan):
 
     def __str__(self) -> str:
         rows = [["mean of the rays, by distance", *(f"{d:.4g}" for d in self.distances)]]
-        rows += [
-            [name, *(f"{v:.6g}" for v in rows.mean(axis=0))] for name, rows in self.values.items()
-        ]
-        return "\n".join([*_aligned(rows), *self._counted()])
+        means = {name: one.mean(axis=0).tolist() for name, one in self.values.items()}
+        digits = shared_decimals(chain.from_iterable(means.values()))
+        rows += [[name, *(rounded(v, digits) for v in one)] for name, one in means.items()]
+        return for_terminal("\n".join([*_aligned(rows), *self._counted()]))
 
 
-def _cells(row: Sequence[str | float]) -> list[str]:
-    return [cell if isinstance(cell, str) else f"{cell:.6g}" for cell in row]
+def _at(place: float) -> str:
+    return significant(place, 4)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

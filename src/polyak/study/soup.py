@@ -112,16 +112,7 @@ def make_soup(  # noqa: PLR0913 - keyword-only arguments do not count
         threads=threads,
         overwrite=overwrite,
     )
-    judging = Judging(
-        model=model,
-        data=data,
-        minimize=minimize,
-        maximize=maximize,
-        holdout=holdout,
-        cache=cache,
-        timeout=timeout,
-        name=name,
-    )
+    judging = Judging.of(locals())
     return run_soup(inputs, output, evaluate, options, judging, method=method, progress=progress)
 
 

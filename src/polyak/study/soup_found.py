@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from polyak.maths.numbers import for_terminal, rounded, shared_decimals
 from polyak.study.found import Comparison
 
 METHODS = ("greedy", "uniform", "learned", "model-stock")
@@ -71,6 +72,8 @@ class Soup:
         return {**asdict(self), "output": str(self.output)}
 
     def __str__(self) -> str:
+        scores = [s for one in self.ingredients for s in _scores(one) if s is not None]
+        digits = shared_decimals(scores if self.score is None else [*scores, self.score])
         taken = sum(one.coefficient > 0 for one in self.ingredients)
         lines = [f"{self.output}: {self.method} soup of {taken} of {len(self.ingredients)}"]
         if self.score is not None:
@@ -78,12 +81,16 @@ class Soup:
         lines += _table(
             [
                 ["ingredient", "score", "held out", "soup with it", "share"],
-                *map(_cells, self.ingredients),
+                *(_cells(one, digits) for one in self.ingredients),
             ]
         )
         if self.score is not None:
-            held = "" if self.held_out is None else f", {self.held_out:.6g} on those held out"
-            lines.append(f"The soup's score: {self.score:.6g}{held}")
+            held = (
+                ""
+                if self.held_out is None
+                else f", {rounded(self.held_out, digits)} on those held out"
+            )
+            lines.append(f"The soup's score: {rounded(self.score, digits)}{held}")
         if self.examples and self.comparison:
             lines.append(
                 f"Chosen on {self.examples[0]:,} examples, compared on {self.examples[1]:,} others:"
@@ -92,11 +99,15 @@ class Soup:
         if self.score is not None:
             plural = "" if self.evaluations == 1 else "s"
             lines.append(f"{self.evaluations} evaluation{plural}, {self.cached} more were known")
-        return "\n".join([*lines, *self.notes])
+        return for_terminal("\n".join([*lines, *self.notes]))
 
 
-def _cells(one: Portion) -> list[str]:
-    scores = ["" if s is None else f"{s:.6g}" for s in (one.score, one.held_out, one.score_with)]
+def _scores(one: Portion) -> list[float | None]:
+    return [one.score, one.held_out, one.score_with]
+
+
+def _cells(one: Portion, digits: int) -> list[str]:
+    scores = ["" if s is None else rounded(s, digits) for s in _scores(one)]
     return [one.path, *scores, f"{one.coefficient:.4g}"]
 
 

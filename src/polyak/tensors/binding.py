@@ -67,6 +67,7 @@ class BoundTensors:
         self._frozen: list[Tensor] = []
         self._noted: dict[int, int] | None = None  # of frozen tensors at a capture: their versions
         self._shared_at = -1
+        self._ties: dict[str, str] = {}  # of the model as it was bound
 
     def inspect(self) -> tuple[Named, dict[str, Decision]]:
         """The model's tensors as they are now; bound ones keep what was decided for them."""
@@ -219,6 +220,7 @@ class BoundTensors:
             if self.kinds[name].reason == FROZEN  # an update must not find them training
         ]
         self._noted = None
+        self._ties = dict(named.ties)
         self._signatures = {n: _signature(named.slots[n].tensor) for n in self._tracked_names()}
         self._structure = Structure.of(self.model)
         # For 1-D tensors numel() determines the shape and is cheaper to query: the check runs before
@@ -258,7 +260,9 @@ class BoundTensors:
         changed |= {n: _UNFROZEN for n, s in named.slots.items() if self._is_unfrozen(n, s)}
         if missing := tracked - now:
             changed |= {n: f"is tied to {named.ties[n]} now" for n in missing & named.ties.keys()}
-        missing, unexpected = tracked - now - named.ties.keys(), now - tracked
+        changed |= {n: f"was tied to {self._ties[n]}" for n in (now - tracked) & self._ties.keys()}
+        missing = tracked - now - named.ties.keys()
+        unexpected = now - tracked - self._ties.keys()
         if missing or unexpected or changed:
             raise MismatchError.of(
                 f"{type(self.model).__name__} has changed since averaging began.",
@@ -286,7 +290,7 @@ class BoundTensors:
 
 
 _CHANGED = (
-    "Nothing was updated. Make a new Average for the changed model (of a sharded one, after it is "
+    "Nothing was changed. Make a new Average for the changed model (of a sharded one, after it is "
     "sharded), or undo the change."
 )
 

@@ -104,6 +104,11 @@ def assert_same(a, b):
         assert a == b
 
 
+def our_threads():
+    """The threads of averages in the background; others, such as torch's, come and go as they like."""
+    return [one for one in threading.enumerate() if one.name.startswith("polyak-average")]
+
+
 def averages_of(model, **options):
     return Averages(model, PROFILES, unit="steps", device="cpu", **options)
 
@@ -268,10 +273,17 @@ def test_it_is_what_it_would_have_been_without(run, room, device):
 
 def test_without_a_device_nothing_is_in_the_background():
     training = Training()
-    before = threading.active_count()
+    before = set(our_threads())
     averages = plain(training)
     assert averages._tracker._background is None
-    assert threading.active_count() == before
+    assert set(our_threads()) <= before  # those of other tests may end in between
+
+
+def test_our_threads_are_known_by_their_name():
+    with background():
+        averages = plain(Training())
+        assert our_threads(), "the test above would not see the thread that it is about"
+        averages.detach()
 
 
 def test_a_resumed_run_is_the_same():

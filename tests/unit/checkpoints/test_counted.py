@@ -53,6 +53,31 @@ def test_numbered_files_always_count(tmp_path):
     assert found(tmp_path) == (["step-1.pt", "step-2.pt", "step-3.pt"], {})
 
 
+@pytest.mark.parametrize("label", ["step-{}", "soup_{}"])  # a step, and a number that is none
+@pytest.mark.parametrize("how", ["named", "folders", "one of each"])
+def test_a_checkpoint_in_two_formats_counts_once(tmp_path, label, how):
+    first, second = tmp_path / "run", tmp_path / "st"
+    for folder in (first, second):
+        folder.mkdir()
+    for step in (1, 2, 3):
+        keep(first, **{f"{label.format(step)}.pt": step})
+        weights = {"w": torch.full((2,), float(step + (step == 3)))}  # the third one differs
+        save_file(weights, second / f"{label.format(step)}.safetensors")
+    named = [[*sorted(one.iterdir())] for one in (first, second)]
+    kept, left_out = found(
+        *{
+            "named": [*named[0], *named[1]],
+            "folders": [first, second],
+            "one of each": [first, *named[1]],
+        }[how]
+    )
+    assert len(kept) == 4
+    assert left_out == {
+        f"{label.format(step)}.safetensors": f"its tensors are those of {first / label.format(step)}.pt"
+        for step in (1, 2)
+    }
+
+
 @pytest.mark.parametrize("name", ["best_coco_bbox_mAP_epoch_2.pt", "best-epoch=2.pt"])
 def test_a_numbered_copy_under_another_kind_of_name(tmp_path, name):
     keep(tmp_path, **{"epoch_1.pt": 1, "epoch_2.pt": 2, "epoch_3.pt": 3, name: 2})

@@ -185,6 +185,22 @@ def test_safetensors_behind_pickles_are_explained(tmp_path, beside, size):
         assert_reads(checkpoint, state)
 
 
+@pytest.mark.parametrize("lost", [1, 200, 4000])
+def test_safetensors_behind_pickles_that_were_cut_short_are_not_called_whole(tmp_path, lost):
+    dcp.save(
+        {"rows": torch.randn(3000), "step": 5},
+        storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path)),
+        no_dist=True,
+    )
+    (path,) = tmp_path.glob("*.safetensors")
+    with pytest.raises(FormatError, match="What is saved is whole"):
+        open_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(FormatError, match=r"Save the tensors alone.*does not end where") as caught:
+        open_checkpoint(path)
+    assert "is whole" not in str(caught.value)
+
+
 def torch_file(path):
     torch.save({"rows": torch.randn(1000), "__metadata__": 1}, path)
 

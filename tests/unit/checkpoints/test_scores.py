@@ -21,7 +21,7 @@ def test_scores_from_tables(tmp_path):
     (tmp_path / "bad.csv").write_text("step,accuracy\none,0.5\n")
     with pytest.raises(FormatError, match="expected numbers"):
         scores_for(checkpoints, "accuracy", tmp_path / "bad.csv")
-    with pytest.raises(ArgumentError, match="Could not read scores"):
+    with pytest.raises(ArgumentError, match=r"Could not read the table .*Check the path"):
         scores_for(checkpoints, "accuracy", tmp_path / "none.csv")
 
 

@@ -56,6 +56,53 @@ def test_one_output(folder, flags, expected):
     assert value("out.safetensors") == expected
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("s3://b/x.pt", "is an address"),
+        ("note.txt/x.pt", "note.txt is a file"),
+        ("absent/x.pt", "There is no folder absent"),
+        ("there.pt", "there.pt exists"),
+        ("", "or an empty name"),
+    ],
+)
+def test_an_output_is_refused_before_the_inputs_are_shown(folder, capsys, output, said):
+    for name in ("note.txt", "there.pt"):
+        (folder / name).write_text("mine")
+    assert run(["average", "run", "-o", output]) != 0
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Inputs" not in printed.out
+    assert (folder / "there.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "unsaid"),
+    [
+        (["", "-o", "e.pt"], "A path is empty", "list"),
+        (["run", "-o", "e.pt", "--key", "nope"], "Leave key out", "("),
+        (
+            ["one.pt", "-o", "e.pt", "--key", "nope"],
+            "has no key 'nope'. There are tensors under 'w'",
+            "was not",
+        ),
+        (["one.pt", "-o", "e.pt", "--key", "w.nope"], "('nope' was not found)", "Pass key"),
+    ],
+)
+def test_what_is_refused_is_said_once(folder, capsys, flags, said, unsaid):
+    torch.save({"w": torch.ones(2)}, folder / "one.pt")
+    assert run(["average", *flags]) != 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert said in printed
+    assert unsaid not in printed.replace("(safetensors)", "").replace(said, "")
+
+
+@pytest.mark.parametrize("threads", ["-3", "0", "2000"])
+def test_one_domain_is_said_of_the_threads(folder, capsys, threads):
+    assert run(["average", "run", "-o", "e.pt", "--threads", threads]) != 0
+    assert "expected 1 to 1024" in capsys.readouterr().err
+
+
 def test_key_says_where_the_tensors_are(folder):
     for step in (1, 2):
         nested = {

@@ -98,7 +98,7 @@ def test_a_program(record, tmp_path, capsys):
     assert "0 evaluations" in capsys.readouterr().out
     (tmp_path / "eval.py").write_text("print('epoch 1'); print('score: -2.5e1 (best)')")
     assert run(["search", str(record), *flags]) == 0
-    assert "score -25" in capsys.readouterr().out  # another program, other scores
+    assert "score −25" in capsys.readouterr().out  # another program, other scores
 
 
 def test_a_classifier_with_statistics_of_its_own(record, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_a_soup_of_folders(folder, capsys):
     said = capsys.readouterr().out
     assert "the soup with run-b: 0.0" in said
     assert "soup: greedy soup of 2 of 3 (lower is better)" in said
-    assert "the soup minus the best ingredient: -0.0" in said
+    assert "the soup minus the best ingredient: −0.0" in said
     made = load_file(folder / "soup" / "model.safetensors")["w"]
     runs = [load_file(folder / f"run-{name}" / "model.safetensors")["w"] for name in "ab"]
     torch.testing.assert_close(made, sum(runs) / 2)

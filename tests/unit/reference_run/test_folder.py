@@ -48,7 +48,7 @@ def test_a_folder_that_is_not_empty_is_refused_without_resume(tmp_path):
 def test_two_writers_are_refused(tmp_path):
     with (
         run_folder(tmp_path / "run", RECIPE, resume=False) as folder,
-        pytest.raises(UsageError, match="Another run is writing"),
+        pytest.raises(OutputError, match=r"Another process is writing .*run "),
         run_folder(folder, RECIPE, resume=True),
     ):
         pass

@@ -2,7 +2,7 @@
 
 import pytest
 
-from polyak.report.numbers import count, rounded
+from polyak.maths.numbers import count, rounded
 from polyak.report.tables import BASELINE, Finals, format_estimate, row_label
 from polyak.study.paired import Estimate
 

@@ -512,7 +512,7 @@ def test_two_processes_do_not_make_one_output(tmp_path):
     (tmp_path / ".soup.pt.soup").mkdir()
     held = os.open(tmp_path / ".soup.pt.soup", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(OutputError, match="Another process makes this output"):
+    with pytest.raises(OutputError, match="Another process is writing this output"):
         make_soup(paths, tmp_path / "soup.pt", Distance(0.0))
     os.close(held)
     make_soup(paths, tmp_path / "soup.pt", Distance(0.0))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from polyak.checkpoints.merging.execute import execute
+from polyak.checkpoints.merging.execute import check_outputs, execute
 from polyak.checkpoints.merging.options import MergeOptions
 from polyak.checkpoints.merging.prepare import (
     Input,
@@ -179,6 +179,7 @@ def run_merge(
     """As `average_checkpoints`; `announce` is called with the merge, laid out and checked, and its spread."""
     begin = time.perf_counter()
     with prepared(inputs, outputs, options, method) as merge:
+        check_outputs(merge)
         warn_of_stale(merge)
         warn_of_lost_state(merge)
         spread = spread_of(merge)

@@ -1,7 +1,7 @@
 """Which of the checkpoints in one place count: a folder is not everything in it.
 
 Beside the checkpoints of a run there are copies of them (`best`, `last`), averages of them, initial
-weights. Those with a number count, always. Of the others an average and a copy are left out, with a
+weights. Those with a number count, each once, whatever its formats. Of the others an average and a copy are left out, with a
 reason that is told; what remains unclear is refused, for the user to say.
 """
 
@@ -33,7 +33,9 @@ def counted(found: Sequence[Checkpoint], *, named: bool) -> tuple[list[Checkpoin
     numbered = _numbered(rest)
     if not named:
         numbered = _without_twins(numbered, left_out)
-        rest = [one for one in rest if one.path not in left_out]
+    numbered = without_repeats(numbered, left_out)
+    rest = [one for one in rest if one.path not in left_out]
+    if not named:
         _refuse_several_kinds(numbered)
     kept, unclear = list(numbered), []
     for one in [one for one in rest if one not in numbered]:
@@ -159,6 +161,19 @@ def _without_twins(numbered: Sequence[Checkpoint], left_out: LeftOut) -> list[Ch
         if twin := next((other for other in same if is_copy(one, other)), None):
             left_out[one.path] = f"its tensors are those of {twin.path}"
     return [one for one in numbered if one.path not in left_out]
+
+
+def without_repeats(found: Sequence[Checkpoint], left_out: LeftOut) -> list[Checkpoint]:
+    """Without what has the number and the tensors of one before it: the same checkpoint in another format."""
+    kept: dict[object, list[Checkpoint]] = defaultdict(list)
+    for one in found:
+        number = one.step if one.step is not None else tuple(re.findall(r"\d+", _label(one)))
+        same = kept[number] if number != () else []
+        if twin := next((other for other in same if is_copy(one, other)), None):
+            left_out[one.path] = f"its tensors are those of {twin.path}"
+        else:
+            same.append(one)
+    return [one for one in found if one.path not in left_out]
 
 
 def _refuse_several_kinds(numbered: Sequence[Checkpoint]) -> None:

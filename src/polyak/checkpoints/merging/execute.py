@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import threading
@@ -20,6 +19,7 @@ from polyak.checkpoints.merging.outputs import (
     refuse_foreign,
     refuse_parts_in_one_file,
     staging_errors,
+    staging_folder,
 )
 from polyak.checkpoints.merging.plan import ByteRuns, share_of_chunks
 from polyak.checkpoints.merging.prepare import Merge
@@ -28,7 +28,7 @@ from polyak.checkpoints.reading.dcp import DcpCheckpoint
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError, PolyakError, UsageError
-from polyak.files import refuse_existing, writing_errors
+from polyak.files import check_place, refuse_existing, take_lock, writing_errors
 
 _DONE = "whole"  # a mark in the first staging folder: all data is on the disk and may be published
 
@@ -66,12 +66,24 @@ def execute(merge: Merge) -> bool:
 
 
 def check_outputs(merge: Merge) -> None:
-    """Raise OutputError where a merge from the start could not be written; nothing is touched."""
+    """Raise OutputError where the merge could not be written; nothing is touched.
+
+    What a merge that was begun finds at its outputs may be its own; `execute` looks at that.
+    """
+    with writing_errors(merge.blueprints[0].target):
+        _check_outputs(merge)
+
+
+def _check_outputs(merge: Merge) -> None:
+    begun = any(staging_folder(o.target, merge.identity).exists() for o in merge.blueprints)
     refuse_parts_in_one_file(merge.blueprints, merge.inputs[-1])
     for one in merge.blueprints:
-        refuse_existing(one.target, overwrite=merge.options.overwrite)
-        refuse_foreign(one)
-    check_space(merge.blueprints, merge.identity)
+        check_place(one.target)
+        if not begun and not merge.options.resume:
+            refuse_existing(one.target, overwrite=merge.options.overwrite)
+            refuse_foreign(one)
+    if not begun and not merge.options.resume:
+        check_space(merge.blueprints, merge.identity)
 
 
 def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:
@@ -194,12 +206,7 @@ def _remove_unless_held(folder: Path) -> None:
     """Remove a leftover; OutputError where a running process holds its journal."""
     for journal in folder.glob("journal-*"):
         with journal.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"Another process is writing this output (it holds the lock {journal}). Wait for it."
-                ) from None
+            take_lock(file.fileno(), journal, "this output", shared=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

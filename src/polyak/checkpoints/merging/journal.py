@@ -8,7 +8,6 @@ merge against the disk is here too: the inputs' hashes, and the output read once
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import struct
@@ -23,6 +22,7 @@ from polyak.checkpoints.merging.plan import ByteRuns, MergePlan
 from polyak.checkpoints.reading.stored import ByteFile
 from polyak.checkpoints.writing.layouts import OutputFile
 from polyak.errors import OutputError
+from polyak.files import take_lock
 
 WRITTEN, SYNCED = b"\1", b"\2"
 SYNC_SECONDS = 10.0
@@ -41,7 +41,11 @@ class Journal:
         self._size = _HEADER + chunks * self._record
         with staging_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._lock()
+            try:
+                take_lock(self._descriptor, path, "this output")
+            except OutputError:
+                os.close(self._descriptor)
+                raise
             self._open(keep=keep)
         self._fresh: list[int] = []
         self._mutex = threading.Lock()
@@ -88,15 +92,6 @@ class Journal:
     def close(self) -> None:
         """Release the lock."""
         os.close(self._descriptor)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise OutputError(
-                f"Another process is already running this merge (it holds the lock {self.path}). Wait for it."
-            ) from None
 
     def _open(self, *, keep: bool) -> None:
         content = os.pread(self._descriptor, self._size + 1, 0) if keep else b""

@@ -120,7 +120,7 @@ class MergeOptions:
     def thread_count(self) -> int:
         """How many threads to use; by default one per core that this process may use."""
         if self.threads is not None:
-            if not 1 <= count("threads", self.threads) <= 1024:
+            if not 1 <= count("threads", self.threads, -(1 << 62)) <= 1024:
                 raise ArgumentError(f"threads is {self.threads}; expected 1 to 1024.")
             return self.threads
         if hasattr(os, "sched_getaffinity"):

@@ -81,7 +81,7 @@ def checked_outputs(
 ) -> Mapping[PathLike, Method]:
     """Path -> method, also of one path."""
     if isinstance(outputs, (str, os.PathLike)):
-        return {outputs: "swa" if method is None else method}
+        outputs, method = {outputs: "swa" if method is None else method}, None
     if not isinstance(outputs, Mapping):
         raise ArgumentError(
             f"outputs is {outputs!r}; expected one path, or a mapping of path to method, like "
@@ -90,7 +90,11 @@ def checked_outputs(
     if method is not None:
         raise ArgumentError(f"outputs names a method per path; leave out method={method!r}.")
     for path in outputs:
-        as_path(path)
+        if as_path(path) == Path():  # as the command line passes an empty name
+            raise ArgumentError(
+                "The output '.' names no file: it is the folder that this runs in, or an empty name. Is a variable "
+                "of the shell not set?"
+            )
     return outputs
 
 

@@ -106,7 +106,10 @@ def read_table(path: Path, metric: str) -> dict[str | int, float]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"Could not read scores from {path}: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(
+            f"Could not read the table {path}: {reason}. Check the path, and that it is text in UTF-8."
+        ) from error
     lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix.lower() == ".csv":
         rows: list[dict[str, Any]] = list(csv.DictReader(lines))

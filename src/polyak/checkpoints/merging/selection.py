@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from polyak.checkpoints.merging.counted import LeftOut, counted, shared_numbers
+from polyak.checkpoints.merging.counted import LeftOut, counted, shared_numbers, without_repeats
 from polyak.checkpoints.merging.finding import Finder, take_steps_from_folders
 from polyak.checkpoints.merging.prepare import checked_inputs, garbage_kept
 from polyak.checkpoints.merging.scores import scores_for
@@ -167,7 +167,8 @@ def _counted(finder: Finder, items: Sequence[str]) -> tuple[list[Checkpoint], Le
             kept, others = counted(group, named=False)
             left_out |= others
         groups.append(_ordered(kept))
-    return [*chain.from_iterable(groups)], finder.left_out | left_out
+    kept = without_repeats([*chain.from_iterable(groups)], left_out)
+    return kept, finder.left_out | left_out
 
 
 def _ordered(found: Sequence[Checkpoint]) -> list[Checkpoint]:

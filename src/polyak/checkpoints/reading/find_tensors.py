@@ -205,11 +205,10 @@ class _Search:
                     current, rest = found, ".".join(parts[count:])
                     break
             else:
+                inner = "" if rest == key else f" ({rest!r} was not found)"
                 flat = isinstance(self.root, dict) and any(map(is_tensor_like, self.root.values()))
                 advice = "The tensors are at its top: leave out key=." if flat else self.advice()
-                raise ArgumentError(
-                    f"{self.where} has no key {key!r} ({rest!r} was not found). {advice}"
-                )
+                raise ArgumentError(f"{self.where} has no key {key!r}{inner}. {advice}")
         return current
 
     def leaves(self, root: Any) -> Iterator[tuple[str, Any]]:
@@ -242,7 +241,10 @@ class _Search:
         if not keys:
             return "It holds no tensor anywhere."
         shown = ", ".join(repr(key[:100]) for key in keys[:20]) + (", ..." if keys[20:] else "")
-        return f"Pass key= to say where they are; there are tensors under {shown}."
+                inner = "" if rest == key else f" ({rest!r} was not found)"
+                flat = isinstance(self.root, dict) and any(map(is_tensor_like, self.root.values()))
+                advice = "The tensors are at its top: leave out key=." if flat else self.advice()
+                raise ArgumentError(f"{self.where} has no key {key!r}{inner}. {advice}")
 
 
 def _opaque(value: Global | Stub, inner: Callable[[Any, Any], Any]) -> Opaque:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from polyak.checkpoints.reading.components import components_in, join_components
 from polyak.checkpoints.reading.dcp import read_dcp
@@ -25,6 +25,7 @@ from polyak.checkpoints.reading.stored import FLOATS, ByteFile, Checkpoint
 from polyak.checkpoints.reading.tars import is_tar, tar_members
 from polyak.checkpoints.reading.torch_archive import TorchArchive
 from polyak.checkpoints.reading.torch_file import read_torch
+from polyak.checkpoints.reading.untrusted_json import MAX_JSON_BYTES, parse_json
 from polyak.checkpoints.reading.zips import ZipArchive
 from polyak.errors import ArgumentError, FormatError
 from polyak.files import as_path
@@ -173,9 +174,13 @@ def read_file(file: ByteFile, key: str | None = None) -> Checkpoint:
         try:
             return _read_zip(file, key)
         except FormatError as error:
-            if not _has_header_behind(file):
+            behind = _header_behind(file)
+            if behind is None:
                 raise
-            raise FormatError(f"{error} {_PICKLES_IN_FRONT}") from None
+            is_whole = _ends_with_its_tensors(file, *behind)
+            raise FormatError(
+                f"{error} {_PICKLES_IN_FRONT} {_WHOLE if is_whole else _CUT}"
+            ) from None
     if is_legacy(start):
         return read_torch(LegacyTorch(file), key)
     if is_tar(start):
@@ -192,14 +197,24 @@ def _read_zip(file: ByteFile, key: str | None) -> Checkpoint:
     return _without_key(read_npz(file, archive), key)
 
 
-def _has_header_behind(file: ByteFile) -> bool:
-    """Whether it is called .safetensors and has the header of one not far behind its beginning."""
+def _header_behind(file: ByteFile) -> tuple[int, int] | None:
+    """Where a file that is called .safetensors has a header not far behind its beginning, and its length."""
     if not file.path.endswith(".safetensors"):
-        return False
+        return None
     start = file.read(0, min(file.size, _MAX_IN_FRONT))
     at = start.find(_HEADER)
     length = int.from_bytes(start[max(at - 8, 0) : at], "little")
-    return at >= 8 and len(_HEADER) < length <= file.size - at
+    return (at, length) if at >= 8 and len(_HEADER) < length <= file.size - at else None
+
+
+def _ends_with_its_tensors(file: ByteFile, at: int, length: int) -> bool:
+    """Whether the file ends where the header says that the last tensor does."""
+    with suppress(FormatError, TypeError, KeyError, ValueError):
+        header = parse_json(file.read(at, min(length, MAX_JSON_BYTES)), file.path)
+        del header["__metadata__"]
+        end = max((int(one["data_offsets"][1]) for one in header.values()), default=0)
+        return at + length + end == file.size
+    return False
 
 
 _HEADER = b'{"__metadata__"'
@@ -207,8 +222,11 @@ _MAX_IN_FRONT = 1 << 24  # bytes of pickles, each of a value that is no tensor
 _PICKLES_IN_FRONT = (
     "The file is called .safetensors and begins with a file of torch.save. torch.distributed.checkpoint's "
     "HuggingFaceStorageWriter (torch 2.13) writes so if the state holds a value that is no tensor, such as a "
-    "step: nothing reads that. Save the tensors alone. What is saved is whole, from 8 bytes before "
-    '{"__metadata__" to the end of the file.'
+    "step: nothing reads that. Save the tensors alone."
+)
+_WHOLE = 'What is saved is whole, from 8 bytes before {"__metadata__" to the end of the file.'
+_CUT = (
+    "This file is also damaged: it does not end where its last tensor does. Copy or save it again."
 )
 
 

@@ -29,7 +29,10 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise FormatError(f"{what} is not valid JSON: {reason[:300]}.") from None
+        raise FormatError(
+            f"{what} is not valid JSON: {reason[:300]}. It is damaged or cut short: copy or "
+            "write it again."
+        ) from None
     if not isinstance(value, dict):
         raise FormatError(f"{what} is JSON, but not an object: found a {type(value).__name__}.")
     return value
