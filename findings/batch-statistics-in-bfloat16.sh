@@ -4,10 +4,10 @@
 # Guess:   `torch.optim.swa_utils.update_bn` gives each BatchNorm the mean over all batches, in bfloat16 to its three
 #          digits. At worst later batches no longer count: the mean of equal batches is right after any number of them.
 # Reality: From about 400 batches on the mean falls to the power of two below it and stays there: of batches whose mean
-#          is 3 it is 2, of 10 it is 8, of 100 it is 64, without a warning. 1/n and 1 - 1/n and their products are all
-#          rounded to bfloat16, and 1 - 1/n is 0.996 until n is 512: what is taken away is more than what is added.
-#          Variances shrink in the same way. float16 and float32 are right after 8,000 batches, and so is
-#          bfloat16 with the usual momentum of 0.1.
+#          is 3 it is 2, of 10 it is 8, of 100 it is 64, without a warning. 1/n, 1 - 1/n, their products and the sum are
+#          each rounded to bfloat16 (redone so, it agrees bit for bit), and 1 - 1/n is 0.996 until n is 512: more is
+#          taken away than added. Variances shrink in the same way. float16 and float32 are right after 8,000
+#          batches, and so are statistics in float32 of a batch in bfloat16, as under autocast.
 # Matters: An averaged network has no statistics but these, and the more of the data is shown to them, the worse they are:
 #          after 100 batches all is well. Here the outputs of a small network are off by 3% then and by 18% after 2,000.
 #          Cast the BatchNorm layers, or the network, to float32 first.
