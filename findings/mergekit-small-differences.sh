@@ -6,7 +6,7 @@
 #          the change, and 1e-3 is no special size.
 # Reality: 1e-6 is: the square of 1e-3. SCE compares its sum of mean squares with it and, below, weighs all alike
 #          (a model that moved five times as far gets 1/2 instead of 25/26). Model Stock divides by no less than it, so
-#          where the norms of the differences of a tensor are below 1e-3 the angle reads 90 degrees and the base comes
+#          where the norms of the differences of a tensor are below 1e-3 the angle goes to 90 degrees and the base comes
 #          back: of 1,024 values at 1e-5 a value, of each row with `filter_wise` too. In either case nothing is said.
 # Matters: Weights move by 1e-3 in few fine-tunes and by 1e-5 in those by reinforcement. There SCE is a plain mean
 #          after its selection, and Model Stock drops what was learned, first in norms and biases, whose tensors are
