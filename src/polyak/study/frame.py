@@ -26,6 +26,7 @@ from polyak.study.filling import (
     parameters_of,
 )
 from polyak.tensors.policy import RUNNING_STATISTICS
+from polyak.tensors.spectral import is_spectral_vector
 
 Floats = NDArray[np.float64]
 
@@ -40,10 +41,12 @@ class Anchor:
     dtypes: Mapping[str, torch.dtype] | None = None
 
     def moves(self, name: str) -> bool:
-        """Whether this tensor is a coordinate: of floating point, and no running statistic."""
+        """Whether this is a coordinate: of floating point, no running statistic or spectral vector."""
         tensor = self.tensors[name]
-        numbers = tensor.is_floating_point() or tensor.is_complex()
-        return numbers and name.rpartition(".")[2] not in RUNNING_STATISTICS
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return False
+        statistic = name.rpartition(".")[2] in RUNNING_STATISTICS
+        return not statistic and not is_spectral_vector(name, self.tensors)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the points: this checkpoint's, or float32 where that is of half precision or less."""

@@ -12,9 +12,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from polyak.errors import ArgumentError, UsageError
 from polyak.tensors.names import Named, Slot
+from polyak.tensors.spectral import is_spectral_vector
 
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_SPECTRAL = ("weight_u", "weight_v", "_u", "_v")
 
 
 class Kind(Enum):
@@ -38,7 +38,8 @@ class Policy:
     """Name patterns (as in the shell, `*` crosses dots): what is averaged and what is not.
 
     `include` limits averaging to what matches, frozen or not; `exclude` takes out what matches;
-    `buffers` are the floating buffers that are averaged like weights.
+    `buffers` are the floating buffers that are averaged like weights; the vectors of spectral norm only
+    where they are named in full, since a mean of unit vectors is none.
     """
 
     include: tuple[str, ...] | None = None
@@ -52,7 +53,8 @@ class Policy:
             return Decision(Kind.NEWEST, "excluded by name")
         if slot.is_parameter:
             return self._of_parameter(slot) if floating else _NOT_FLOATING
-        if floating and _matches(slot.name, self.buffers):
+        named = _matches(slot.name, self.buffers)
+        if floating and named and (slot.name in self.buffers or not _is_spectral(slot)):
             return Decision(Kind.AVERAGED, "a buffer averaged by name")
         return _of_buffer(slot, floating=floating)
 
@@ -122,9 +124,14 @@ def _of_buffer(slot: Slot, *, floating: bool) -> Decision:
         )
     if not floating:
         return _NOT_FLOATING
-    if slot.key in _SPECTRAL:
+    if _is_spectral(slot):
         return Decision(Kind.NEWEST, "a vector of spectral norm: taken from the newest")
     return Decision(Kind.NEWEST, "a buffer: taken from the newest (average_buffers= averages it)")
+
+
+def _is_spectral(slot: Slot) -> bool:
+    prefix = slot.name.removesuffix(slot.key)
+    return is_spectral_vector(slot.name, {prefix + key for key in slot.module._parameters})
 
 
 def _is_lazy(slot: Slot) -> bool:

@@ -240,6 +240,22 @@ def test_spectral_norm_vectors_are_of_the_newest():
         assert not set(vectors) & set(average.state_dict()["tensors"])
 
 
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("normed", [nn.utils.spectral_norm, parametrizations.spectral_norm])
+def test_only_full_names_average_spectral_norm_vectors(normed):
+    model = normed(nn.Linear(3, 2))
+    model.register_buffer("scale_u", torch.ones(2))
+    vectors = {name for name, _ in model.named_buffers()} - {"scale_u"}
+    average = Average(model, SWA(), average_buffers="*")
+    average.update()
+    stored = average.state_dict()["tensors"]
+    assert "scale_u" in stored
+    assert not vectors & set(stored)
+    named = Average(model, SWA(), average_buffers=sorted(vectors))
+    named.update()
+    assert vectors <= set(named.state_dict()["tensors"])
+
+
 def test_pruned_layers_show_the_average():
     model = prune.l1_unstructured(nn.Linear(3, 2), "weight", amount=2)
     average = Average(model, SWA())

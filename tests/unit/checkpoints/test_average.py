@@ -7,6 +7,7 @@ import torch
 from reference.merging import stored_checkpoints, weighted_sum, within_bound
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import polyak
 from polyak.checkpoints.merging.average import average_checkpoints, iter_averaged_tensors
@@ -87,6 +88,25 @@ def test_batchnorm_statistics_are_the_newest_and_stale(tmp_path):
     assert metadata(tmp_path / "out.safetensors")["batchnorm"] == "stale"
     merged(paths[:1], tmp_path)  # a conversion keeps what belongs together: no warning
     assert metadata(tmp_path / "out.safetensors")["batchnorm"] == "refreshed"
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_vectors_of_spectral_norm_are_the_newest(tmp_path, normed):
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer = nn.Sequential(normed(nn.Linear(5, 4)))
+        layer.register_buffer("scale_u", torch.full((2,), float(seed)))
+        states.append(layer.state_dict())
+    found = merged(stored_checkpoints(tmp_path, states), tmp_path)
+    vectors = [name for name in found if name.endswith(("_u", "_v")) and name != "scale_u"]
+    assert len(vectors) == 2
+    for name in vectors:
+        assert torch.equal(found[name], states[2][name])
+    assert torch.equal(found["scale_u"], torch.ones(2))  # a name alone does not make it one
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from reference import landscape as slow
 from torch import nn
 
 from polyak.errors import ArgumentError, MismatchError, NonFiniteError, UsageError
+from polyak.study.frame import Anchor
 from polyak.study.landscape import Plane, along_line, along_rays, along_segments, on_plane
 from polyak.study.surface import Surface
 
@@ -239,3 +240,15 @@ def test_one_point_has_no_segments(points):
         pytest.raises(ArgumentError, match="There are 1 points"),
     ):
         along_segments(surface, points[:1])
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_vectors_of_spectral_norm_are_no_coordinates(normed):
+    state = nn.Sequential(normed(nn.Linear(3, 2))).state_dict()
+    anchor = Anchor("one", state, "one")
+    moving = {name for name in state if anchor.moves(name)}
+    assert {name.rpartition("_")[2] for name in state.keys() - moving} == {"u", "v"}
+    assert len(moving) == 2

@@ -18,6 +18,7 @@ from polyak.checkpoints.reading.stored import (
 )
 from polyak.checkpoints.writing.layouts import TensorSpec
 from polyak.errors import ArgumentError, FormatError, MismatchError
+from polyak.tensors.spectral import is_spectral_vector
 
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 
@@ -64,7 +65,8 @@ def align(inputs: Sequence[Checkpoint], options: MergeOptions, *, averages: bool
         refuse_quantised(inputs, held, averaged)
         _refuse_mismatches(inputs, held, averaged, options)
     statistics = _statistics(held)
-    means = averaged - statistics if averages else set()
+    vectors = {name for name in held[-1] if is_spectral_vector(name, held[-1])}
+    means = averaged - statistics - vectors if averages else set()
     tensors = [
         _merged(tensor, held, options, averaged=name in averaged, mean=name in means)
         for name, tensor in newest.tensors.items()

@@ -81,11 +81,12 @@ def average_checkpoints(  # noqa: PLR0913 - keyword-only arguments do not count
     is bitwise the same for any number of threads, and within half a unit in the last place of the
     output plus $N\, 2^{-24} \sum |c_i x_i|$ of the exact one, for $N$ inputs.
 
-    Floating tensors are averaged. Integers, booleans and BatchNorm statistics are the newest's; the
-    latter are recorded as stale, with a `StaleStatistics` warning. Ties stay ties. State that is no tensor
-    (`get_extra_state`) is the newest's in torch files, and is named in a warning where an output cannot
-    hold it. Quantised tensors are refused, and so are adapters (LoRA and its kin) of separate runs. Every
-    input that is given counts, but an average is refused beside its own inputs.
+    Floating tensors are averaged. Integers, booleans, the vectors of spectral norm and BatchNorm
+    statistics are the newest's; the latter are recorded as stale, with a `StaleStatistics` warning. Ties
+    stay ties. State that is no tensor (`get_extra_state`) is the newest's in torch files, and is named in
+    a warning where an output cannot hold it. Quantised tensors are refused, and so are adapters (LoRA and
+    its kin) of separate runs. Every input that is given counts, but an average is refused beside its own
+    inputs.
 
     Args:
         inputs: Checkpoints of one model: paths in any format `open_checkpoint` reads, or opened ones.
