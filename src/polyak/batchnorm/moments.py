@@ -158,7 +158,7 @@ def of_values(x: Tensor, dtype: torch.dtype) -> tuple[list[int], Tensor, Tensor]
         variance, mean = torch.var_mean(x.to(dtype), dims, correction=min(1, count - 1))
         return [count], mean.unsqueeze(0), variance.unsqueeze(0)
     pieces = list(_pieces(x))
-    means = torch.zeros(len(pieces), x.shape[1], dtype=dtype)
+    means = torch.zeros(len(pieces), x.shape[1], dtype=dtype, device=x.device)
     variances = torch.zeros_like(means)
     for piece, mean, variance in zip(pieces, means, variances, strict=True):
         piece = piece.to(dtype)  # noqa: PLW2901 - in the cache from here on

@@ -69,7 +69,7 @@ class FusedRows:
         self._addresses = _addresses(tensors)
         rows = [(t.numel(), _KINDS[t.dtype], place) for place, t in enumerate(tensors)]
         rows += [(*_as_copied(t), place) for place, t in enumerate(self._live_statistics)]
-        self._rows = _on(torch.tensor(rows), self.device)
+        self._rows = _on(_on_host(rows), self.device)
         self._programs = _on(_programs([row[0] for row in rows]), self.device)
         self._source_table: Tensor | None = None
         self._statistics_at: tuple[int, ...] = ()
@@ -128,7 +128,7 @@ class FusedRows:
     def _sources(self) -> Tensor:
         now = _addresses(self._live_statistics)
         if self._source_table is None or now != self._statistics_at:
-            made = torch.tensor([*self._addresses, *now], dtype=torch.int64)
+            made = _on_host([*self._addresses, *now])
             self._statistics_at, self._source_table = now, _on(made, self.device)
         return self._source_table
 
@@ -147,8 +147,7 @@ class FusedRows:
         if table is None:
             if len(self._tables) >= _TABLES_KEPT:
                 self._tables.clear()
-            made = torch.tensor(addresses, dtype=torch.int64)
-            table = self._tables[addresses] = _on(made, self.device)
+            table = self._tables[addresses] = _on(_on_host(addresses), self.device)
         return table
 
     def _compile(self, launch: Launch) -> bool:
@@ -236,9 +235,9 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 def _programs(sizes: Sequence[int]) -> Tensor:
     """For each program the row that it works on, and which piece of it."""
-    pieces = torch.tensor([-(-size // BLOCK) for size in sizes])
+    pieces = _on_host([-(-size // BLOCK) for size in sizes])
     row = torch.repeat_interleave(pieces)
-    piece = torch.arange(len(row)) - (pieces.cumsum(0) - pieces)[row]
+    piece = torch.arange(len(row), device="cpu") - (pieces.cumsum(0) - pieces)[row]
     return torch.stack([row, piece], dim=1)
 
 
@@ -265,6 +264,10 @@ def _scalar(number: Weight, device: torch.device) -> Weight:
 
 def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:200]}"
+
+
+def _on_host(numbers: Sequence[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the default device is
 
 
 def _on(table: Tensor, device: torch.device) -> Tensor:
