@@ -109,7 +109,7 @@ def _wide(like: Tensor) -> torch.dtype:
 def _column(counts: list[int], like: Tensor) -> Tensor:
     if len(set(counts)) == 1:  # nearly always; nothing is sent to a device
         return like.new_full((len(counts), 1), counts[0], dtype=_wide(like))
-    column = torch.tensor(counts, dtype=_wide(like))
+    column = torch.tensor(counts, dtype=_wide(like), device="cpu")
     return column.to(like.device, non_blocking=True).unsqueeze(1)
 
 
