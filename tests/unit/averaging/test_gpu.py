@@ -229,6 +229,11 @@ def test_a_whole_training_step_in_a_graph():
         found, expected = other.averaged_tensors(), average.averaged_tensors()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert found["1.num_batches_tracked"].item() == 9
+    with captured.averages["swa"].applied():
+        polyak.update_bn(captured.model, [captured.x])
+    graph.replay()
+    found = captured.averages["swa"].averaged_tensors()
+    assert torch.equal(found["1.running_mean"], captured.model[1].running_mean)
 
 
 def test_fused_steps_that_a_scaler_skips():

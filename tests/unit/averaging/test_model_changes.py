@@ -488,8 +488,12 @@ def test_what_a_graph_may_hold_the_address_of_stays_where_it_is():
         kept = [clock.time, clock.count, clock.sum_squared_shares]
         return [t.data_ptr() for t in (*kept, *member.accumulator.tensors, *member.statistics)]
 
+    def measure():
+        with average.applied(), torch.inference_mode():
+            polyak.update_bn(model, [torch.randn(9, 3)])
+
     before = addresses()
-    actions = [average.update, average.reset, average.update, average.update]
+    actions = [average.update, average.reset, average.update, average.update, measure, measure]
     for act in [*actions, lambda: average.load_state_dict(saved), average.update]:
         shift(model)
         act()
