@@ -399,10 +399,10 @@ class Tracker:
                 "replay does. Construct it without nonfinite=."
             )
         held = [member.accumulator for member in members]
-        if None in held:
+        if any(one is None or one.block_is_open for one in held):
             return (
-                "the first update() cannot be captured: it makes the accumulators. Call update() "
-                "once before the capture."
+                "the first update() cannot be captured: it makes the accumulators, or closes the block "
+                "of a loaded state. Call update() once before the capture."
             )
         if not all(one.blend_targets() for one in held if one is not None):
             return (

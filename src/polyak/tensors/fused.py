@@ -46,6 +46,9 @@ _compiled: set[tuple[object, ...]] = set()
 _seconds: dict[torch.device, float] = {}  # spent on compiling
 _failures: dict[torch.device, str] = {}
 _warned: set[torch.device] = set()
+_in_graphs: list[
+    tuple[Any, ...]
+] = []  # tables whose addresses replays read, for as long as they may
 
 
 class FusedRows:
@@ -92,6 +95,9 @@ class FusedRows:
 
     def run(self, launch: Launch) -> None:
         """Do it: asynchronous, on the current stream."""
+        if _is_capturing(self.device):
+            # Not the weights between them, which lie in the memory of the graph.
+            _in_graphs.append((self._programs, self._rows, *launch.args[:2], launch.args[-1]))
         self._call(launch, len(self._programs))
 
     def fold(self, averages: Targets, sums: Targets, growth: Weight) -> bool:
@@ -278,11 +284,15 @@ def _on(table: Tensor, device: torch.device) -> Tensor:
 
 
 def _refuse_in_capture(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         raise UsageError(
             "update() in a CUDA graph, but not in the way it was last called, or of tensors that have "
             "moved since. Call update() in the same way once before the capture."
         )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -147,6 +147,21 @@ def test_captured_in_a_graph():
     assert average.averaged_tensors()["0"].unique().item() == 3.0
 
 
+def test_a_graph_outlives_the_tables_of_the_host():
+    model = model_of()
+    model[1].requires_grad_(False)
+    average = Average(model, SWA(), capturable=True)
+    average.update()
+    graph = _capture(average)
+    model[1].requires_grad_(True)
+    average._tracker.add_unfrozen()  # the next update makes new tables
+    average.update()
+    torch.full((1000, 1000), -1, device="cuda")  # where the old ones would have been
+    fill(model, 4.0)
+    graph.replay()
+    assert average.averaged_tensors()["0"].unique().item() == 1.0
+
+
 @pytest.mark.parametrize(
     ("profile", "options", "updates", "why"),
     [
