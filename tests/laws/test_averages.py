@@ -291,7 +291,7 @@ def test_large_tensors_are_computed_in_pieces_to_the_same_bits(profile, dtype):
     found = average.averaged_tensors()
     for index, name in enumerate(member.tracker.tensors.names):
         whole = member.accumulator.value(index, member.clock)
-        expected = rounded_for(member.tracker.tensors.live[index], whole).to(dtype)
+        expected = rounded_for(member.tracker.tensors.live[index], whole).to(found[name])
         assert torch.equal(found[name], expected), name
         assert found[name].stride() == member.tracker.tensors.live[index].stride()
     with average.applied():

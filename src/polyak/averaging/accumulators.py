@@ -69,9 +69,11 @@ class Accumulator(ABC):
     """What one average keeps, in lists of one tensor per averaged weight, in their order.
 
     While it is lent, `packed` are those of its `swap_targets` that hold a weight as well, by index.
+    `block_is_open` while a part of the average is not in the tensors that it is to end in.
     """
 
     packed: Mapping[int, Packed] = MappingProxyType({})
+    block_is_open: bool = False
 
     @abstractmethod
     def __init__(self, live: Sequence[Tensor], options: Options) -> None:

@@ -62,11 +62,10 @@ class Clock:
 
     def copied_into(self, before: Clock) -> Clock:
         """The same moment in the memory of the one before, as the replays of a graph need it."""
-        for name in ("time", "count", "sum_squared_shares"):
-            getattr(before, name).copy_(getattr(self, name))
-        return replace(
-            self, time=before.time, count=before.count, sum_squared_shares=before.sum_squared_shares
-        )
+        kept: list[Any] = [before.time, before.count, before.sum_squared_shares]
+        now: list[Any] = [self.time, self.count, self.sum_squared_shares]
+        torch._foreach_copy_(kept, now)
+        return replace(self, time=kept[0], count=kept[1], sum_squared_shares=kept[2])
 
     def on_host(self) -> Clock:
         """The same moment with all numbers on the host: the one place that waits for a device."""
@@ -137,4 +136,5 @@ def _as_tensor(number: Number) -> Tensor:
 
 
 def _scalar(number: Number, device: torch.device) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # an inference tensor could not be written to later
+        return torch.as_tensor(number, dtype=torch.float64, device=device)

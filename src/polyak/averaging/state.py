@@ -225,13 +225,16 @@ def load_state(member: Member, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             for kept, name in zip(member.statistics, tracker.tensors.statistic_names, strict=True):
                 kept.copy_(local(state["statistics"][name]))
+    elif tracker.options.capturable and member.accumulator is not None:
+        for tensors in member.accumulator.tensors_held():  # a graph may hold their addresses
+            torch._foreach_zero_(tensors)
+        member.accumulator.restart()
     else:
         member.accumulator = None
     member.fresh_layers = set(state["fresh_layers"])
     member.measured_buffers = {n: t.clone() for n, t in dict(state["measured_buffers"]).items()}
-    member.clock = replace(member.clock, **{number: state[number] for number in _NUMBERS})
-    if tracker.tensors.bound:
-        tracker.to_device_if_capturable(member)
+    numbers = {number: state[number] for number in _NUMBERS}
+    tracker.set_clock(member, replace(member.clock, **numbers))
     member.unit = state["unit"] or member.unit
     modes = state["layer_modes"]
     tracker.layer_modes = None if modes is None else dict(modes)

@@ -153,9 +153,11 @@ class Tracker:
         self.refuse_during_loan("update()")
         if self._background is not None:
             self._background.check()
-        self.tensors.refresh() if self.tensors.bound else self._bind()
+        self.tensors.refresh() if self.tensors.bound else self.tensors.bind()
         members = self.members if members is None else members
-        capturing = self._is_capturing(members)
+        self._check_capture(members)
+        for member in members:
+            self.to_device_if_capturable(member)
         part = _part(real)
         dt = float(number("dt", dt))
         moments = [member.clock.advance(dt, part) for member in members]
@@ -168,7 +170,7 @@ class Tracker:
             self._accumulate(members, due)
         for member, now in zip(members, moments, strict=True):
             before = member.clock
-            member.clock = now.copied_into(before) if capturing else now
+            member.clock = now.copied_into(before) if self._is_capturable() else now
             if member.fed and (now.on_device or now.share):
                 for one in member.fed:
                     one.after_update(before)
@@ -185,7 +187,10 @@ class Tracker:
             if member.accumulator is None:
                 member.held_by.check_model(self.tensors.model)
                 member.accumulator = member.held_by(live, self.options)
-                member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
+                with torch.inference_mode(
+                    False
+                ):  # an inference tensor could not be written to later
+                    member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
                 member.newest = None
                 self._grouped_at = -1
         if self._grouped_at != self.tensors.generation:
@@ -277,17 +282,20 @@ class Tracker:
 
     def to_device_if_capturable(self, member: Member) -> None:
         """Keep the member's time on the weights' device, where the replays of a graph move it."""
-        if self.options.capturable:
+        if self.options.capturable and not member.clock.on_device:
             member.clock = member.clock.to(self._device())
+
+    def set_clock(self, member: Member, clock: Clock) -> None:
+        """Continue from a moment; replays of a graph find it where they found the one before."""
+        before, member.clock = member.clock, clock
+        if self.tensors.bound:
+            self.to_device_if_capturable(member)
+        if self._is_capturable() and before.on_device and member.clock.on_device:
+            member.clock = member.clock.copied_into(before)
 
     def _attachments(self) -> list[Any]:
         found = [self.attachment, *(member.attachment for member in self.members)]
         return [attachment for attachment in found if attachment is not None]
-
-    def _bind(self) -> None:
-        self.tensors.bind()
-        for member in self.members:
-            self.to_device_if_capturable(member)
 
     def _may_average(self) -> bool:
         mode = self.options.nonfinite
@@ -368,25 +376,44 @@ class Tracker:
             "(clipping, normalising), attach(before_next_step=True) takes what they leave."
         )
 
-    def _is_capturing(self, members: Sequence[Member]) -> bool:
-        if not self.tensors.live[0].is_cuda or not torch.cuda.is_current_stream_capturing():
-            return False
+    def _check_capture(self, members: Sequence[Member]) -> None:
+        capturing = self.tensors.live[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and (reason := self._why_not_captured(members)):
+            raise UsageError(f"update() in a CUDA graph, but {reason}")
+
+    def _why_not_captured(self, members: Sequence[Member]) -> str:
+        """What replays, which run no code of the host, would leave undone; empty if nothing."""
         if not self.options.capturable:
-            raise UsageError(
-                "update() in a CUDA graph, but the time of this average is kept on the host, where "
-                "no replay can advance it. Construct the average with capturable=True."
+            return (
+                "the time of this average is kept on the host, where no replay can advance it. "
+                "Construct the average with capturable=True."
             )
         if self._background is not None:
-            raise UsageError(
-                "update() in a CUDA graph, but this average is kept on the host, where no replay can "
-                "update it. Construct it without device=."
+            return (
+                "this average is kept on the host, where no replay can update it. Construct it "
+                "without device=."
             )
-        if any(member.accumulator is None for member in members):
-            raise UsageError(
-                "The first update() cannot be captured in a CUDA graph: it makes the accumulators. "
-                "Call update() once before the capture."
+        if self.options.nonfinite is not None:
+            return (
+                f"nonfinite={self.options.nonfinite!r} looks at the weights on the host, which no "
+                "replay does. Construct it without nonfinite=."
             )
-        return True
+        held = [member.accumulator for member in members]
+        if any(one is None or one.block_is_open for one in held):
+            return (
+                "the first update() cannot be captured: it makes the accumulators, or closes the block "
+                "of a loaded state. Call update() once before the capture."
+            )
+        if not all(one.blend_targets() for one in held if one is not None):
+            return (
+                "a window keeps its snapshots by code of the host, which no replay runs. Average over "
+                "the window apart, and update that average after each replay."
+            )
+        return ""
+
+    def _is_capturable(self) -> bool:
+        """Whether a graph may hold the addresses of the time and of the accumulators."""
+        return self.options.capturable and self._background is None
 
     def _device(self) -> torch.device:
         return self.tensors.live[0].device

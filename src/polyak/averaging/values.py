@@ -382,11 +382,12 @@ def _statistics_taken(member: Member) -> Iterator[None]:
         take()
 
 
+@torch.no_grad()
 def _take_statistics(member: Member, layer: str) -> None:
     tensors = member.tracker.tensors
     for index, name in enumerate(tensors.statistic_names):
         if name.rpartition(".")[0] == layer:
-            member.statistics[index] = tensors.statistics[index].detach().clone()
+            member.statistics[index].copy_(tensors.statistics[index])  # where graphs have found it
     for key in ("running_mean", "running_var"):  # averaged by name: the accumulator stays as it is
         name = f"{layer}.{key}" if layer else key
         if name in tensors.names:

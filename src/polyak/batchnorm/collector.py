@@ -215,7 +215,7 @@ def _packed(collectors: Sequence[StatisticsCollector], n_batches: int) -> Tensor
         own = collector.moments
         numbers += [own.count, collector.calls]
         pieces += [own.mean, own.spread]
-    header = torch.tensor(numbers, dtype=like.dtype)
+    header = torch.tensor(numbers, dtype=like.dtype, device="cpu")
     return torch.cat([piece.to(like.device, like.dtype) for piece in (header, *pieces)])
 
 

@@ -109,7 +109,7 @@ def _wide(like: Tensor) -> torch.dtype:
 def _column(counts: list[int], like: Tensor) -> Tensor:
     if len(set(counts)) == 1:  # nearly always; nothing is sent to a device
         return like.new_full((len(counts), 1), counts[0], dtype=_wide(like))
-    column = torch.tensor(counts, dtype=_wide(like))
+    column = torch.tensor(counts, dtype=_wide(like), device="cpu")
     return column.to(like.device, non_blocking=True).unsqueeze(1)
 
 
@@ -158,7 +158,7 @@ def of_values(x: Tensor, dtype: torch.dtype) -> tuple[list[int], Tensor, Tensor]
         variance, mean = torch.var_mean(x.to(dtype), dims, correction=min(1, count - 1))
         return [count], mean.unsqueeze(0), variance.unsqueeze(0)
     pieces = list(_pieces(x))
-    means = torch.zeros(len(pieces), x.shape[1], dtype=dtype)
+    means = torch.zeros(len(pieces), x.shape[1], dtype=dtype, device=x.device)
     variances = torch.zeros_like(means)
     for piece, mean, variance in zip(pieces, means, variances, strict=True):
         piece = piece.to(dtype)  # noqa: PLW2901 - in the cache from here on

@@ -46,6 +46,9 @@ _compiled: set[tuple[object, ...]] = set()
 _seconds: dict[torch.device, float] = {}  # spent on compiling
 _failures: dict[torch.device, str] = {}
 _warned: set[torch.device] = set()
+_in_graphs: list[
+    tuple[Any, ...]
+] = []  # tables whose addresses replays read, for as long as they may
 
 
 class FusedRows:
@@ -69,7 +72,7 @@ class FusedRows:
         self._addresses = _addresses(tensors)
         rows = [(t.numel(), _KINDS[t.dtype], place) for place, t in enumerate(tensors)]
         rows += [(*_as_copied(t), place) for place, t in enumerate(self._live_statistics)]
-        self._rows = _on(torch.tensor(rows), self.device)
+        self._rows = _on(_on_host(rows), self.device)
         self._programs = _on(_programs([row[0] for row in rows]), self.device)
         self._source_table: Tensor | None = None
         self._statistics_at: tuple[int, ...] = ()
@@ -92,6 +95,9 @@ class FusedRows:
 
     def run(self, launch: Launch) -> None:
         """Do it: asynchronous, on the current stream."""
+        if _is_capturing(self.device):
+            # Not the weights between them, which lie in the memory of the graph.
+            _in_graphs.append((self._programs, self._rows, *launch.args[:2], launch.args[-1]))
         self._call(launch, len(self._programs))
 
     def fold(self, averages: Targets, sums: Targets, growth: Weight) -> bool:
@@ -128,7 +134,7 @@ class FusedRows:
     def _sources(self) -> Tensor:
         now = _addresses(self._live_statistics)
         if self._source_table is None or now != self._statistics_at:
-            made = torch.tensor([*self._addresses, *now], dtype=torch.int64)
+            made = _on_host([*self._addresses, *now])
             self._statistics_at, self._source_table = now, _on(made, self.device)
         return self._source_table
 
@@ -147,8 +153,7 @@ class FusedRows:
         if table is None:
             if len(self._tables) >= _TABLES_KEPT:
                 self._tables.clear()
-            made = torch.tensor(addresses, dtype=torch.int64)
-            table = self._tables[addresses] = _on(made, self.device)
+            table = self._tables[addresses] = _on(_on_host(addresses), self.device)
         return table
 
     def _compile(self, launch: Launch) -> bool:
@@ -236,9 +241,9 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 def _programs(sizes: Sequence[int]) -> Tensor:
     """For each program the row that it works on, and which piece of it."""
-    pieces = torch.tensor([-(-size // BLOCK) for size in sizes])
+    pieces = _on_host([-(-size // BLOCK) for size in sizes])
     row = torch.repeat_interleave(pieces)
-    piece = torch.arange(len(row)) - (pieces.cumsum(0) - pieces)[row]
+    piece = torch.arange(len(row), device="cpu") - (pieces.cumsum(0) - pieces)[row]
     return torch.stack([row, piece], dim=1)
 
 
@@ -267,6 +272,10 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
+def _on_host(numbers: Sequence[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the default device is
+
+
 def _on(table: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return table
@@ -275,11 +284,15 @@ def _on(table: Tensor, device: torch.device) -> Tensor:
 
 
 def _refuse_in_capture(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         raise UsageError(
             "update() in a CUDA graph, but not in the way it was last called, or of tensors that have "
             "moved since. Call update() in the same way once before the capture."
         )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

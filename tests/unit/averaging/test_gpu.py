@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import polyak
-from polyak import EMA, SWA, Average, Averages
+from polyak import EMA, SWA, Average, Averages, Window
 from polyak.errors import UsageError
 from polyak.tensors import fused
 
@@ -134,14 +134,68 @@ def test_captured_in_a_graph():
     # The capture itself runs nothing.
     assert (average.time, average.count) == (5, 5)
     assert average.averaged_tensors()["0"].unique().item() == pytest.approx((1 + 1 + 1 + 4 + 7) / 5)
+    average.update()  # eagerly, between two replays
+    fill(model, 15.0)
+    graph.replay()
+    assert (average.time, average.count) == (7, 7)
+    assert average.averaged_tensors()["0"].unique().item() == pytest.approx(36 / 7)
+    average.reset()
+    for value in (2.0, 4.0):
+        fill(model, value)
+        graph.replay()
+    assert (average.time, average.count) == (2, 2)
+    assert average.averaged_tensors()["0"].unique().item() == 3.0
+
+
+def test_a_graph_outlives_the_tables_of_the_host():
+    model = model_of()
+    model[1].requires_grad_(False)
+    average = Average(model, SWA(), capturable=True)
+    average.update()
+    graph = _capture(average)
+    model[1].requires_grad_(True)
+    average._tracker.add_unfrozen()  # the next update makes new tables
+    average.update()
+    torch.full((1000, 1000), -1, device="cuda")  # where the old ones would have been
+    fill(model, 4.0)
+    graph.replay()
+    assert average.averaged_tensors()["0"].unique().item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("profile", "options", "updates", "why"),
+    [
+        (SWA(), {}, 0, "the first update"),
+        (Window(3), {}, 1, "a window keeps its snapshots"),
+        (SWA(), {"nonfinite": "skip"}, 1, "looks at the weights on the host"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused_and_goes_on(profile, options, updates, why):
+    model = model_of()
+    average = Average(model, profile, capturable=True, **options)
+    for _ in range(updates):
+        average.update()
+    with pytest.raises(UsageError, match=why):
+        _captured(average.update)
+    fill(model, 1.0)
+    average.update()
+    assert average.count == updates + 1
+    assert average.averaged_tensors()["0"].unique().item() == 1 / (updates + 1)
 
 
 def _capture(average):
     average.update()
+    return _captured(average.update)
+
+
+def _captured(call):
+    """A graph of this, and of one launch before it: of an empty graph torch warns."""
+    anything = torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        average.update()
+        anything.add_(1)
+        call()
     return graph
 
 
@@ -190,6 +244,11 @@ def test_a_whole_training_step_in_a_graph():
         found, expected = other.averaged_tensors(), average.averaged_tensors()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert found["1.num_batches_tracked"].item() == 9
+    with captured.averages["swa"].applied():
+        polyak.update_bn(captured.model, [captured.x])
+    graph.replay()
+    found = captured.averages["swa"].averaged_tensors()
+    assert torch.equal(found["1.running_mean"], captured.model[1].running_mean)
 
 
 def test_fused_steps_that_a_scaler_skips():
@@ -238,11 +297,8 @@ def test_an_average_on_the_host_is_not_captured():
     average = Average(model, SWA(), device="cpu", capturable=True)
     average.update()
     average.averaged_tensors()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model[0].detach().add_(1)  # of an empty graph torch warns
-        with pytest.raises(UsageError, match="kept on the host"):
-            average.update()
+    with pytest.raises(UsageError, match="kept on the host"):
+        _captured(average.update)
 
 
 def test_in_place_keeps_a_captured_forward_right():
@@ -264,3 +320,38 @@ def test_in_place_keeps_a_captured_forward_right():
         assert y[0, 0].item() == 8.0
     graph.replay()
     assert y[0, 0].item() == 12.0
+
+
+def bits(tensors):
+    return [tensor.detach().view(torch.int16).clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_bfloat16_model_is_lent_in_64_mb_and_comes_back_to_the_bit(in_place):
+    torch.manual_seed(0)
+    model = nn.ParameterList(torch.randn(30_000_001).bfloat16() for _ in range(3)).cuda()
+    average = Average(model, SWA())
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        average.update()
+    own, expected = bits(model.parameters()), bits(average.averaged_tensors().values())
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with average.applied(in_place=in_place):
+        assert torch.cuda.max_memory_allocated() - before <= 64 << 20
+        assert all(map(torch.equal, bits(model.parameters()), expected))
+    assert all(map(torch.equal, bits(model.parameters()), own))
+    assert all(map(torch.equal, bits(average.averaged_tensors().values()), expected))
+
+
+def test_an_update_where_the_gpu_is_the_default_device():
+    with torch.device("cuda"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        average = Average(model, EMA(decay=0.9999, keep_initial=True))
+        for _ in range(3):
+            average.update()
+        polyak.update_bn(model, [torch.randn(n, 3) for n in (16, 5)])
+    assert average.count == 3

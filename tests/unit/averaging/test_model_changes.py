@@ -473,6 +473,42 @@ def test_time_kept_on_the_device_counts_the_same():
     )
 
 
+def test_what_a_graph_may_hold_the_address_of_stays_where_it_is():
+    """Replays of a CUDA graph move the time and the average at the addresses that it was captured with."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    other = Average(model, SWA(), capturable=True)
+    average = Average(model, SWA(), capturable=True)
+    with torch.inference_mode():  # what is made here has to be written to outside
+        average.update()
+    saved = copy.deepcopy(average.state_dict())
+
+    def addresses():
+        member = average._member
+        clock = member.clock
+        kept = [clock.time, clock.count, clock.sum_squared_shares]
+        return [t.data_ptr() for t in (*kept, *member.accumulator.tensors, *member.statistics)]
+
+    def measure():
+        with average.applied(), torch.inference_mode():
+            polyak.update_bn(model, [torch.randn(9, 3)])
+
+    before = addresses()
+    actions = [average.update, average.reset, average.update, average.update, measure, measure]
+    for act in [*actions, lambda: average.load_state_dict(saved), average.update]:
+        shift(model)
+        act()
+        assert addresses() == before
+    assert (average.time, average.count) == (2, 2)
+    average.reset()
+    assert (average.time, average.count) == (0, 0)
+    with torch.no_grad():
+        model[0].weight.fill_(0.1)
+    for one in (average, other):
+        one.update()
+    assert torch.equal(average.averaged_tensors()["0.weight"], model[0].weight)
+    assert average.metrics() == other.metrics()
+
+
 @pytest.mark.parametrize("std", [0.05, 0.10, 0.28])
 @pytest.mark.parametrize("every", [1, 10, 100])
 def test_a_power_average_has_the_width_asked_for_whatever_the_interval(std, every):

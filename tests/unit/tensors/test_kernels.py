@@ -199,6 +199,16 @@ def test_the_tables_are_made_again_when_a_tensor_moves_and_only_then():
     assert only_value(average) == pytest.approx(sum(values) / 4)
 
 
+def test_the_default_device_of_torch_has_no_part_in_it():
+    model = nn.BatchNorm1d(3, device=DEVICE)
+    average = Average(model, EMA(decay=0.9999, keep_initial=True))
+    with torch.device("meta"):
+        for value in (1.0, 3.0, 8.0):
+            filled(model, value)
+            average.update()
+    assert only_value(average) == pytest.approx(1 + 1e-4 * 9, rel=1e-6)
+
+
 def test_memory_that_is_shared_with_a_loan_is_left_to_it():
     """`applied()` shares the average copy-on-write; a kernel that writes to an address knows nothing of it."""
     model = nn.Linear(3, 4, device=DEVICE)
