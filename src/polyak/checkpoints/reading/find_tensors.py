@@ -241,10 +241,7 @@ class _Search:
         if not keys:
             return "It holds no tensor anywhere."
         shown = ", ".join(repr(key[:100]) for key in keys[:20]) + (", ..." if keys[20:] else "")
-                inner = "" if rest == key else f" ({rest!r} was not found)"
-                flat = isinstance(self.root, dict) and any(map(is_tensor_like, self.root.values()))
-                advice = "The tensors are at its top: leave out key=." if flat else self.advice()
-                raise ArgumentError(f"{self.where} has no key {key!r}{inner}. {advice}")
+        return f"There are tensors under {shown}: pass one as key=."
 
 
 def _opaque(value: Global | Stub, inner: Callable[[Any, Any], Any]) -> Opaque:
