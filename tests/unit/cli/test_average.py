@@ -80,7 +80,7 @@ def test_an_output_is_refused_before_the_inputs_are_shown(folder, capsys, output
     ("flags", "said", "unsaid"),
     [
         (["", "-o", "e.pt"], "A path is empty", "list"),
-        (["run", "-o", "e.pt", "--key", "nope"], "Leave key out", "("),
+        (["run", "-o", "e.pt", "--key", "nope"], "Leave out --key", "("),
         (
             ["one.pt", "-o", "e.pt", "--key", "nope"],
             "has no key 'nope'. There are tensors under 'w'",

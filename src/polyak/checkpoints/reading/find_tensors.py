@@ -241,7 +241,7 @@ class _Search:
         if not keys:
             return "It holds no tensor anywhere."
         shown = ", ".join(repr(key[:100]) for key in keys[:20]) + (", ..." if keys[20:] else "")
-        return f"There are tensors under {shown}: pass one as key=."
+        return f"There are tensors under {shown}. Pass key= to choose one."
 
 
 def _opaque(value: Global | Stub, inner: Callable[[Any, Any], Any]) -> Opaque:
