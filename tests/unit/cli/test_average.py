@@ -83,14 +83,14 @@ def test_an_output_is_refused_before_the_inputs_are_shown(folder, capsys, output
         (["run", "-o", "e.pt", "--key", "nope"], "Leave out --key", "("),
         (
             ["one.pt", "-o", "e.pt", "--key", "nope"],
-            "has no key 'nope'. There are tensors under 'w'",
+            "has no key 'nope'. There are tensors under 'model'",
             "was not",
         ),
-        (["one.pt", "-o", "e.pt", "--key", "w.nope"], "('nope' was not found)", "Pass key"),
+        (["one.pt", "-o", "e.pt", "--key", "model.nope"], "('nope' was not found)", "Pass key"),
     ],
 )
 def test_what_is_refused_is_said_once(folder, capsys, flags, said, unsaid):
-    torch.save({"w": torch.ones(2)}, folder / "one.pt")
+    torch.save({"model": {"w": torch.ones(2)}}, folder / "one.pt")
     assert run(["average", *flags]) != 0
     printed = " ".join(capsys.readouterr().err.split())
     assert said in printed
