@@ -187,9 +187,7 @@ class Tracker:
             if member.accumulator is None:
                 member.held_by.check_model(self.tensors.model)
                 member.accumulator = member.held_by(live, self.options)
-                with torch.inference_mode(
-                    False
-                ):  # an inference tensor could not be written to later
+                with torch.inference_mode(False):  # inference tensors could not be written to
                     member.own_statistics = [s.detach().clone() for s in self.tensors.statistics]
                 member.newest = None
                 self._grouped_at = -1

@@ -46,9 +46,7 @@ _compiled: set[tuple[object, ...]] = set()
 _seconds: dict[torch.device, float] = {}  # spent on compiling
 _failures: dict[torch.device, str] = {}
 _warned: set[torch.device] = set()
-_in_graphs: list[
-    tuple[Any, ...]
-] = []  # tables whose addresses replays read, for as long as they may
+_in_graphs: list[tuple[Any, ...]] = []  # tables that replays read, for as long as they may
 
 
 class FusedRows:

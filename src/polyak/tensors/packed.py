@@ -134,13 +134,10 @@ class Packed:
         """Parts of the two, whose first dimension is that of rows."""
         if self._row:
             narrow, wide = narrow.view(-1), wide.view(-1)
-        for pair in _parts(narrow, wide, self._limit):
-            rows = (
-                (-1, self._row)
-                if self._row and pair[0].numel() % self._row == 0
-                else (1, *pair[0].shape)
-            )
-            yield pair[0].view(rows), pair[1].view(rows)
+        for one, other in _parts(narrow, wide, self._limit):
+            in_rows = self._row and one.numel() % self._row == 0
+            shape = (-1, self._row) if in_rows else (1, *one.shape)
+            yield one.view(shape), other.view(shape)
 
 
 def can_be_packed(weight: Tensor, average: Tensor) -> bool:
