@@ -87,7 +87,7 @@ def test_a_custom_recipe(there):
     ("arguments", "code", "message"),
     [
         (["defualt"], 2, "No recipe 'defualt'"),
-        (["--rate", "-1"], 2, "rate is -1.0; expected a positive"),
+        (["--rate", "-1"], 2, "rate is -1.0; expected a number from"),
         (["--cycle-low", "0.5"], 2, "--cycle-low is 0.5, above --cycle-high"),
         (["--cycle-epochs", "0"], 2, "--cycle-epochs is 0"),
         (

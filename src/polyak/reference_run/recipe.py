@@ -243,7 +243,7 @@ _MOST = {"epochs": 10**6, "seeds": 10**4, "first_seed": 2**48, "epoch_size": 10*
 
 # Rates are numbers of float32, and an epoch has one step or more.
 _LIMITS = [
-    *((name, 1e-30, 1e6) for name in ("rate", "swa_rate", "cycle_high", "cycle_low")),
+    *((name, 1e-30, 1e30) for name in ("rate", "swa_rate", "cycle_high", "cycle_low")),
     ("ema_half_life", 1e-3, 1e6),
     ("weight_decay", 0.0, 1e6),
 ]
