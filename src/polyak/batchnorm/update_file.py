@@ -107,7 +107,9 @@ def _refuse_non_finite(state: Mapping[str, Tensor], updated: set[str], source: P
     bad = [
         name
         for name, tensor in state.items()
-        if name not in updated and not bool(tensor.isfinite().all())
+        if name not in updated
+        and tensor.element_size() > 1  # torch cannot tell of float8
+        and not bool(tensor.isfinite().all())
     ]
     if bad:
         raise NonFiniteError(

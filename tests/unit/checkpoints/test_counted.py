@@ -78,6 +78,13 @@ def test_a_checkpoint_in_two_formats_counts_once(tmp_path, label, how):
     }
 
 
+def test_a_file_given_twice_stays_for_the_merge_to_refuse(tmp_path):
+    keep(tmp_path, **{"step-1.pt": 1, "step-2.pt": 2})
+    one, two = tmp_path / "step-1.pt", tmp_path / "step-2.pt"
+    assert found(one, one, two) == (["step-1.pt", "step-1.pt", "step-2.pt"], {})
+    assert found(tmp_path, one) == (["step-1.pt", "step-2.pt", "step-1.pt"], {})
+
+
 @pytest.mark.parametrize("name", ["best_coco_bbox_mAP_epoch_2.pt", "best-epoch=2.pt"])
 def test_a_numbered_copy_under_another_kind_of_name(tmp_path, name):
     keep(tmp_path, **{"epoch_1.pt": 1, "epoch_2.pt": 2, "epoch_3.pt": 3, name: 2})

@@ -169,7 +169,8 @@ def without_repeats(found: Sequence[Checkpoint], left_out: LeftOut) -> list[Chec
     for one in found:
         number = one.step if one.step is not None else tuple(re.findall(r"\d+", _label(one)))
         same = kept[number] if number != () else []
-        if twin := next((other for other in same if is_copy(one, other)), None):
+        others = [other for other in same if other.path != one.path]  # given twice: refused later
+        if twin := next((other for other in others if is_copy(one, other)), None):
             left_out[one.path] = f"its tensors are those of {twin.path}"
         else:
             same.append(one)
