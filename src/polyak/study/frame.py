@@ -46,7 +46,7 @@ class Anchor:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return False
         statistic = name.rpartition(".")[2] in RUNNING_STATISTICS
-        return not statistic and not is_spectral_vector(name, self.tensors)
+        return not statistic and not is_spectral_vector(name, self.tensors, tensor.shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the points: this checkpoint's, or float32 where that is of half precision or less."""

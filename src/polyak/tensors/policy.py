@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from polyak.errors import ArgumentError, UsageError
+from polyak.tensors.memory import shape_of
 from polyak.tensors.names import Named, Slot
 from polyak.tensors.spectral import is_spectral_vector
 
@@ -131,7 +132,9 @@ def _of_buffer(slot: Slot, *, floating: bool) -> Decision:
 
 def _is_spectral(slot: Slot) -> bool:
     prefix = slot.name.removesuffix(slot.key)
-    return is_spectral_vector(slot.name, {prefix + key for key in slot.module._parameters})
+    names = {prefix + key for key in slot.module._parameters}
+    shape = () if _is_lazy(slot) else shape_of(slot.tensor)
+    return is_spectral_vector(slot.name, names, shape)
 
 
 def _is_lazy(slot: Slot) -> bool:

@@ -34,9 +34,15 @@ def copy_rounded(target: Tensor, source: Tensor) -> Tensor:
         bits = room[: x.numel()].view(x.shape)
         torch.add(x.float().view(torch.int32), 0x8000, out=bits).bitwise_right_shift_(16)
         y.view(torch.int16).copy_(bits)
-        if source.device.type != "cpu" or x.sum().isnan():  # where the host must not wait, always
+        if not _is_without_nan(x):
             y.masked_fill_(x.isnan(), torch.nan)
     return target if here else target.copy_(rounded)
+
+
+def _is_without_nan(values: Tensor) -> bool:
+    """Whether that is certain, and fast to tell: not where a device computes, or nothing does."""
+    here = values.device.type == "cpu" and type(values.detach()) is Tensor
+    return here and not bool(values.sum().isnan())
 
 
 def rounded_for(target: Tensor, source: Tensor) -> Tensor:

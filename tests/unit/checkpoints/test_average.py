@@ -109,6 +109,13 @@ def test_vectors_of_spectral_norm_are_the_newest(tmp_path, normed):
     assert torch.equal(found["scale_u"], torch.ones(2))  # a name alone does not make it one
 
 
+def test_factors_of_low_rank_that_are_called_like_vectors_are_averaged(tmp_path):
+    names = ["layer.parametrizations.weight.0._u", "layer.parametrizations.weight.0._v"]
+    states = [{name: torch.full((3, 2), float(i)) for name in names} for i in (1, 2)]
+    found = merged(stored_checkpoints(tmp_path, states), tmp_path)
+    assert all(torch.equal(found[name], torch.full((3, 2), 1.5)) for name in names)
+
+
 @pytest.mark.parametrize(
     "names", [("running_mean", "running_var"), ("moving_mean", "moving_variance")]
 )

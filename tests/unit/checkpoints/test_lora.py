@@ -188,6 +188,35 @@ def test_bad_input(tmp_path):
         merge_adapters([one], tmp_path / "empty")
 
 
+def test_layers_that_share_one_factor(tmp_path):
+    """A torch file keeps that two names are one tensor: both products are there."""
+    folders, shared = [], torch.eye(3, 4)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        tensors = {
+            f"base_model.model.{layer}.lora_{half}.weight": shared
+            if half == "A"
+            else torch.randn(5, 3)
+            for layer in ("x", "y")
+            for half in ("A", "B")
+        }
+        folders.append(tmp_path / str(seed))
+        folders[-1].mkdir()
+        torch.save(tensors, folders[-1] / "adapter_model.bin")
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": ["x", "y"]}
+        (folders[-1] / "adapter_config.json").write_text(json.dumps(config))
+    merge_adapters(folders, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    for layer in ("x", "y"):
+        a, b = (found[f"base_model.model.{layer}.lora_{half}.weight"] for half in "AB")
+        states = [torch.load(folder / "adapter_model.bin") for folder in folders]
+        mean = (
+            sum(state[f"base_model.model.{layer}.lora_B.weight"] @ shared for state in states) / 2
+        )
+        torch.testing.assert_close(b @ a * config["lora_alpha"] / config["r"], mean)
+
+
 def changed(folder, target, tensors=lambda found: found, config=()):
     """A copy of an adapter with other tensors, and other fields in its configuration."""
     target.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from polyak.checkpoints import open_checkpoint
 from polyak.cli.app import run
@@ -20,6 +20,10 @@ def model():
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
 def other():
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
+def scaled():
+    found = model()
+    found.register_buffer("scales", torch.ones(2).to(torch.float8_e4m3fn))
+    return found
 def plain():
     return torch.nn.Linear(3, 4)
 def batches():
@@ -43,6 +47,17 @@ def averaged(tmp_path, monkeypatch, request):
 
 def command(name, *more, model="model"):
     return ["update-bn", *more, "--model", f"{name}:{model}", "--data", f"{name}:batches"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_tensors_of_eight_bits_stay_as_they_are(averaged, suffix):
+    state = __import__(averaged).scaled().state_dict()
+    save = save_file if suffix == "safetensors" else torch.save
+    save(state, f"scaled.{suffix}")
+    assert run(command(averaged, f"scaled.{suffix}", model="scaled")) == 0
+    after = open_checkpoint(f"scaled.{suffix}")
+    assert torch.equal(after.tensors["scales"].load().float(), torch.ones(2))
+    assert not torch.equal(after.tensors["1.running_mean"].load(), state["1.running_mean"])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

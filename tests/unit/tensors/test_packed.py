@@ -115,6 +115,16 @@ def test_special_values_are_shown_as_they_are():
     assert nan_free([average, average[:9].abs(), full]) == [False, True, False]
 
 
+def test_rounding_of_tensors_without_values():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        source, target = torch.ones(5), torch.empty(5, dtype=torch.bfloat16)
+        assert copy_rounded(target, source) is target
+    meta = torch.empty(5, device="meta")
+    assert copy_rounded(torch.empty_like(meta, dtype=torch.bfloat16), meta).is_meta
+
+
 def test_float64_and_what_is_wide_enough():
     source = torch.tensor([1.00390625, 1.01171875, -1.00390625, 1.0])  # ties, and none
     expected = [1.0078125, 1.015625, -1.0078125, 1.0]

@@ -65,7 +65,8 @@ def align(inputs: Sequence[Checkpoint], options: MergeOptions, *, averages: bool
         refuse_quantised(inputs, held, averaged)
         _refuse_mismatches(inputs, held, averaged, options)
     statistics = _statistics(held)
-    vectors = {name for name in held[-1] if is_spectral_vector(name, held[-1])}
+    last = held[-1]
+    vectors = {name for name in last if is_spectral_vector(name, last, last[name].shape)}
     means = averaged - statistics - vectors if averages else set()
     tensors = [
         _merged(tensor, held, options, averaged=name in averaged, mean=name in means)

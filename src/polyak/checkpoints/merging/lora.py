@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from torch import Tensor
 
 from polyak.checkpoints.merging.adapters import CONFIG
 from polyak.checkpoints.reading.opening import open_checkpoint
-from polyak.checkpoints.reading.stored import FLOATS, TORCH_DTYPES, Checkpoint, itemsize
+from polyak.checkpoints.reading.stored import (
+    FLOATS,
+    TORCH_DTYPES,
+    Checkpoint,
+    StoredTensor,
+    itemsize,
+)
 from polyak.checkpoints.reading.untrusted_json import parse_json
 from polyak.checkpoints.writing.layouts import OutputFile, SafetensorsLayout, TensorSpec
 from polyak.checkpoints.writing.save import bytes_on_host, file_metadata
@@ -66,8 +73,14 @@ class _Adapter:
     config: Mapping[str, Any]
     share: float
 
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Its tensors by every name that they have: two layers may share one."""
+        stored, ties = self.checkpoint.tensors, self.checkpoint.ties
+        return {**stored, **{name: stored[first] for name, first in ties.items()}}
+
     def tensor(self, name: str) -> Tensor | None:
-        found = self.checkpoint.tensors.get(self.checkpoint.ties.get(name, name))
+        found = self.tensors.get(name)
         values = None if found is None else found.load().double()
         if values is not None and not bool(values.isfinite().all()):
             raise NonFiniteError(
@@ -155,7 +168,7 @@ def _merge(
     modules = _modules(adapters)
     ranks = [_exact_rank(adapters, a) for a in modules]
     width = max(ranks) if rank is None else rank
-    names = {name: None for one in adapters for name in one.checkpoint.tensors}
+    names = {name: None for one in adapters for name in one.tensors}
     specs = [TensorSpec(*_described(adapters, name, modules, width)) for name in names]
     metadata = file_metadata({}, {})
     specs.sort(key=lambda spec: -itemsize(spec.dtype))
@@ -299,7 +312,7 @@ def _base_weight(base: Checkpoint | None, module: str, name: str) -> Tensor:
 def _mean_of_biases(adapters: Sequence[_Adapter], name: str, module: str) -> Tensor:
     total = None
     for one in adapters:
-        a, value = one.checkpoint.tensors.get(f"{module}.lora_A.weight"), one.tensor(name)
+        a, value = one.tensors.get(f"{module}.lora_A.weight"), one.tensor(name)
         if a is not None and value is not None:
             value = value * (one.share * one.scale(_plain(module), a.shape[0]))
             total = value if total is None else total + value
@@ -315,12 +328,12 @@ def _modules(adapters: Sequence[_Adapter]) -> dict[str, tuple[str, str]]:
     """A's name -> (B's name, module) of all adapters; MismatchError where the two do not multiply."""
     found = {}
     for one in adapters:
-        for name in one.checkpoint.tensors:
+        for name in one.tensors:
             if match := _A.match(name):
                 b_name = f"{match['module']}.lora_{match['kind'] or ''}B{match['end']}"
                 found[name] = (b_name, match["module"])
                 _check_pair(one, name, b_name, match["module"])
-            elif _B.search(name) and _B.sub(r".lora_\1A\2", name) not in one.checkpoint.tensors:
+            elif _B.search(name) and _B.sub(r".lora_\1A\2", name) not in one.tensors:
                 raise MismatchError(
                     f"{name} of {one.checkpoint.path} has no lora_A beside it: the file is not whole. Save "
                     "the adapter again."
@@ -331,7 +344,7 @@ def _modules(adapters: Sequence[_Adapter]) -> dict[str, tuple[str, str]]:
 
 
 def _check_pair(one: _Adapter, a_name: str, b_name: str, module: str) -> None:
-    a, b = one.checkpoint.tensors[a_name], one.checkpoint.tensors.get(b_name)
+    a, b = one.tensors[a_name], one.tensors.get(b_name)
     pointwise = b is not None and all(size == 1 for size in b.shape[2:])
     if b is None or len(b.shape) < 2 or not pointwise or a.shape[0] != b.shape[1]:
         found = "nothing" if b is None else f"the shape {b.shape}"
@@ -348,7 +361,7 @@ def _check_pair(one: _Adapter, a_name: str, b_name: str, module: str) -> None:
 
 
 def _exact_rank(adapters: Sequence[_Adapter], a_name: str) -> int:
-    found = [one.checkpoint.tensors.get(a_name) for one in adapters]
+    found = [one.tensors.get(a_name) for one in adapters]
     return sum(tensor.shape[0] for tensor in found if tensor is not None)
 
 
@@ -356,7 +369,7 @@ def _described(
     adapters: Sequence[_Adapter], name: str, modules: Mapping[str, tuple[str, str]], width: int
 ) -> tuple[str, str, tuple[int, ...]]:
     """Name, dtype and shape in the result; MismatchError where those of the inputs differ."""
-    found = [one.checkpoint.tensors[name] for one in adapters if name in one.checkpoint.tensors]
+    found = [one.tensors[name] for one in adapters if name in one.tensors]
     at = 0 if name in modules else 1 if name in {b for b, _ in modules.values()} else None
     shapes = {tuple(width if i == at else n for i, n in enumerate(one.shape)) for one in found}
     if len(shapes) > 1:

@@ -100,7 +100,8 @@ def weights_for(
     found = ready.coefficients
     require(
         len(found) == len(inputs),
-        f"{len(found)} weights for {len(inputs)} inputs; one each is needed.",
+        f"{len(found)} weights for {len(inputs)} inputs: {', '.join(one.path for one in inputs)}. One "
+        "each is needed; a copy of another input is none.",
     )
     return replace(ready, coefficients=tuple(found[index] for index in order))
 
