@@ -4,7 +4,7 @@ Every arm runs in its own process. Figures are seconds of all its threads on the
 mergekit's start-up is that of a merge of a tiny model. Both compute in float32 and write bfloat16.
 
     python benchmarks/soups.py greedy --gigabytes 1 --files 8
-    MERGEKIT=/tmp/mk/bin/mergekit-yaml python benchmarks/soups.py methods --gigabytes 1
+    MERGEKIT=.../mergekit-yaml python benchmarks/soups.py methods --gigabytes 1
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from polyak.checkpoints.writing.layouts import Around
 from polyak.checkpoints.writing.save import check_target, write_checkpoint
 from polyak.errors import ArgumentError, NonFiniteError, check_match
 from polyak.files import as_path, writing_errors
+from polyak.tensors.finite import nonfinite
 from polyak.tensors.policy import RUNNING_STATISTICS
 
 
@@ -48,8 +49,8 @@ def update_bn_file(
         limit: Use at most this many batches.
 
     Returns the names of the layers. Raises ArgumentError if `model` is not a Module or has no such layers,
-    MismatchError if the file does not fit the model, NonFiniteError for a NaN in its weights, OutputError if the output exists or cannot be
-    written, and what `update_bn` raises.
+    MismatchError if the file does not fit the model, NonFiniteError for a NaN in its weights, OutputError
+    if the output exists or cannot be written, and what `update_bn` raises.
 
     """
     if not isinstance(model, Module):
@@ -104,14 +105,7 @@ def _refuse(source: Path, target: Path, *, overwrite: bool) -> None:
 
 def _refuse_non_finite(state: Mapping[str, Tensor], updated: set[str], source: Path) -> None:
     """NonFiniteError for a NaN or an infinity in what stays; statistics are measured anew."""
-    bad = [
-        name
-        for name, tensor in state.items()
-        if name not in updated
-        and tensor.element_size() > 1  # torch cannot tell of float8
-        and not bool(tensor.isfinite().all())
-    ]
-    if bad:
+    if bad := nonfinite((n, t) for n, t in state.items() if n not in updated):
         raise NonFiniteError(
             f"Not finite in {source}: {', '.join(sorted(bad))}. No statistics mend such weights: make the average "
             "again without the checkpoint that they came from."

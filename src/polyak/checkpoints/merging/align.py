@@ -60,7 +60,7 @@ def align(inputs: Sequence[Checkpoint], options: MergeOptions, *, averages: bool
     newest = inputs[-1]
     averaged = _averaged_names(inputs, options)
     _refuse_unreadable(inputs)
-    held = [_held(one) for one in inputs]
+    held = [by_every_name(one) for one in inputs]
     if averages:
         refuse_quantised(inputs, held, averaged)
         _refuse_mismatches(inputs, held, averaged, options)
@@ -75,7 +75,7 @@ def align(inputs: Sequence[Checkpoint], options: MergeOptions, *, averages: bool
     return Alignment(tuple(tensors), dict(newest.ties), averages, bool(statistics))
 
 
-def _held(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
+def by_every_name(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
     """The tensors of a checkpoint by every name that they have, aliases included."""
     if not checkpoint.ties:
         return checkpoint.tensors
@@ -200,9 +200,7 @@ def _refuse_mismatches(
             unexpected=unexpected,
             changed=changed,
             advice="Nothing was written. Give checkpoints of one model, or leave out what differs: "
-            "pass exclude= with name patterns, whose tensors are then the newest's."
-            + retyped
-            * _CONVERT,
+            f"pass exclude= with name patterns, whose tensors are then the newest's.{_CONVERT if retyped else ''}",
         )
 
 

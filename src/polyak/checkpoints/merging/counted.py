@@ -1,8 +1,8 @@
 """Which of the checkpoints in one place count: a folder is not everything in it.
 
 Beside the checkpoints of a run there are copies of them (`best`, `last`), averages of them, initial
-weights. Those with a number count, each once, whatever its formats. Of the others an average and a copy are left out, with a
-reason that is told; what remains unclear is refused, for the user to say.
+weights. Those with a number count, each once, whatever its formats. Of the others an average and a copy
+are left out, with a reason that is told; what remains unclear is refused, for the user to say.
 """
 
 from __future__ import annotations

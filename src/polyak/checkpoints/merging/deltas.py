@@ -202,9 +202,8 @@ class ModelStock(Combination):
 
         def find(tensor: MergedTensor) -> list[float]:
             gram = gram_matrix(tensor, has_base=True)
-            if not np.isfinite(
-                gram
-            ).all():  # all count, so that merging meets the value and names it
+            if not np.isfinite(gram).all():
+                # All count, so that merging meets the value and names it.
                 return [0.5, *[0.5 / runs] * runs]
             cosines = _cosines(gram)
             mean = max(0.0, float(cosines[~np.eye(runs, dtype=bool)].mean()))

@@ -75,15 +75,16 @@ def check_outputs(merge: Merge) -> None:
 
 
 def _check_outputs(merge: Merge) -> None:
-    begun = any(staging_folder(o.target, merge.identity).exists() for o in merge.blueprints)
     refuse_parts_in_one_file(merge.blueprints, merge.inputs[-1])
     for one in merge.blueprints:
         check_place(one.target)
-        if not begun and not merge.options.resume:
-            refuse_existing(one.target, overwrite=merge.options.overwrite)
-            refuse_foreign(one)
-    if not begun and not merge.options.resume:
-        check_space(merge.blueprints, merge.identity)
+    begun = any(staging_folder(o.target, merge.identity).exists() for o in merge.blueprints)
+    if begun or merge.options.resume:
+        return
+    for one in merge.blueprints:
+        refuse_existing(one.target, overwrite=merge.options.overwrite)
+        refuse_foreign(one)
+    check_space(merge.blueprints, merge.identity)
 
 
 def _stage(merge: Merge, staged: Sequence[Staged]) -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.merging.adapters import CONFIG
+from polyak.checkpoints.merging.align import by_every_name
 from polyak.checkpoints.reading.opening import open_checkpoint
 from polyak.checkpoints.reading.stored import (
     FLOATS,
@@ -74,10 +75,9 @@ class _Adapter:
     share: float
 
     @cached_property
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> Mapping[str, StoredTensor]:
         """Its tensors by every name that they have: two layers may share one."""
-        stored, ties = self.checkpoint.tensors, self.checkpoint.ties
-        return {**stored, **{name: stored[first] for name, first in ties.items()}}
+        return by_every_name(self.checkpoint)
 
     def tensor(self, name: str) -> Tensor | None:
         found = self.tensors.get(name)
